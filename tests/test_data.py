@@ -159,27 +159,26 @@ def test_shipped_teachers_are_stock_pipelines_that_denoise(path):
     assert weights.stat().st_size < 4e6
     assert sum(tensor.numel() for tensor in load_file(weights).values()) == record["parameters"]
 
-    # Half-noised real digits: the network finds the clean image better than the noisy one shows it, and better with
-    # the right label than with a wrong one.
+    # Noised real digits, at the same signal-to-noise ratio for both: the network finds the clean image better than the
+    # mean of its class would, and better with the right label than with none, and with none than with a wrong one.
     images, labels = load_images("digits")
     data, labels = 2.0 * images[:200] - 1.0, labels[:200]
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     if path == "flow":
-        t, time = 0.6, torch.full((200,), 600.0)
-        noisy = (1 - t) * data + t * noise
-
-        def clean(labels):
-            return noisy - t * pipeline.unet(noisy, time, class_labels=labels).sample
+        alpha, sigma, time = 0.6, 0.4, 400.0
     else:
-        time = torch.full((200,), 450)
-        alpha = pipeline.scheduler.alphas_cumprod[450] ** 0.5
-        noisy = pipeline.scheduler.add_noise(data, noise, time)
+        time = int((pipeline.scheduler.alphas_cumprod - 0.6**2 / (0.6**2 + 0.4**2)).abs().argmin())
+        alpha = pipeline.scheduler.alphas_cumprod[time].sqrt()
+        sigma = (1.0 - alpha**2).sqrt()
+    noisy = alpha * data + sigma * noise
 
-        def clean(labels):
-            return (noisy - (1 - alpha**2) ** 0.5 * pipeline.unet(noisy, time, class_labels=labels).sample) / alpha
+    def error(labels):
+        with torch.no_grad():
+            output = pipeline.unet(noisy, time, class_labels=labels).sample
+        clean = noisy - sigma * output if path == "flow" else (noisy - sigma * output) / alpha
+        return (clean - data).square().mean().item()
 
-    with torch.no_grad():
-        right, wrong, none = clean(labels), clean((labels + 1) % 10), clean(torch.full_like(labels, 10))
-    errors = [(x - data).square().mean().item() for x in (right, none, wrong)]
-    assert errors[0] < 0.12
-    assert errors[0] < errors[1] < errors[2]
+    means = torch.stack([data[labels == label].mean(0) for label in range(10)])
+    right, none, wrong = error(labels), error(torch.full_like(labels, 10)), error((labels + 1) % 10)
+    assert right < 0.6 * (means[labels] - data).square().mean().item()
+    assert right < none < wrong

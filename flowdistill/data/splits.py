@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def balanced_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
         rows = (labels == label).nonzero().squeeze(1).cpu()
         rows = rows[torch.randperm(len(rows), generator=generator)]
         seen += len(rows)
-        count = round(seen * fraction) - taken
+        # Always round halves up: round() would go to the even number and give one of two equal classes two rows more.
+        count = math.floor(seen * fraction + 0.5) - taken
         taken += count
         first.append(rows[:count])
         second.append(rows[count:])
