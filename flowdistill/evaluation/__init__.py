@@ -1,0 +1,28 @@
+"""Measuring generated images: seeded generation, features, Fréchet and kernel distances, reports."""
+
+from flowdistill.evaluation.evaluate import evaluate, student_sampler, teacher_sampler
+from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
+from flowdistill.evaluation.features import FeatureExtractor, load_features
+from flowdistill.evaluation.frechet import Moments, frechet_distance
+from flowdistill.evaluation.generation import generate
+from flowdistill.evaluation.kernel import kernel_distance
+from flowdistill.evaluation.reference import Reference, load_reference
+from flowdistill.evaluation.report import Report, Row
+
+__all__ = [
+    "Evaluator",
+    "FeatureExtractor",
+    "Moments",
+    "Reference",
+    "Report",
+    "Row",
+    "evaluate",
+    "evaluate_models",
+    "frechet_distance",
+    "generate",
+    "kernel_distance",
+    "load_features",
+    "load_reference",
+    "student_sampler",
+    "teacher_sampler",
+]

@@ -1,0 +1,231 @@
+"""``flowdistill.evaluate``: a run, a student, a teacher or a pipeline as a table of figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
+from flowdistill.evaluation.features import FeatureExtractor
+from flowdistill.evaluation.generation import Sampler, check_num_images
+from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation.reference import Reference
+from flowdistill.evaluation.report import Report
+
+DEFAULTS: dict[str, Any] = {
+    "num_images": 10_000,
+    "reference": "digits",
+    "features": "digits",
+    "teacher_steps": (1, 2, 4, 10, 50),
+    "batch_size": 250,
+    "solver": "euler",
+    "guidance_scale": None,
+}
+
+
+@dataclass
+class _Subject:
+    """What is evaluated, loaded."""
+
+    name: str
+    teacher: Any = None
+    student: Any = None
+    settings: dict[str, Any] | None = None
+
+
+def evaluate(
+    run_or_model: Any,
+    num_images: int | None = None,
+    reference: str | os.PathLike | Reference | None = None,
+    features: str | os.PathLike | nn.Module | FeatureExtractor | None = None,
+    teacher_steps: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    json: str | os.PathLike | None = None,
+    teacher_rows: bool = True,
+    *,
+    teacher: Any = None,
+    solver: str | None = None,
+    guidance_scale: float | None = None,
+    device: torch.device | str | None = None,
+    weights: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure a teacher at several step counts and its student at one call, on the same noise and labels.
+
+    Under ``accelerate launch`` or ``torchrun`` the processes share the work; each returns the report.
+
+    Args:
+        run_or_model: a run folder (teacher and settings from its ``config.yaml``), a student folder, a diffusers
+            pipeline (folder or hub id: teacher rows only), or a live teacher or student.
+        num_images, reference, features, teacher_steps, batch_size, solver, guidance_scale: None means what the run's
+            ``evaluation`` section says, and without a run 10,000, "digits", "digits", (1, 2, 4, 10, 50), 250, "euler",
+            and the student's own guidance scale (1.0 for a teacher alone).
+        seed: of the noise; image i depends on (seed, i) only.
+        json: file to write the report to.
+        teacher_rows: False measures the student only.
+        teacher: of a live student or of a student folder whose teacher is not where it was.
+        device: of the models and features; default: the GPU when there is one, for live objects where they are.
+        weights: local Inception weights; see ``load_features``.
+        cache_dir: of reference statistics; see ``load_reference``.
+
+    Returns:
+        A report; ``str(report)`` is the table.
+
+    Raises:
+        UserError: num_images or a step count below 1, nothing to evaluate at the path, or nothing to measure.
+    """
+    processes = Processes.start()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
+    if teacher is not None:
+        subject.teacher = teacher
+    given = {
+        "num_images": num_images,
+        "reference": reference,
+        "features": features,
+        "teacher_steps": teacher_steps,
+        "batch_size": batch_size,
+        "solver": solver,
+        "guidance_scale": guidance_scale,
+    }
+    asked = {key: value for key, value in given.items() if value is not None}
+    settings = {**DEFAULTS, **(subject.settings or {}), **asked}
+    check_num_images(settings["num_images"])
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = getattr(getattr(subject.student, "info", None), "guidance_scale", 1.0)
+    models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": ()})
+    evaluator = Evaluator(
+        settings["features"],
+        settings["reference"],
+        settings["num_images"],
+        seed,
+        settings["batch_size"],
+        device=place,
+        weights=weights,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    model = subject.student if subject.student is not None else subject.teacher
+    report = evaluate_models(
+        models,
+        tuple(model.shape),
+        model.num_classes,
+        evaluator,
+        model=subject.name,
+        solver=settings["solver"] if subject.teacher is not None else None,
+        guidance_scale=settings["guidance_scale"],
+        noise="float32 unit normal, one CPU generator an image, seeded by (seed, index)",
+        labels=None if model.num_classes is None else f"index modulo {model.num_classes}",
+        device=str(model.device),
+    )
+    if json is not None:
+        processes.on_main(lambda: report.write_json(json))
+    return report
+
+
+def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_scale: float = 1.0) -> Sampler:
+    """A sampler for ``generate`` from a teacher's ODE."""
+
+    def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
+        condition = None if labels is None else teacher.encode(labels=labels)
+        noise = noise.to(teacher.device)
+        latents = teacher.sample(noise, condition, steps=steps, solver=solver, guidance_scale=guidance_scale)
+        return teacher.decode(latents)
+
+    return sample
+
+
+def student_sampler(student: Any, guidance_scale: float | None = None) -> Sampler:
+    """A sampler for ``generate`` from a student's one call."""
+
+    def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
+        condition = None if labels is None else student.encode(labels=labels)
+        return student.decode(student(noise.to(student.device), condition, guidance_scale))
+
+    return sample
+
+
+def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
+    scale, solver = settings["guidance_scale"], settings["solver"]
+    steps = [] if subject.teacher is None else list(settings["teacher_steps"])
+    if any(count < 1 for count in steps):
+        raise UserError(f"a teacher is sampled with at least 1 step; teacher_steps is {steps}")
+    models = []
+    for count in steps:
+        # Heun's last step, into t = 0, needs no second call.
+        calls = count if solver == "euler" else 2 * count - 1
+        models.append(("teacher", calls, teacher_sampler(subject.teacher, count, solver, scale)))
+    if subject.student is not None:
+        models.append(("student", 1, student_sampler(subject.student, scale)))
+    if not models:
+        raise UserError(f"nothing to measure in {subject.name}: it has no student, and no teacher rows were asked for")
+    return models
+
+
+def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
+    if not isinstance(source, (str, os.PathLike)):
+        return _open_live(source, device)
+    from flowdistill import load_student
+    from flowdistill.student import is_student_folder
+
+    folder = Path(source)
+    name = str(source)
+    if (folder / "config.yaml").is_file():
+        config = _read_config(folder / "config.yaml")
+        student = load_student(folder).to(device) if is_student_folder(folder) else None
+        settings = {key: value for key, value in (config.get("evaluation") or {}).items() if key in DEFAULTS}
+        section = config.get("teacher") or {}
+        teacher = _load_teacher(section, device) if with_teacher else None
+        return _Subject(name, teacher, student, settings)
+    if folder.is_dir() and is_student_folder(folder):
+        student = load_student(folder).to(device)
+        base = getattr(getattr(student, "info", None), "base_model", "")
+        # A student is complete without its teacher: when that has moved, its rows are left out.
+        found = with_teacher and base and Path(base).is_dir()
+        return _Subject(name, _load_teacher({"source": base}, device) if found else None, student)
+    return _Subject(name, _load_teacher({"source": name}, device))
+
+
+def _open_live(source: Any, device: torch.device) -> _Subject:
+    name = str(getattr(source, "source", "") or type(source).__name__)
+    if hasattr(source, "velocity") and hasattr(source, "sample"):
+        return _Subject(name, teacher=source)
+    if hasattr(source, "generate") and hasattr(source, "decode"):
+        return _Subject(name, student=source)
+    if hasattr(source, "save_pretrained") and hasattr(source, "components"):
+        from flowdistill import load_teacher
+
+        return _Subject(name, load_teacher(source, device=device))
+    raise UserError(f"a {type(source).__name__} cannot be evaluated; give a run, a student, a teacher or a pipeline")
+
+
+def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
+    from flowdistill import load_teacher
+
+    if not section.get("source"):
+        raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
+    options = {key: section[key] for key in ("null_label", "t_max", "dtype") if section.get(key) is not None}
+    return load_teacher(section["source"], device=device, **options)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not the configuration of a run")
+    return config

@@ -1,0 +1,218 @@
+"""Measuring models against one reference: features and statistics are loaded once, models come and go."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation.collect import Collected, collect
+from flowdistill.evaluation.features import FeatureExtractor, load_features
+from flowdistill.evaluation.frechet import frechet_distance
+from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate, to_uint8
+from flowdistill.evaluation.images import ImageSet
+from flowdistill.evaluation.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
+from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation.reference import Reference, load_reference, mean_floor, moments_of
+from flowdistill.evaluation.report import Report, Row
+
+
+class Evaluator:
+    """FID and its companions of samplers or stored images. All processes must make the same calls.
+
+    Args:
+        features: see ``load_features``.
+        reference: see ``load_reference``.
+        num_images: images of every measured model, over all processes.
+        seed: of the noise and of KID's subsets.
+        batch_size: images in one call of the sampler and of the features; the figures do not depend on it.
+        kid, per_class: False skips the figure (a quick measurement during training).
+        device: of the feature network; default: the GPU when there is one.
+        weights: local Inception weights, see ``load_features``.
+        cache_dir: of reference statistics, see ``load_reference``.
+
+    Raises:
+        UserError: num_images or batch_size below 1, unknown or damaged features or reference, or two that do not fit.
+    """
+
+    def __init__(
+        self,
+        features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor | None = None,
+        reference: str | os.PathLike | Reference = "digits",
+        num_images: int = 10_000,
+        seed: int = 0,
+        batch_size: int = 250,
+        *,
+        kid: bool = True,
+        per_class: bool = True,
+        device: torch.device | str | None = None,
+        weights: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_num_images(num_images)
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
+        self.kid, self.per_class, self.progress = kid, per_class, progress
+        self.extractor = load_features(features, device, weights)
+        self.reference = load_reference(reference, self.extractor, cache_dir, batch_size)
+
+    def measure(
+        self,
+        sampler: Sampler,
+        shape: Sequence[int],
+        num_classes: int | None = None,
+        name: str = "student",
+        calls: int | None = 1,
+        *,
+        condition: Callable[[range], Any] | None = None,
+    ) -> Row:
+        """Generate ``num_images`` images and measure them; every process gets the row.
+
+        Args:
+            sampler, shape, num_classes, condition: see ``generate``.
+            name, calls: what the row says of the model and of its network calls an image.
+        """
+        processes = Processes.current()
+        broken = torch.zeros((), dtype=torch.int64)
+        timed: list[tuple[int, float]] = []
+
+        def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
+            made = generate(
+                sampler,
+                shape,
+                self.num_images,
+                self.seed,
+                self.batch_size,
+                num_classes=num_classes,
+                condition=condition,
+                description=name if calls is None else f"{name}, {calls} calls",
+                progress=self.progress,
+            )
+            for batch in made:
+                timed.append((len(batch.indices), batch.seconds))
+                finite = batch.images.isfinite().flatten(1).all(dim=1)
+                broken.add_((~finite).sum().cpu())
+                yield batch.indices, to_uint8(batch.images.nan_to_num()), batch.labels
+
+        collected = collect(batches(), self.extractor, self.num_images, processes)
+        # The first batch pays for compilation, autotuning and caches, unless it is the only one.
+        steady = timed[1:] or timed
+        rate = sum(count for count, _ in steady) / max(sum(seconds for _, seconds in steady), 1e-9) if steady else 0.0
+        speed = float(processes.sum(torch.tensor(rate, dtype=torch.float64)))
+        num_broken = int(processes.sum(broken))
+        if num_broken:
+            warnings.warn(
+                f"{num_broken} of {self.num_images} images of {name!r} are not finite, so nothing is measured on them",
+                stacklevel=2,
+            )
+            return Row(name, calls, images_per_second=speed)
+        labels = balanced_labels(range(self.num_images), num_classes)
+        return processes.on_main(lambda: self._row(collected, labels, name, calls, speed))
+
+    def measure_images(self, images: ImageSet, name: str = "images") -> Row:
+        """Measure stored images (all of them, whatever ``num_images`` says)."""
+        processes = Processes.current()
+        parts = images.batches(processes.span(len(images)), self.batch_size, self.extractor.channels)
+        labels = images.labels
+        batches = (
+            (indices, part, None if labels is None else labels[indices.start : indices.stop]) for indices, part in parts
+        )
+        collected = collect(batches, self.extractor, len(images), processes)
+        return processes.on_main(lambda: self._row(collected, labels, name, None, None))
+
+    def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: Any) -> Report:
+        """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
+        total = self.num_images if num_images is None else num_images
+        return Report(
+            rows=list(rows),
+            num_images=total,
+            features=self.extractor.name,
+            reference=self.reference.name,
+            seed=self.seed,
+            fid_floor=mean_floor(self.floors),
+            protocol={**self.protocol(total), **protocol},
+        )
+
+    @cached_property
+    def floors(self) -> list[float] | None:
+        """FID of three random halvings of the reference; computed by the main process, known to all."""
+        return Processes.current().on_main(self.reference.fid_floor)
+
+    def protocol(self, num_images: int | None = None) -> dict[str, Any]:
+        """How the figures come about: what one needs to know to get the same ones."""
+        extractor, reference = self.extractor, self.reference
+        total = self.num_images if num_images is None else num_images
+        size = len(reference.mean)
+        protocol: dict[str, Any] = {
+            "features": extractor.name,
+            "features_sha256": extractor.hash,
+            "feature_size": size,
+            "resize": extractor.resize,
+            "images": "clipped to [0, 1] and rounded to uint8 before the features",
+            "num_images": total,
+            "reference": reference.name,
+            "reference_images": reference.count,
+            "reference_sha256": reference.source_hash,
+            "fid": "float64 moments, unbiased covariances",
+            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3" if self.kid else None,
+            "seed": self.seed,
+            "processes": Processes.current().world,
+            "batch_size": self.batch_size,
+            "images_per_second": "sampling and decoding only, first batch left out, sum over processes",
+            "fid_floors": self.floors,
+            "torch": torch.__version__,
+        }
+        if min(total, reference.count or total) <= size:
+            protocol["note"] = f"no more images than features ({size}): the FID is far above that of many images"
+        return protocol
+
+    def _row(
+        self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None
+    ) -> Row:
+        moments, reference = collected.moments, self.reference
+        row = Row(name, calls, images_per_second=speed)
+        if moments.count > 1:
+            row.fid = frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+        if self.kid and reference.features is not None:
+            row.kid = kernel_distance(collected.features, reference.features, self.seed)
+        if collected.matches is not None:
+            row.accuracy = collected.matches / moments.count
+        if self.per_class and labels is not None and collected.complete and reference.labelled:
+            row.per_class_fid = per_class_distances(collected.features, labels, reference)
+        return row
+
+
+def per_class_distances(features: Tensor, labels: Tensor, reference: Reference) -> dict[str, float | None] | None:
+    """Fréchet distance within each class of the reference, by label.
+
+    None for a class with no more images than features on either side (its covariance is singular and the distance says
+    more about the number of images than about the images), None instead of the dictionary when no class has enough.
+    """
+    distances: dict[str, float | None] = {}
+    for label in reference.labels.unique(sorted=True).tolist():
+        ours, theirs = features[labels == label], reference.features[reference.labels == label]
+        distances[str(label)] = None
+        if min(len(ours), len(theirs)) > features.shape[1]:
+            a, b = moments_of(ours), moments_of(theirs)
+            distances[str(label)] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return distances if any(value is not None for value in distances.values()) else None
+
+
+def evaluate_models(
+    models: Iterable[tuple[str, int | None, Sampler]],
+    shape: Sequence[int],
+    num_classes: int | None,
+    evaluator: Evaluator,
+    **protocol: Any,
+) -> Report:
+    """Measure several (name, network calls, sampler) on the same noise and labels."""
+    rows = [evaluator.measure(sampler, shape, num_classes, name, calls) for name, calls, sampler in models]
+    return evaluator.report(rows, **protocol)

@@ -1,0 +1,117 @@
+"""Seeded generation: image i of a seed is the same for any batch size and any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation.processes import Processes
+from flowdistill.noise import indexed_noise
+
+# (noise, labels or condition) -> images in [0, 1]
+Sampler = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with consecutive indices, as generated.
+
+    ``images`` (B, C, H, W) in [0, 1]; ``labels`` int64 (B,) on the CPU, or None; ``seconds`` the sampler took.
+    """
+
+    indices: range
+    labels: Tensor | None
+    images: Tensor
+    seconds: float
+
+
+def balanced_labels(indices: Sequence[int], num_classes: int | None) -> Tensor | None:
+    """Label ``i % num_classes`` of sample i, int64 (len(indices),); None for a model without classes."""
+    if num_classes is None:
+        return None
+    return torch.tensor(list(indices), dtype=torch.int64) % num_classes
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as they would be stored: uint8, values outside clipped, rounded to the nearest level."""
+    return images.float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+
+
+def check_num_images(num_images: int) -> None:
+    """Raise UserError unless ``num_images`` is a positive number of images."""
+    if num_images < 1:
+        raise UserError(f"num_images must be at least 1, not {num_images}")
+
+
+def batches_of(span: range, batch_size: int) -> Iterator[range]:
+    """Consecutive parts of ``span`` with at most ``batch_size`` indices."""
+    for start in range(span.start, span.stop, batch_size):
+        yield range(start, min(start + batch_size, span.stop))
+
+
+@torch.no_grad()
+def generate(
+    sampler: Sampler,
+    shape: Sequence[int],
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 250,
+    rank: int | None = None,
+    world: int | None = None,
+    *,
+    num_classes: int | None = None,
+    condition: Callable[[range], Any] | None = None,
+    description: str = "images",
+    progress: bool = True,
+) -> Iterator[Batch]:
+    """Generate this process's share of the images 0..num_images-1, in index order.
+
+    Args:
+        sampler: ``sampler(noise, labels)``, a deterministic function of its arguments, row by row: unit normal noise,
+            float32 (B, *shape) on the CPU, and labels int64 (B,) on the CPU (None without classes), to images
+            (B, C, H, W) in [0, 1] on any device.
+        shape: of one sample's noise.
+        num_images: of the whole set, over all processes, at least 1.
+        rank, world: which share; default: this process of torch.distributed.
+        num_classes: labels are ``i % num_classes``; None: no labels.
+        condition: what the sampler gets as its second argument for a range of indices, instead of labels.
+        progress: a progress bar on rank 0 (of its own share), on a terminal.
+
+    Raises:
+        UserError: num_images or batch_size below 1.
+    """
+    check_num_images(num_images)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    here = Processes.current()
+    here = Processes(here.rank if rank is None else rank, here.world if world is None else world)
+    span = here.span(num_images)
+    # None: no bar either where standard error is no terminal, as its redrawing would fill a log file.
+    hidden = None if progress and here.is_main else True
+    bar = tqdm(total=len(span), desc=description, unit="img", disable=hidden, leave=False)
+    with bar:
+        for indices in batches_of(span, batch_size):
+            labels = balanced_labels(indices, num_classes)
+            noise = indexed_noise(tuple(shape), seed, indices)
+            given = labels if condition is None else condition(indices)
+            start = _clock()
+            images = sampler(noise, given)
+            seconds = _clock() - start
+            if images.ndim != 4 or len(images) != len(indices):
+                raise ValueError(f"the sampler returned {tuple(images.shape)} for {len(indices)} samples")
+            yield Batch(indices, labels, images, seconds)
+            bar.update(len(indices))
+
+
+def _clock() -> float:
+    """Seconds, after everything queued on the GPU is done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

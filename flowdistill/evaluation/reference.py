@@ -1,0 +1,245 @@
+"""Reference statistics: of a named set, a folder of images, or an .npz file, cached with the hash of their makers."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import statistics
+import warnings
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation.collect import collect
+from flowdistill.evaluation.features import FeatureExtractor
+from flowdistill.evaluation.files import atomic_write, cache_folder
+from flowdistill.evaluation.frechet import Moments, frechet_distance
+from flowdistill.evaluation.images import FolderImages, ImageSet, NamedImages
+from flowdistill.evaluation.processes import Processes
+
+# Part of every cache key: raise it when the meaning of a stored number changes.
+VERSION = 1
+# What a damaged .npz raises, depending on where it is damaged.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with.
+
+    ``mean`` (D,) and ``covariance`` (D, D) float64; ``features`` float32 (K, D) for KID, or None; ``labels`` int64 (K,)
+    of those rows, or None; ``count`` images (None: unknown); ``source_hash`` of the images; ``feature_hash`` of the
+    extractor (None: not recorded in the file).
+    """
+
+    name: str
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+    features: Tensor | None = None
+    labels: Tensor | None = None
+    source_hash: str | None = None
+    feature_hash: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image's features and label are at hand: what a per-class distance and the floor need."""
+        return self.labels is not None and self.features is not None and len(self.features) == self.count
+
+    def fid_floor(self, seeds: Iterable[int] = (0, 1, 2)) -> list[float] | None:
+        """Distances of random class-balanced halves of the set to each other, one a seed; None without labels.
+
+        What a perfect generator would get with half as many images on either side. None too when a half has fewer than
+        two images.
+        """
+        if not self.labelled or len(self.labels) < 4:
+            return None
+        from flowdistill.data import split_halves
+
+        floors = []
+        for seed in seeds:
+            first, second = (moments_of(self.features[rows]) for rows in split_halves(self.labels, seed))
+            floors.append(frechet_distance(first.mean, first.covariance, second.mean, second.covariance))
+        return floors
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write an .npz (complete or absent) that ``load_reference`` and numpy read."""
+        arrays = {
+            "version": VERSION,
+            "name": self.name,
+            "mean": self.mean.numpy(),
+            "covariance": self.covariance.numpy(),
+            "count": -1 if self.count is None else self.count,
+            "source_hash": self.source_hash or "",
+            "feature_hash": self.feature_hash or "",
+        }
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+        if self.labels is not None:
+            arrays["labels"] = self.labels.numpy()
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+
+
+def moments_of(features: Tensor) -> Moments:
+    """Mean and covariance of features (N, D)."""
+    moments = Moments(features.shape[1])
+    moments.update(features)
+    return moments
+
+
+def mean_floor(floors: list[float] | None) -> float | None:
+    """Mean of ``Reference.fid_floor``."""
+    return statistics.fmean(floors) if floors else None
+
+
+def load_reference(
+    reference: str | os.PathLike | Reference,
+    extractor: FeatureExtractor,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 250,
+) -> Reference:
+    """Statistics of a reference set under an extractor. All processes of an evaluation must call it together.
+
+    Args:
+        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, or an ``.npz`` file with ``mean``
+            and ``covariance`` (ours) or ``mu`` and ``sigma`` (pytorch-fid, ADM, EDM).
+        cache_dir: where statistics are kept; default ``~/.cache/flowdistill/statistics``. The key holds the hashes of
+            extractor, resizing and images, so a change of either makes new statistics. A folder that cannot be written
+            to costs a warning, not the evaluation.
+
+    Raises:
+        UserError: unknown name, empty folder, damaged file, or a file made with other features.
+    """
+    if isinstance(reference, Reference):
+        _check_fits(reference, extractor)
+        return reference
+    processes = Processes.current()
+    if str(reference).endswith(".npz"):
+        loaded = processes.on_main(lambda: read_npz(Path(reference)))
+        _check_fits(loaded, extractor)
+        return loaded
+    images = open_images(reference)
+    # An extractor without a hash cannot be told from another one, so its statistics are not kept.
+    path = None if extractor.hash is None else _cache_path(images, extractor, cache_dir)
+    cached = processes.on_main(lambda: _read_cache(path, images, extractor))
+    if cached is not None:
+        return cached
+    span = processes.span(len(images))
+    batches = ((indices, part, None) for indices, part in images.batches(span, batch_size, extractor.channels))
+    collected = collect(batches, extractor, len(images), processes)
+    made = Reference(
+        name=images.name,
+        mean=collected.moments.mean,
+        covariance=collected.moments.covariance,
+        count=len(images),
+        features=collected.features,
+        labels=None if images.labels is None else images.labels[collected.indices],
+        source_hash=images.hash(),
+        feature_hash=extractor.hash,
+    )
+    if path is not None and processes.is_main:
+        _write_cache(made, path)
+    return made
+
+
+def open_images(source: str | os.PathLike) -> ImageSet:
+    """A named set, or the images of a folder.
+
+    Raises:
+        UserError: neither a known name nor a folder.
+    """
+    from flowdistill.data import IMAGE_SETS
+
+    if source in IMAGE_SETS:
+        return NamedImages(str(source))
+    if Path(source).is_dir():
+        return FolderImages(source)
+    near = difflib.get_close_matches(str(source), IMAGE_SETS, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UserError(
+        f"the reference {str(source)!r} is neither a named set ({', '.join(sorted(IMAGE_SETS))}) nor a folder of "
+        f"images nor an .npz file{hint}"
+    )
+
+
+def read_npz(path: Path) -> Reference:
+    """Read statistics in our form or as ``mu`` and ``sigma``.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds neither.
+    """
+    if not path.is_file():
+        raise UserError(f"the reference statistics {path} do not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name in _OURS or name in ("mu", "sigma")}
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is damaged or no .npz file: {error}") from error
+    mean = arrays.get("mean", arrays.get("mu"))
+    covariance = arrays.get("covariance", arrays.get("sigma"))
+    if mean is None or covariance is None:
+        raise UserError(f"{path} holds neither 'mean' and 'covariance' nor 'mu' and 'sigma'")
+    size = mean.size
+    if mean.ndim != 1 or covariance.shape != (size, size):
+        raise UserError(f"{path} holds a mean of shape {mean.shape} and a covariance of shape {covariance.shape}")
+    count = int(arrays.get("count", -1))
+    features, labels = arrays.get("features"), arrays.get("labels")
+    return Reference(
+        name=str(arrays.get("name", path.name)),
+        mean=torch.from_numpy(mean.astype(np.float64)),
+        covariance=torch.from_numpy(covariance.astype(np.float64)),
+        count=None if count < 0 else count,
+        features=None if features is None else torch.from_numpy(features),
+        labels=None if labels is None else torch.from_numpy(labels),
+        source_hash=str(arrays.get("source_hash", "")) or None,
+        feature_hash=str(arrays.get("feature_hash", "")) or None,
+    )
+
+
+_OURS = ("name", "mean", "covariance", "count", "features", "labels", "source_hash", "feature_hash")
+
+
+def _check_fits(reference: Reference, extractor: FeatureExtractor) -> None:
+    made, used = reference.feature_hash, extractor.hash
+    if made is not None and used is not None and made != used:
+        raise UserError(
+            f"the reference {reference.name!r} was made with other features (sha256 {made[:16]}) than "
+            f"{extractor.name!r} (sha256 {used[:16]}); make it again or name the features it was made with"
+        )
+
+
+def _cache_path(images: ImageSet, extractor: FeatureExtractor, cache_dir: str | os.PathLike | None) -> Path:
+    makers = f"{VERSION}\0{extractor.hash}\0{extractor.resize}\0{extractor.channels}\0{images.hash()}"
+    key = hashlib.sha256(makers.encode()).hexdigest()[:24]
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", f"{Path(images.name).name}-{extractor.name}").strip("-")[:60]
+    return Path(cache_dir or cache_folder("statistics")) / f"{stem}-{key}.npz"
+
+
+def _read_cache(path: Path | None, images: ImageSet, extractor: FeatureExtractor) -> Reference | None:
+    """The cached statistics, or None when there are none, they are damaged, or they are not what their name says."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        cached = read_npz(path)
+    except UserError:
+        return None
+    made_by = (cached.source_hash, cached.feature_hash, cached.count)
+    return cached if made_by == (images.hash(), extractor.hash, len(images)) else None
+
+
+def _write_cache(reference: Reference, path: Path) -> None:
+    try:
+        reference.save(path)
+    except OSError as error:
+        # Python's default filter shows a warning of one place and text once, so a training run is not flooded.
+        message = f"the reference statistics are not cached: {path.parent} cannot be written to ({error.strerror})"
+        warnings.warn(message, stacklevel=2)

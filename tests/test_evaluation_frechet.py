@@ -1,0 +1,150 @@
+"""The Fréchet distance against closed forms and scipy, and the moments it is made of."""
+
+import time
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation import Moments, frechet_distance, kernel_distance
+
+
+def covariance(rng: np.random.Generator, samples: int, size: int, decay: float) -> np.ndarray:
+    rotation = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    return np.cov(
+        (rng.standard_normal((samples, size)) * np.exp(-decay * np.linspace(0, 1, size))) @ rotation.T, rowvar=False
+    )
+
+
+def with_sqrtm(mean1, cov1, mean2, cov2) -> float:
+    """Through C1^(1/2) C2 C1^(1/2), whose root scipy takes accurately also for singular matrices."""
+    root = scipy.linalg.sqrtm(cov1).real
+    inner = root @ cov2 @ root
+    overlap = np.trace(scipy.linalg.sqrtm((inner + inner.T) / 2).real)
+    return np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+
+
+def test_equals_scipy_sqrtm_of_the_product():
+    rng = np.random.default_rng(0)
+    for decay in (1.0, 4.0):
+        c1, c2 = covariance(rng, 500, 60, decay), covariance(rng, 500, 60, decay + 1)
+        m1, m2 = rng.standard_normal(60), rng.standard_normal(60)
+        overlap = np.trace(scipy.linalg.sqrtm(c1 @ c2).real)
+        expected = np.square(m1 - m2).sum() + np.trace(c1) + np.trace(c2) - 2 * overlap
+        assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, abs=1e-9 * np.trace(c1 + c2))
+
+
+@pytest.mark.parametrize("samples", [(20, 500), (500, 20), (20, 30), (3, 3), (100, 101)])
+def test_rank_deficient_covariances(samples):
+    rng = np.random.default_rng(1)
+    c1, c2 = covariance(rng, samples[0], 100, 2.0), covariance(rng, samples[1], 100, 3.0)
+    zero = np.zeros(100)
+    scale = np.trace(c1 + c2)
+    # The exact overlap is the nuclear norm of C1^(1/2) C2^(1/2), with roots from the eigenvectors.
+    roots = []
+    for c in (c1, c2):
+        values, vectors = np.linalg.eigh(c)
+        roots.append(vectors * np.sqrt(np.where(values > 1e-13 * values.max(), values, 0.0)) @ vectors.T)
+    exact = scale - 2 * np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    assert frechet_distance(zero, c1, zero, c2) == pytest.approx(exact, abs=1e-7 * scale)
+    assert frechet_distance(zero, c2, zero, c1) == pytest.approx(exact, abs=1e-7 * scale)
+    assert frechet_distance(zero, c1, zero, c2) == pytest.approx(with_sqrtm(zero, c1, zero, c2), abs=1e-6 * scale)
+
+
+def test_ranges_that_do_not_meet():
+    """Each covariance lives where the other is zero: nothing overlaps, and roots of rounding errors must not count."""
+    c1, c2 = np.zeros((50, 50)), np.zeros((50, 50))
+    rng = np.random.default_rng(2)
+    c1[:20, :20], c2[20:, 20:] = covariance(rng, 100, 20, 1.0), covariance(rng, 100, 30, 1.0)
+    rotation = np.linalg.qr(rng.standard_normal((50, 50)))[0]
+    c1, c2 = rotation @ c1 @ rotation.T, rotation @ c2 @ rotation.T
+    zero, scale = np.zeros(50), np.trace(c1 + c2)
+    assert frechet_distance(zero, c1, zero, c2) == pytest.approx(scale, abs=2e-7 * scale)
+
+
+def test_closed_forms():
+    a, b = torch.tensor([1.0, 4.0, 9.0, 0.0]).double(), torch.tensor([4.0, 4.0, 1.0, 2.0]).double()
+    m1, m2 = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 2.0, 0, 0])
+    expected = 1 + 4 + ((a.sqrt() - b.sqrt()) ** 2).sum().item()
+    assert frechet_distance(m1, a.diag(), m2, b.diag()) == pytest.approx(expected, rel=1e-12)
+    # Commuting covariances with a common rotation.
+    q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    assert frechet_distance(m1, q @ a.diag() @ q.T, m2, q @ b.diag() @ q.T) == pytest.approx(expected, rel=1e-7)
+    c = q @ b.diag() @ q.T
+    assert frechet_distance(m1, c, m1, c) == pytest.approx(0.0, abs=1e-12)
+    assert frechet_distance(m1, c, m1, 4 * c) == pytest.approx(c.trace().item(), rel=1e-12)
+
+
+def test_bad_input_is_refused():
+    eye, zero = np.eye(3), np.zeros(3)
+    with pytest.raises(UserError, match="positive semi-definite"):
+        frechet_distance(zero, np.diag([1.0, 1.0, -1.0]), zero, eye)
+    with pytest.raises(UserError, match="finite"):
+        frechet_distance(zero, eye * np.nan, zero, eye)
+    with pytest.raises(UserError, match="one size"):
+        frechet_distance(zero, eye, np.zeros(4), np.eye(4))
+
+
+def test_time_at_2048_features(record_property):
+    rng = np.random.default_rng(3)
+    c1, c2 = covariance(rng, 2500, 2048, 4.0), covariance(rng, 2500, 2048, 4.4)
+    start = time.process_time()
+    frechet_distance(np.zeros(2048), c1, np.zeros(2048), c2)
+    seconds = time.process_time() - start
+    record_property("cpu_seconds", seconds)
+    print(f"Fréchet distance at 2048 features: {seconds:.2f} CPU seconds")
+    assert seconds < 10
+
+
+def test_moments_merge_to_one_pass():
+    features = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    parts = [Moments(7) for _ in range(3)]
+    for part, rows in zip(parts, features.split([1, 500, 499]), strict=True):
+        for batch in rows.split(64):
+            part.update(batch)
+    merged = Moments(7)
+    merged.merge(Moments(7))
+    for part in parts:
+        merged.merge(part)
+    assert merged.count == 1000
+    assert torch.allclose(merged.mean, features.double().mean(0), rtol=0, atol=1e-13)
+    assert torch.allclose(merged.covariance, features.double().T.cov(), rtol=0, atol=1e-12)
+
+
+def test_moments_keep_their_digits_far_from_zero():
+    """E[x^2] - E[x]^2 at an offset of 1e8 would lose all 16 digits of a unit variance."""
+    small = torch.randn(2000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    small = (small * 1024).round() / 1024  # so that adding the offset is exact
+    moments = Moments(3)
+    for batch in (small + 2.0**27).split(100):
+        moments.update(batch)
+    assert torch.allclose(moments.covariance, small.T.cov(), rtol=0, atol=1e-9)
+
+
+def test_too_few_samples_are_refused():
+    moments = Moments(2)
+    with pytest.raises(UserError, match="no samples"):
+        _ = moments.mean
+    moments.update(torch.ones(1, 2))
+    with pytest.raises(UserError, match="at least 2"):
+        _ = moments.covariance
+    with pytest.raises(ValueError, match=r"\(B, 2\)"):
+        moments.update(torch.ones(1, 3))
+
+
+def test_kernel_distance_is_unbiased_seeded_and_grows():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 4, generator=draw), torch.randn(300, 4, generator=draw)
+    state = torch.get_rng_state()
+    # The definition, over all pairs.
+    kernel = lambda a, b: ((a.double() @ b.double().T) / 4 + 1) ** 3  # noqa: E731
+    xx, yy = kernel(x, x), kernel(y, y)
+    exact = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (300 * 299) - 2 * kernel(x, y).mean()
+    assert kernel_distance(x, y) == pytest.approx(exact.item(), abs=1e-5)
+    more = torch.randn(2500, 4, generator=draw)
+    assert kernel_distance(more, y, seed=3) == kernel_distance(more, y, seed=3) != kernel_distance(more, y, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert kernel_distance(more + 0.5, y) > 10 * abs(kernel_distance(more, y))
+    assert kernel_distance(x[:1], y) is None

@@ -1,0 +1,109 @@
+"""Two gloo processes measure what one process measures."""
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch import nn
+
+from flowdistill.errors import UserError
+from flowdistill.evaluation import Evaluator, Moments, load_features, load_reference
+from flowdistill.evaluation.processes import Processes
+
+SHAPE = (1, 4, 4)
+
+
+class Judge(nn.Module):
+    """A fixed random classifier with 6 features and 3 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randn(16, 6, generator=draw))
+        self.register_buffer("head", torch.randn(6, 3, generator=draw))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((images.flatten(1) - 0.5) @ self.first)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images) @ self.head
+
+
+def sampler(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(noise + 0.3 * labels.view(-1, 1, 1, 1))
+
+
+def measure(folder: Path) -> dict:
+    """Everything that communicates, as one process of however many there are."""
+    features = torch.randn(101, 5, generator=torch.Generator().manual_seed(1)) + 100
+    moments = Moments(5)
+    moments.update(features[list(Processes.current().span(101))])
+    total = moments.reduce()
+    extractor = load_features(Judge(), device="cpu")
+    reference = load_reference(folder / "images", extractor, folder / "cache", batch_size=4)
+    evaluator = Evaluator(extractor, reference, num_images=61, seed=5, batch_size=7, progress=False)
+    row = evaluator.measure(sampler, SHAPE, num_classes=3)
+    # One image: with two processes, one of them has none.
+    alone = Evaluator(extractor, reference, num_images=1, progress=False).measure(sampler, SHAPE, num_classes=3)
+    with pytest.raises(UserError, match="only the main process"):
+        Processes.current().on_main(refuse)
+    return {
+        "mean": total.mean,
+        "covariance": total.covariance,
+        "reference": reference.covariance,
+        "features": reference.features,
+        "row": row,
+        "alone": alone,
+        "spans": [list(Processes(rank, 3).span(10)) for rank in range(3)],
+    }
+
+
+def refuse() -> None:
+    raise UserError("only the main process says so")
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        torch.save(measure(Path(folder)), Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def image_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 4, 4), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{index:03}.png")
+
+
+def test_two_processes_equal_one(tmp_path):
+    for name in ("one", "two"):
+        image_folder(tmp_path / name / "images")
+    one = measure(tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(2, port, str(tmp_path / "two")), nprocs=2)
+    both = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    assert one["spans"] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    for two in both:
+        for name in ("mean", "covariance"):
+            assert torch.allclose(one[name], two[name], rtol=1e-12, atol=1e-12), name
+        # A float32 feature may round otherwise in a batch of another size.
+        for name in ("reference", "features"):
+            assert torch.allclose(one[name], two[name], rtol=0, atol=1e-6), name
+        assert two["row"].fid == pytest.approx(one["row"].fid, rel=1e-6)
+        assert two["row"].kid == pytest.approx(one["row"].kid, abs=1e-6)
+        assert two["row"].accuracy == one["row"].accuracy
+        assert two["alone"].fid is None and two["alone"].kid is None and two["alone"].accuracy in (0.0, 1.0)
+    assert both[0]["row"] == both[1]["row"]
+    assert one["row"].fid > 0.1
+    # A tie would prove little: the accuracy is neither none nor all, and the two processes wrote one cache file.
+    assert 0 < one["row"].accuracy < 1
+    assert len(list((tmp_path / "two" / "cache").iterdir())) == 1
