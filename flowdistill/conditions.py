@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowdistill.errors import UserError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -40,3 +42,36 @@ class Condition:
     def cat(conditions: Sequence[Condition]) -> Condition:
         names = conditions[0].tensors.keys()
         return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names})
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """How class labels become a :class:`Condition`.
+
+    Attributes:
+        num_classes: real classes, labels ``0 .. num_classes - 1``.
+        null_label: the label that means "no class" (classifier-free guidance); ``None`` when the network has none.
+    """
+
+    num_classes: int
+    null_label: int | None
+
+    def encode(self, labels: Sequence[int] | Tensor) -> Condition:
+        """Labels (B,) as a condition; raises :class:`UserError` for a label out of range."""
+        tensor = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+        outside = tensor[(tensor < 0) | (tensor >= self.num_classes)]
+        if len(outside):
+            raise UserError(f"label {int(outside[0])} is out of range; this model has the classes 0 to "
+                            f"{self.num_classes - 1}")  # fmt: skip
+        return self.wrap(tensor)
+
+    def wrap(self, labels: Tensor) -> Condition:
+        """Labels (B,) int64 on any device as a condition, unchecked (no host synchronisation)."""
+        return Condition({"class_labels": labels})
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of ``condition``, for classifier-free guidance."""
+        if self.null_label is None:
+            raise UserError("classifier-free guidance needs a null label, and this teacher has none; use "
+                            "guidance_scale 1, or set teacher.null_label when its network was trained with one")  # fmt: skip
+        return self.wrap(torch.full_like(condition.tensors["class_labels"], self.null_label))

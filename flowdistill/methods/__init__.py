@@ -1,0 +1,6 @@
+"""Methods, by name. A new method is one file and one line here."""
+
+METHODS: dict[str, str] = {
+    "freeflow": "flowdistill.methods.freeflow:FreeFlow",
+}
+"""Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""

@@ -1,0 +1,75 @@
+"""The seam between a method and the trainer: neither knows more of the other than what stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.config import OptimizerConfig
+from flowdistill.training.draw import Draw
+
+__all__ = ["Draw", "Method", "Role"]
+
+
+@dataclass
+class Role:
+    """A network that trains.
+
+    Attributes:
+        network: float32; its parameters with ``requires_grad`` are trained, the others belong to the teacher or are
+            rebuilt by the method and are not saved.
+        optimizer: its AdamW and learning rate.
+        ema: whether a moving average of the weights is kept.
+    """
+
+    network: nn.Module
+    optimizer: OptimizerConfig
+    ema: bool = False
+
+
+class Method(Protocol):
+    """What the trainer asks of a method.
+
+    A class behind the name in ``flowdistill.methods.METHODS`` also has ``Config``, the dataclass of its settings, and
+    is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``.
+    """
+
+    name: str
+    teacher: Any
+
+    def roles(self) -> Mapping[str, Role]:
+        """The networks that train, by name, always the same objects. One is named ``"student"``.
+
+        The trainer decides neither train() nor eval(): the networks stay as the method leaves them.
+        """
+
+    def schedule(self, step: int) -> Sequence[str]:
+        """Names of the roles to update at ``step`` (from 0), in order; a name may come more than once."""
+
+    def loss(
+        self, role: str, networks: Mapping[str, Callable[..., Any]], draw: Draw
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of ``role`` on one micro-batch.
+
+        Args:
+            role: whose weights are about to be updated. Gradients that reach another role's weights are dropped.
+            networks: by role name, called as the bare networks are; they run under the chosen precision, distributed,
+                and return float32.
+            draw: every random number comes from here; ``draw.rows`` rows over all processes.
+
+        Returns:
+            The mean loss over the local rows, 0-d and float32, and figures to log: 0-d, detached, without ``.item()``.
+        """
+
+    def student(self, network: nn.Module | None = None) -> Any:
+        """The user's student around ``network`` (a copy of the role "student", e.g. its average), or the trained one.
+
+        It has ``generate(labels=None, num_images=None, seed=0)``, ``num_classes`` and ``save(folder)``.
+        """
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move the frozen parts and the networks to ``device``."""

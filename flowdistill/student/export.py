@@ -1,0 +1,167 @@
+"""A one-step student as a stock diffusers pipeline: every constant folds into a weight, nothing custom remains.
+
+The student's one call is affine in noise and in the network's output,
+
+    latents = k_noise * n + k_output * network(k_input * n, constant time, constant embeddings),
+
+so the time embedding becomes its own constant (in the bias of its last layer), ``k_input`` and ``k_output`` go into
+the first and the last layer, and a stock scheduler's single step supplies ``k_noise``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    FlowMapEulerDiscreteScheduler,
+)
+from torch import nn
+
+from flowdistill.errors import UserError
+from flowdistill.student.flow_map import FlowMap
+from flowdistill.teacher.codec import VaeCodec
+from flowdistill.teacher.velocity import ExtendedVelocity
+
+
+def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
+    """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
+
+    ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
+    ``guidance_scale=1``); both sample with ``num_inference_steps=1``.
+
+    Args:
+        student: a flow map on a diffusers backbone.
+        folder: where to write; must not exist or be empty.
+        guidance_scale: the scale to freeze into the weights; None for the student's default.
+
+    Raises:
+        UserError: the folder is not empty, or this student cannot be folded (the message says why).
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
+    if not isinstance(student.network, ExtendedVelocity):
+        raise UserError("only students on a diffusers backbone can be exported")
+    backbone = _with_constant_time(student, guidance_scale)
+    c = student.network.velocity.path.coefficients(torch.tensor([student.t_max], dtype=torch.float64))
+    t, state, output = student.t_max, c.state.item(), c.output.item()
+    k_input, k_noise, k_output = t * c.input_scale.item(), t * (1 - t * state), -t * output
+    if student.network.velocity.adapter.family == "UNet2DModel":
+        pipeline = _consistency_pipeline(student, backbone, k_input, k_noise, k_output)
+        call = "pipe(batch_size=4, num_inference_steps=1)"
+        if student.num_classes is not None:
+            call = "pipe(batch_size=4, num_inference_steps=1, class_labels=[0, 1, 2, 3])"
+    else:
+        pipeline = _dit_pipeline(student, backbone, k_input, k_noise, k_output)
+        call = "pipe(class_labels=[0, 1, 2, 3], num_inference_steps=1, guidance_scale=1)"
+    pipeline.save_pretrained(target)
+    (target / "README.md").write_text(_card(student, call), encoding="utf-8")
+    return target
+
+
+@torch.no_grad()
+def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Module:
+    """The backbone with its whole time embedding, extra conditions included, frozen at the student's one time."""
+    network = student.network
+    scalars: dict[str, float] = {"duration": student.t_max}
+    if "guidance" in network.embeddings:
+        scalars["guidance"] = student._guidance(guidance_scale)
+    elif guidance_scale is not None:
+        student._guidance(guidance_scale)
+    captured: dict[int, torch.Tensor] = {}
+    modules = network.velocity.adapter.time_embeddings(network.velocity.backbone)
+    handles = [
+        module.register_forward_hook(lambda m, args, out, i=i: captured.__setitem__(i, out[0].clone()))
+        for i, module in enumerate(modules)
+    ]
+    try:
+        device = student.device
+        noise = torch.zeros(1, *student.shape, device=device)
+        condition = None if student.classes is None else student.encode([0])
+        columns = {name: torch.full((1,), float(value), device=device) for name, value in scalars.items()}
+        network(noise, torch.full((1,), student.t_max, dtype=torch.float64, device=device), condition, **columns)
+    finally:
+        for handle in handles:
+            handle.remove()
+    backbone = copy.deepcopy(network.velocity.backbone).cpu()
+    for i, module in enumerate(network.velocity.adapter.time_embeddings(backbone)):
+        module._forward_hooks.clear()  # the hook that adds the extra embedding: it is in the constant now
+        module.linear_2.weight.zero_()
+        module.linear_2.bias.copy_(captured[i])
+    return backbone
+
+
+@torch.no_grad()
+def _fold_scales(student: FlowMap, backbone: nn.Module, k_input: float, k_output: float) -> None:
+    if getattr(backbone.config, "center_input_sample", False):
+        raise UserError("the UNet2DModel centres its input (center_input_sample), which an input scale cannot fold into")
+    if any(hasattr(block, "skip_conv") for block in getattr(backbone, "up_blocks", ())):
+        raise UserError("the UNet2DModel has skip blocks that bypass its last layer, which an output scale cannot fold "
+                        "into")  # fmt: skip
+    first, last = student.network.velocity.adapter.projections(backbone)
+    first.weight.mul_(k_input)
+    last.weight.mul_(k_output)
+    last.bias.mul_(k_output)
+
+
+def _consistency_pipeline(
+    student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+) -> ConsistencyModelPipeline:
+    # One step of this scheduler is c_skip * (sigma n) + c_out * network(sigma n / root). With sigma_data equal to
+    # sigma - sigma_min, c_skip is 1/2, so sigma = 2 k_noise supplies any positive k_noise. For k_noise = 0 (sample
+    # prediction) a tiny sigma_data makes c_skip vanish.
+    if k_noise > 1e-6:
+        sigma, sigma_min = 2 * k_noise, 1e-3 * k_noise
+        data = sigma - sigma_min
+    else:
+        sigma, sigma_min, data = 1.0, 1e-3, 1e-5
+    root = (sigma**2 + data**2) ** 0.5
+    _fold_scales(student, backbone, k_input * root / sigma, k_output * root / ((sigma - sigma_min) * data))
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=2, sigma_min=sigma_min, sigma_max=sigma, sigma_data=data, clip_denoised=False
+    )
+    return ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)
+
+
+def _dit_pipeline(
+    student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+) -> DiTPipeline:
+    if not isinstance(student.codec, VaeCodec):
+        raise UserError("a DiTPipeline needs an autoencoder, and this student has none")
+    scheduler: Any
+    if abs(k_noise - 1) < 1e-9:  # flow matching: n - network
+        scheduler = FlowMapEulerDiscreteScheduler()
+        _fold_scales(student, backbone, k_input, -k_output)
+    else:
+        # A one-entry DDIM schedule: x_0 = (n - sigma network) / alpha (epsilon) for k_noise > 1, and
+        # x_0 = alpha n - sigma network (v_prediction) below.
+        alpha = 1 / k_noise if k_noise > 1 else k_noise
+        sigma = (1 - alpha**2) ** 0.5
+        scheduler = DDIMScheduler(
+            num_train_timesteps=1,
+            trained_betas=[1 - alpha**2],
+            prediction_type="epsilon" if k_noise > 1 else "v_prediction",
+            clip_sample=False,
+        )
+        gain = sigma / alpha if k_noise > 1 else sigma
+        _fold_scales(student, backbone, k_input, -k_output / gain)
+    return DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
+
+
+def _card(student: FlowMap, call: str) -> str:
+    info = student.info
+    return (
+        "# A one-step generator\n\n"
+        f"Distilled with {info.method or 'flowdistill'} from {info.base_model or 'a diffusers pipeline'}. "
+        f"One network call an image; guidance scale {info.guidance_scale} is part of the weights.\n\n"
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\nimages = {call}.images\n```\n'
+    )

@@ -1,0 +1,200 @@
+"""The flow map: the teacher's ODE from the prior to any later time, in one network call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.errors import UserError
+from flowdistill.objectives.flow_map import end_point
+from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.teacher import Teacher
+from flowdistill.teacher.velocity import ExtendedVelocity
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """Where a student comes from and what it may be asked.
+
+    Attributes:
+        method: the distillation method.
+        base_model: the teacher's source.
+        guidance_range: guidance scales it was trained for; None when guidance is not an input.
+        guidance_scale: the scale used when none is asked for, or the one it was distilled at.
+        settings: the method's own settings, for the record.
+    """
+
+    method: str = ""
+    base_model: str = ""
+    guidance_range: tuple[float, float] | None = None
+    guidance_scale: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class FlowMap(nn.Module):
+    """A prior-anchored flow map: f(n, d) = t_max n - d V(n, d), with V the average velocity over duration d.
+
+    At d = 0 it is the identity on the start state and at d = t_max a one-step generator, for every V. Before training
+    V(n, d) = v_teacher(t_max n, t_max) for all d, so that f is the teacher's single Euler step (FreeFlow, section 2).
+
+    Args:
+        network: ``(start, t, condition, duration=, [guidance=]) -> V``; usually an :class:`ExtendedVelocity`.
+        shape, t_max, codec, classes, scheduler: as of its teacher.
+        info: see :class:`StudentInfo`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        t_max: float,
+        codec: PixelCodec | VaeCodec,
+        classes: ClassLabels | None,
+        info: StudentInfo,
+        scheduler: Any = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.shape = tuple(shape)
+        self.t_max = t_max
+        self.codec = codec
+        self.classes = classes
+        self.info = info
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_teacher(cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None) -> FlowMap:
+        """A student that starts as its teacher's Euler step (``network`` None), or around a network of one's own."""
+        if network is None:
+            scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
+            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars)
+        return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler)
+
+    def with_network(self, network: nn.Module) -> FlowMap:
+        """The same student around another network (an EMA copy)."""
+        return FlowMap(network, self.shape, self.t_max, self.codec, self.classes, self.info, self.scheduler)
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else self.classes.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def forward(
+        self,
+        noise: Tensor,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float | None = None,
+        duration: Tensor | float | None = None,
+    ) -> Tensor:
+        """The map itself, differentiable, one network call.
+
+        Args:
+            noise: unit normal (B, *shape).
+            condition: as the teacher's.
+            guidance_scale: float or (B,), within ``info.guidance_range``; None for ``info.guidance_scale``.
+            duration: float or (B,) in [0, t_max]; None for t_max, i.e. to data.
+
+        Returns:
+            Latents (B, *shape) at time t_max - duration.
+        """
+        batch = noise.shape[0]
+
+        def column(value: Tensor | float) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.float32, device=noise.device).expand(batch)
+
+        length = column(self.t_max if duration is None else duration)
+        scalars = {"duration": length}
+        if self.info.guidance_range is not None:
+            scalars["guidance"] = column(self._guidance(guidance_scale))
+        elif guidance_scale is not None:
+            self._guidance(guidance_scale)
+        start = self.t_max * noise
+        # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
+        time = torch.full((batch,), self.t_max, dtype=torch.float64, device=noise.device)
+        velocity = self.network(start, time, condition, **scalars)
+        return end_point(start, length, velocity)
+
+    def _guidance(self, scale: Tensor | float | None) -> Tensor | float:
+        if scale is None or isinstance(scale, Tensor):
+            return self.info.guidance_scale if scale is None else scale
+        low, high = self.info.guidance_range or (self.info.guidance_scale, self.info.guidance_scale)
+        if not low <= scale <= high:
+            allowed = f"{low} to {high}" if low < high else f"only {low}"
+            raise UserError(f"guidance_scale is {scale}; this student was distilled for {allowed}")
+        return scale
+
+    def encode(self, labels: Sequence[int] | Tensor | None = None) -> Condition | None:
+        """Labels (B,) as a condition; raises :class:`UserError` for labels out of range, missing or not taken."""
+        if self.classes is None:
+            if labels is not None:
+                raise UserError("labels were given, but this student takes none")
+            return None
+        if labels is None:
+            raise UserError(f"this student needs labels, 0 to {self.classes.num_classes - 1}")
+        return self.classes.encode(labels).to(self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
+        return self.codec.decode(latents)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Sequence[int] | None = None,
+        num_images: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """Images (N, C, H, W) in [0, 1], one network call an image, on the CPU.
+
+        Image i depends on ``seed``, i and its label only, not on the batch size.
+
+        Args:
+            labels: one an image; None cycles through the classes of a conditional student.
+            num_images: N; may be omitted when labels are given, which are cycled to N.
+            seed: any integer.
+            batch_size: images in one network call.
+            guidance_scale: see :meth:`forward`.
+
+        Raises:
+            UserError: N < 1, a label out of range, or a guidance scale outside the student's range.
+        """
+        return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale)))
+
+    @torch.no_grad()
+    def batches(
+        self,
+        labels: Sequence[int] | None = None,
+        num_images: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        guidance_scale: float | None = None,
+    ) -> Iterator[Tensor]:
+        """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
+        from flowdistill.noise import indexed_noise
+
+        if labels is None and self.num_classes is not None:
+            labels = range(self.num_classes)
+        count = num_images if num_images is not None else len(labels) if labels is not None else 1
+        if count < 1 or batch_size < 1:
+            raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            noise = indexed_noise(self.shape, seed, indices).to(self.device)
+            condition = None if labels is None else self.encode([labels[i % len(labels)] for i in indices])
+            yield self.decode(self(noise, condition, guidance_scale)).cpu()
+
+    def save(self, folder: Any) -> None:
+        """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""
+        from flowdistill.student.storage import save_flow_map
+
+        save_flow_map(self, folder)

@@ -1,0 +1,159 @@
+"""A student on disk: safetensors weights and JSON that says everything needed to load them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flowdistill.errors import UserError
+from flowdistill.path import path_from_scheduler
+from flowdistill.student.flow_map import FlowMap, StudentInfo
+from flowdistill.teacher.adapters import ADAPTERS, adapter_for
+from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.loading import SIDECAR, load_scheduler
+from flowdistill.teacher.velocity import ExtendedVelocity, VelocityNetwork
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+
+
+def find_student(path: str | os.PathLike[str]) -> Path | None:
+    """The student folder that ``path`` is (a student) or holds (a run); None when there is none."""
+    for folder in (Path(path) / "student", Path(path)):
+        file = folder / SIDECAR
+        if file.is_file():
+            try:
+                if "kind" in json.loads(file.read_text(encoding="utf-8")):
+                    return folder
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                return folder  # a damaged description is for load_student to report, not to overlook
+    return None
+
+
+def is_student_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a student folder or a run folder with a student in it."""
+    return find_student(path) is not None
+
+
+def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
+    """Write ``student`` to ``folder``; an older student there is replaced only once the new one is complete."""
+    network = student.network
+    if not isinstance(network, ExtendedVelocity):
+        raise UserError(f"a student around a {type(network).__name__} cannot be saved; only students of a diffusers "
+                        "backbone can")  # fmt: skip
+    path, info, target = network.velocity.path, student.info, Path(folder)
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "flow_map",
+        "method": info.method,
+        "base_model": info.base_model,
+        "backbone": network.velocity.adapter.family,
+        "path": path.kind,
+        "prediction": path.prediction,
+        "t_min": path.t_min,
+        "t_max": student.t_max,
+        "shape": list(student.shape),
+        "scalars": list(network.embeddings),
+        "guidance_range": None if info.guidance_range is None else list(info.guidance_range),
+        "guidance_scale": info.guidance_scale,
+        "num_classes": student.num_classes,
+        "null_label": None if student.classes is None else student.classes.null_label,
+        "settings": info.settings,
+    }
+    partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    network.velocity.backbone.save_config(partial / "backbone")
+    student.scheduler.save_pretrained(partial / "scheduler")
+    if isinstance(student.codec, VaeCodec):
+        student.codec.vae.save_pretrained(partial / "vae")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> FlowMap:
+    """The student in a run folder, a student folder or a hub repository.
+
+    Raises:
+        UserError: nothing there, a student that is incomplete or damaged, or one made by a newer format.
+    """
+    source = os.fspath(path)
+    folder = find_student(source)
+    if folder is None and not Path(source).exists() and source.count("/") == 1 and not source.startswith("."):
+        folder = _download(source)
+    if folder is None:
+        if not Path(source).exists():
+            raise UserError(f"{source} does not exist; give a run folder or a student folder")
+        hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
+            "it has no flowdistill.json that describes one")  # fmt: skip
+        raise UserError(f"{source} holds no student: {hint}")
+    student = _load_flow_map(folder)
+    return student if device is None else student.to(device)
+
+
+def _download(repository: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return find_student(snapshot_download(repository))
+    except Exception as error:  # the hub client raises many unrelated types, and every one means the same to a user
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{repository} is no folder here and could not be fetched from the hub: {reason}") from error
+
+
+def _load_flow_map(folder: Path) -> FlowMap:
+    try:
+        description = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+        kind, version = description["kind"], description["format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
+    if kind != "flow_map" or version > FORMAT:
+        raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads flow_map students "
+                        f"up to format {FORMAT}")  # fmt: skip
+    if description["backbone"] not in ADAPTERS:
+        raise UserError(f"{folder} has the backbone {description['backbone']}, which is not supported")
+    backbone_class = getattr(diffusers, description["backbone"])
+    try:
+        config = backbone_class.load_config(folder / "backbone")
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the student in {folder} is incomplete or damaged: {' '.join(str(error).split())}") from error
+    backbone = backbone_class.from_config(config)
+    scheduler = load_scheduler(folder / "scheduler")
+    native = path_from_scheduler(scheduler)
+    if description["t_max"] < native.t_max:
+        native = native.with_t_max(description["t_max"])
+    adapter = adapter_for(backbone)
+    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter), tuple(description["scalars"]))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder / WEIGHTS} do not fit {folder / 'backbone'}: "
+                        f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
+    codec = VaeCodec(AutoencoderKL.from_pretrained(folder / "vae")) if (folder / "vae").is_dir() else PixelCodec()
+    guidance = description["guidance_range"]
+    info = StudentInfo(
+        method=description["method"],
+        base_model=description["base_model"],
+        guidance_range=None if guidance is None else (guidance[0], guidance[1]),
+        guidance_scale=description["guidance_scale"],
+        settings=description["settings"],
+    )
+    classes = adapter.labels(backbone, description["null_label"])
+    student = FlowMap(network, tuple(description["shape"]), native.t_max, codec, classes, info, scheduler)
+    return student.requires_grad_(False).eval()

@@ -1,0 +1,219 @@
+"""The teacher: a frozen pipeline as a guided velocity field on the linear path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.errors import UserError
+from flowdistill.path import NativePath
+from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.solver import integrate
+from flowdistill.teacher.velocity import per_sample
+
+
+class Teacher:
+    """A frozen velocity field with its conditions and its codec.
+
+    Attributes:
+        network: module ``(x (B, *shape), t (B,), condition) -> velocity``; frozen, in evaluation mode.
+        path: the native path (ranges, sampling times, coefficients).
+        shape: shape of one latent, e.g. (C, H, W).
+        codec: latents <-> images.
+        classes: how labels become conditions; None for an unconditional teacher.
+        source: where it was loaded from, for messages and for the student's config.
+        scheduler: the diffusers scheduler it came with; None for an exact teacher.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: NativePath,
+        shape: tuple[int, ...],
+        codec: PixelCodec | VaeCodec | None = None,
+        classes: ClassLabels | None = None,
+        source: str = "",
+        scheduler: Any = None,
+    ) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.path = path
+        self.shape = tuple(shape)
+        self.codec = (codec or PixelCodec()).requires_grad_(False).eval()
+        self.classes = classes
+        self.source = source
+        self.scheduler = scheduler
+        self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters
+
+    @property
+    def t_min(self) -> float:
+        return self.path.t_min
+
+    @property
+    def t_max(self) -> float:
+        return self.path.t_max
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else self.classes.num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        return None if self.classes is None else self.classes.null_label
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.network.parameters()), self._anchor.device)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        self.network.to(device)
+        self.codec.to(device)
+        self._anchor = self._anchor.to(device)
+        return self
+
+    def encode(self, labels: Sequence[int] | Tensor | None = None) -> Condition | None:
+        """Labels (B,) as a condition on the teacher's device.
+
+        Raises:
+            UserError: a label is out of range; labels for an unconditional teacher; none for a conditional one.
+        """
+        if self.classes is None:
+            if labels is not None:
+                raise UserError(f"labels were given, but the model {self.source} takes none".replace("  ", " "))
+            return None
+        if labels is None:
+            raise UserError(f"the model needs labels, 0 to {self.classes.num_classes - 1}")
+        return self.classes.encode(labels).to(self.device)
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Guided velocity v = v_null + g (v_cond - v_null), conditional and null parts in one batched forward.
+
+        Args:
+            x: states on the linear path (B, *shape).
+            t: times in [t_min, t_max], (B,) or one float. Times below t_min use the network at t_min.
+            guidance_scale: g, (B,) or one float; 1 means no guidance and costs one pass instead of two.
+            guidance_interval: (low, high): guidance acts only where low <= t <= high (Kynkäänniemi et al. 2024);
+                elsewhere g = 1.
+
+        Returns:
+            (B, *shape), in x's dtype.
+        """
+        times = torch.full((x.shape[0],), float(t), dtype=torch.float64, device=x.device) if _is_number(t) else t
+        if _is_number(guidance_scale):
+            inside = guidance_interval is None or not _is_number(t) or guidance_interval[0] <= t <= guidance_interval[1]
+            if guidance_scale == 1 or not inside:
+                return self.network(x, times, condition)
+        if condition is None or self.classes is None:
+            raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
+        both = Condition.cat([condition, self.classes.null(condition)])
+        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+        scale = torch.as_tensor(guidance_scale, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))
+        return null + per_sample(scale, x) * (conditional - null)
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """E[x_0 | x_t = x] = x - t v(x, t); arguments and shapes as for :meth:`velocity`."""
+        v = self.velocity(x, t, condition, guidance_scale, guidance_interval)
+        return x - (t * v if _is_number(t) else per_sample(t, x) * v)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        condition: Condition | None = None,
+        steps: int = 50,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        times: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Solve the probability-flow ODE from unit noise to latents.
+
+        Args:
+            noise: unit normal (B, *shape); the start state is ``t_max * noise`` (alpha_T is dropped, see the design).
+            steps: steps on the teacher's own time grid; network calls are ``steps`` for Euler, ``2 steps - 1`` for Heun.
+            times: explicit decreasing times from t_max to 0 instead of ``steps``.
+
+        Returns:
+            Latents (B, *shape).
+        """
+        grid = self.path.time_grid(steps).tolist() if times is None else list(times)
+
+        def field(x: Tensor, t: float) -> Tensor:
+            return self.velocity(x, t, condition, guidance_scale, guidance_interval)
+
+        return integrate(field, grid[0] * noise, grid, solver)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
+        return self.codec.decode(latents)
+
+    @torch.no_grad()
+    def disagreement(self, seed: int = 0, batch_size: int = 32) -> str | None:
+        """A sentence when the network and the scheduler seem to disagree (wrong prediction type or schedule).
+
+        At high noise a denoiser that reads its network rightly returns something of the data's size that is not the
+        noise turned round. Reading epsilon as v or flow as epsilon breaks one of the two.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(batch_size, *self.shape, generator=generator).to(self.device)
+        labels = None if self.num_classes is None else [i % self.num_classes for i in range(batch_size)]
+        t = min(self.t_max, 0.9)
+        clean = self.denoise(t * noise, t, self.encode(labels)).float()
+        size = clean.std().item()
+        alignment = torch.nn.functional.cosine_similarity(clean.flatten(1), noise.flatten(1)).mean().item()
+        if size > 3.0 or alignment < -0.5:
+            return (f"the network and its scheduler seem to disagree: at t = {t:.2f} the denoised estimate has standard "
+                    f"deviation {size:.2f} and cosine {alignment:.2f} to the noise; check the scheduler's "
+                    f"prediction_type ({self.path.prediction}) and schedule")  # fmt: skip
+        return None
+
+    def describe(self) -> str:
+        """What was detected, in words."""
+        path, network = self.path, getattr(self.network, "backbone", self.network)
+        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)", "flow": "flow matching (linear)"}
+        parameters = sum(p.numel() for p in network.parameters())
+        sample = " x ".join(map(str, self.shape))
+        latents = "latents of a KL autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
+        lines = [
+            f"source        {self.source or 'in memory'}",
+            f"backbone      {type(network).__name__}, {parameters / 1e6:.2f} M parameters, "
+            f"{next((p.dtype for p in network.parameters()), torch.float32)}".replace("torch.", ""),
+            f"sample        {sample}, {latents}",
+            f"path          {kinds.get(path.kind, path.kind)}, predicts {path.prediction}, from {path.scheduler_name}",
+            f"times         t = sigma / (alpha + sigma) from {path.t_max:.4f} (prior) to {path.t_min:.4f} (data)",
+            "timesteps     continuous: the network's sinusoidal embedding takes non-integer timesteps",
+        ]
+        if self.classes is None:
+            lines.append("conditions    none (unconditional); guidance is not possible")
+        else:
+            guidance = "no null label, so no classifier-free guidance"
+            if self.classes.null_label is not None:
+                guidance = f"null label {self.classes.null_label}, classifier-free guidance possible"
+            lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
+        problem = self.disagreement()
+        lines.append(f"check         {problem or 'the denoised estimate at high noise is plausible'}")
+        return "\n".join(lines)
+
+
+def _is_number(value: Tensor | float) -> bool:
+    return not isinstance(value, Tensor)

@@ -1,0 +1,147 @@
+"""A diffusers backbone as a velocity field on the linear path, and the same with extra scalar conditions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowdistill.conditions import Condition
+from flowdistill.path import NativePath
+from flowdistill.teacher.adapters import Adapter
+
+EMBEDDING_FREQUENCIES = 256
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) values shaped and typed to multiply x (B, ...)."""
+    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class VelocityNetwork(nn.Module):
+    """v(x, t) of a diffusers backbone, whatever it predicts and whatever schedule it was trained on.
+
+    ``forward(x, t, condition)`` takes x (B, C, H, W) on the linear path and t (B,) in [t_min, t_max] and returns the
+    velocity E[n - x_0 | x_t = x] (B, C, H, W) in x's dtype. No guidance here.
+    """
+
+    def __init__(self, backbone: nn.Module, path: NativePath, adapter: Adapter) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.path = path
+        self.adapter = adapter
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        c = self.path.coefficients(t)  # float64: these divide by 1 - t, and half precision loses exactly that
+        dtype = self.backbone.dtype
+        native = (x * per_sample(c.input_scale, x)).to(dtype)
+        prediction = self.adapter.call(self.backbone, native, c.timestep.float(), condition)
+        # Under autocast the prediction may be half; the affine map must not be.
+        return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
+
+    def frozen_copy(self, path: NativePath | None = None) -> VelocityNetwork:
+        """A second module tree over the same parameter tensors (for adapters on top of shared base weights)."""
+        shared = {id(p): p for p in self.backbone.parameters()}
+        return VelocityNetwork(copy.deepcopy(self.backbone, shared), path or self.path, self.adapter)
+
+    def trainable_copy(self, path: NativePath | None = None) -> VelocityNetwork:
+        """An independent float32 copy with gradients: trained weights are float32 masters.
+
+        It stays in evaluation mode: a distilled student must match its frozen teacher, whose label dropout and
+        dropout are off.
+        """
+        backbone = copy.deepcopy(self.backbone)
+        if backbone.dtype != torch.float32:
+            backbone = backbone.float()
+        return VelocityNetwork(backbone, path or self.path, self.adapter).requires_grad_(True).eval()
+
+
+class ScalarEmbedding(nn.Module):
+    """Sinusoidal embedding of a raw scalar (B,), then a two-layer MLP whose last layer starts at zero.
+
+    FreeFlow, official code: 256 frequencies, maximal period 10,000, raw value (not times 1,000).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.frequencies = Timesteps(EMBEDDING_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(EMBEDDING_FREQUENCIES, size)
+        nn.init.zeros_(self.mlp.linear_2.weight)
+        nn.init.zeros_(self.mlp.linear_2.bias)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.mlp(self.frequencies(value).to(self.mlp.linear_1.weight.dtype))
+
+
+class _AddToTimeEmbedding:
+    """Forward hook that adds the current extra embedding to a time embedding.
+
+    An object, not a closure, so that a deep copy of the network (EMA) owns a copy of it.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output if self.value is None else output + self.value.to(output.dtype)
+
+    def checkpoint(self, block: nn.Module, *args: Any) -> Any:
+        """Activation checkpointing that recomputes a block with the embedding of its own forward pass."""
+        value = self.value
+
+        def run(*inner: Any) -> Any:
+            current, self.value = self.value, value
+            try:
+                return block(*inner)
+            finally:
+                self.value = current
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+class ExtendedVelocity(nn.Module):
+    """A velocity network with extra scalar conditions, added to its time embedding and zero at the start.
+
+    With ``scalars=("duration", "guidance")`` it is a flow map's average velocity, with ``("guidance",)`` a critic that
+    knows which guidance scale made the sample it looks at. Before training it equals the velocity network bit for bit.
+
+    ``forward(x, t, condition, **scalars)``: x (B, C, H, W), t (B,), each scalar (B,); returns (B, C, H, W).
+    """
+
+    def __init__(self, velocity: VelocityNetwork, scalars: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.velocity = velocity
+        size = velocity.adapter.embedding_size(velocity.backbone)
+        self.embeddings = nn.ModuleDict({name: ScalarEmbedding(size) for name in scalars})
+        self._extra = _AddToTimeEmbedding()
+        for module in velocity.adapter.time_embeddings(velocity.backbone):
+            module.register_forward_hook(self._extra)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None, **scalars: Tensor) -> Tensor:
+        self._extra.value = self.extra_embedding(**scalars)
+        return self.velocity(x, t, condition)
+
+    def extra_embedding(self, **scalars: Tensor) -> Tensor | None:
+        """Sum of the extra embeddings (B, D); None when there are none."""
+        if set(scalars) != set(self.embeddings):
+            raise ValueError(f"expected the scalars {sorted(self.embeddings)}, got {sorted(scalars)}")
+        total: Tensor | None = None
+        for name, embedding in self.embeddings.items():
+            part = embedding(scalars[name])
+            total = part if total is None else total + part
+        return total
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass (diffusers' blocks) to save memory."""
+        self.velocity.backbone.enable_gradient_checkpointing(self._extra.checkpoint)
+
+    @torch.no_grad()
+    def constant_embedding(self, **scalars: float) -> Tensor | None:
+        """The extra embedding (D,) at fixed scalars: what an exported one-step student folds into a bias."""
+        device = next(self.parameters()).device
+        out = self.extra_embedding(**{k: torch.full((1,), float(v), device=device) for k, v in scalars.items()})
+        return None if out is None else out[0]
