@@ -48,14 +48,16 @@ def collect(
     extractor: FeatureExtractor,
     total: int,
     processes: Processes | None = None,
+    size: int | None = None,
 ) -> Collected:
     """Features of ``total`` images, of which this process's ``batches`` give a contiguous part in index order.
 
     Args:
         batches: (indices, uint8 images, labels or None).
+        size: number of features there must be, None for any.
 
     Raises:
-        UserError: images the extractor does not read.
+        UserError: images the extractor does not read, or another number of features than ``size``; after one batch.
     """
     processes = processes or Processes.current()
     moments: Moments | None = None
@@ -65,6 +67,11 @@ def collect(
     for indices, images, labels in batches:
         features = extractor(images).cpu()
         if moments is None:
+            if size not in (None, features.shape[1]):
+                raise UserError(
+                    f"the features {extractor.name!r} are {features.shape[1]} numbers an image, but the reference has "
+                    f"{size}; it was made with other features"
+                )
             moments = Moments(features.shape[1])
             wanted = kept_rows(total, features.shape[1])
         moments.update(features)
@@ -74,11 +81,11 @@ def collect(
             matches += (extractor.classify(images).cpu() == labels).sum()
             judged += len(labels)
     # A process may have had no images: it learns the number of features from the others.
-    size = processes.max(0 if moments is None else len(moments._mean))
-    moments = (moments or Moments(size)).reduce(processes)
+    found = processes.max(0 if moments is None else moments.size)
+    moments = (moments or Moments(found)).reduce(processes)
     if moments.count != total:
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
-    features = processes.rows(torch.cat(kept) if kept else torch.empty(0, size))
+    features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
     judged = int(processes.sum(torch.tensor(judged)))
     matches = int(processes.sum(matches))
-    return Collected(moments, features, kept_rows(total, size), matches if judged else None)
+    return Collected(moments, features, kept_rows(total, found), matches if judged else None)

@@ -102,7 +102,7 @@ class Evaluator:
                 broken.add_((~finite).sum().cpu())
                 yield batch.indices, to_uint8(batch.images.nan_to_num()), batch.labels
 
-        collected = collect(batches(), self.extractor, self.num_images, processes)
+        collected = collect(batches(), self.extractor, self.num_images, processes, len(self.reference.mean))
         # The first batch pays for compilation, autotuning and caches, unless it is the only one.
         steady = timed[1:] or timed
         rate = sum(count for count, _ in steady) / max(sum(seconds for _, seconds in steady), 1e-9) if steady else 0.0
@@ -125,7 +125,7 @@ class Evaluator:
         batches = (
             (indices, part, None if labels is None else labels[indices.start : indices.stop]) for indices, part in parts
         )
-        collected = collect(batches, self.extractor, len(images), processes)
+        collected = collect(batches, self.extractor, len(images), processes, len(self.reference.mean))
         return processes.on_main(lambda: self._row(collected, labels, name, None, None))
 
     def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: Any) -> Report:
@@ -160,7 +160,7 @@ class Evaluator:
             "num_images": total,
             "reference": reference.name,
             "reference_images": reference.count,
-            "reference_sha256": reference.source_hash,
+            "reference_hash": reference.source_hash,
             "fid": "float64 moments, unbiased covariances",
             "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3" if self.kid else None,
             "seed": self.seed,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,7 +140,8 @@ def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
     if path.name == INCEPTION_FILE:
         return _inception(path, device)
     try:
-        module = torch.jit.load(str(path), map_location=device).eval()
+        with _old_formats():
+            module = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is not a TorchScript file, or it is damaged") from error
     return FeatureExtractor(path.name, file_sha256(path), module, _to_unit, device=device)
@@ -194,7 +197,8 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
 
     digest = file_sha256(path)
     try:
-        model = InceptionV3W(str(path.parent), download=False, resize_inside=False)
+        with _old_formats():
+            model = InceptionV3W(str(path.parent), download=False, resize_inside=False)
     except (RuntimeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the Inception weights {path} are truncated or damaged ({path.stat().st_size} bytes, sha256 {digest}): "
@@ -212,6 +216,14 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
         channels=3,
         device=device,
     )
+
+
+@contextlib.contextmanager
+def _old_formats() -> Iterator[None]:
+    """Without torch's advice to whoever made the file: the published weights are TorchScript and will stay it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+        yield
 
 
 def clean_resize(images: Tensor) -> Tensor:

@@ -24,14 +24,15 @@ class Moments:
     """
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self.count = 0
         self._mean = torch.zeros(size, dtype=torch.float64)
         self._scatter = torch.zeros(size, size, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
         """Add rows (B, D), any float dtype and device."""
-        if features.ndim != 2 or features.shape[1] != len(self._mean):
-            raise ValueError(f"features must have the shape (B, {len(self._mean)}), not {tuple(features.shape)}")
+        if features.ndim != 2 or features.shape[1] != self.size:
+            raise ValueError(f"features must have the shape (B, {self.size}), not {tuple(features.shape)}")
         if len(features) == 0:
             return
         rows = features.detach().to("cpu", torch.float64)
@@ -57,7 +58,7 @@ class Moments:
         Every process must call it, also one that has seen no rows.
         """
         processes = processes or Processes.current()
-        total = Moments(len(self._mean))
+        total = Moments(self.size)
         total.count = int(processes.sum(torch.tensor(self.count)))
         if total.count:
             total._mean = processes.sum(self._mean * (self.count / total.count))

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +29,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def hash(self) -> str:
-        """Changes when the images change."""
+        """Changes when the images change; starts with what was hashed."""
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
         """The images of ``span`` as lists of uint8 (C, H, W), with their indices."""
@@ -53,7 +52,7 @@ class NamedImages:
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().tobytes())
         digest.update(self.labels.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return f"pixels and labels {digest.hexdigest()}"
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
         for indices in batches_of(span, batch_size):
@@ -83,17 +82,13 @@ class FolderImages:
         return len(self.paths)
 
     def hash(self) -> str:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> str:
         # Names, sizes and times, not contents: reading 100 GB of images to find out that nothing changed would
         # take longer than the rest of an evaluation.
         digest = hashlib.sha256()
         for path in self.paths:
             stat = path.stat()
             digest.update(f"{path.relative_to(self.folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return f"names, sizes and times {digest.hexdigest()}"
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
         """``channels``: 1 reads every image as grey, 3 as RGB, None as it is stored, grey or RGB."""

@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+"""FID and KID of a folder of images, or of what a pipeline, a run or a student generates.
+
+    python scripts/evaluate_fid.py IMAGES --reference digits
+    python scripts/evaluate_fid.py PIPELINE --reference REAL_IMAGES --features inception --num-images 50000 --steps 50
+    torchrun --nproc_per_node 2 scripts/evaluate_fid.py RUN --reference statistics.npz
+
+Also under ``accelerate launch``. A run or a student is measured at its one call; any diffusers pipeline is called as it
+is, with its own scheduler, one generator an image. The protocol comes with the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowdistill.evaluation import Evaluator, Report
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; argparse itself exits with code 2 when it is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Nothing is downloaded but a pipeline named by its hub id."
+    )
+    add = parser.add_argument
+    add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
+    add("--reference", required=True, help="named set (digits, mnist5k), folder of images, or .npz with statistics")
+    add("--features", default="digits", help="digits, inception, or the path of a TorchScript file (default: digits)")
+    add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
+    add("--num-images", type=int, metavar="N", help="images to generate (default: 10000), or to use of a folder (all)")
+    add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
+    add("--batch-size", type=int, default=250, metavar="B", help="images of one call (default: 250)")
+    add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: its own)")
+    add("--guidance-scale", type=float, metavar="G", help="of a pipeline or student (default: its own)")
+    add("--num-classes", type=int, metavar="K", help="labels a pipeline is asked for: 0 to K-1 in turn (default: all)")
+    add("--prompts", metavar="FILE", help="one prompt a line, used in turn, for a text-to-image pipeline")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
+    add("--device", help="default: the GPU of each process when there is one, else the CPU")
+    add("--cache", metavar="DIR", help="where reference statistics are kept (default: ~/.cache/flowdistill/statistics)")
+    add("--save-reference", metavar="FILE.npz", help="also write the reference's statistics")
+    add("--json", metavar="FILE", help="also write the report")
+    add("--no-kid", action="store_true", help="FID only")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; returns the exit code: 0, or 2 for input that cannot be used."""
+    options = parse(arguments)
+    from flowdistill.errors import UserError
+
+    try:
+        report = run(options)
+    except (UserError, OSError) as error:
+        # Every process of several has found the same; one says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evaluate_fid: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        leave()
+    if report is not None:
+        print(report, report.protocol_text(), sep="\n\n")
+    return 0
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(options: argparse.Namespace) -> Report | None:
+    """Measure what the options name; the report on the main process, None on the others."""
+    import torch
+
+    from flowdistill.errors import UserError
+    from flowdistill.evaluation import Evaluator
+    from flowdistill.evaluation.images import SUFFIXES
+    from flowdistill.evaluation.processes import Processes
+
+    num_images = 10_000 if options.num_images is None else options.num_images
+    if num_images < 1:
+        raise UserError(f"--num-images must be at least 1, not {num_images}")
+    processes = Processes.start()
+    if options.device is None:
+        # With several processes, "cuda" is the one that Processes.start has given to this process.
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluator = Evaluator(
+        options.features,
+        options.reference,
+        num_images,
+        options.seed,
+        options.batch_size,
+        kid=not options.no_kid,
+        device=options.device,
+        weights=options.weights,
+        cache_dir=options.cache,
+    )
+    if options.save_reference:
+        processes.on_main(lambda: evaluator.reference.save(options.save_reference))
+    source = Path(options.source)
+    described = any((source / name).is_file() for name in ("config.yaml", "flowdistill.json", "model_index.json"))
+    if source.is_dir() and not described:
+        if not any(path.suffix.lower() in SUFFIXES for path in source.rglob("*")):
+            raise UserError(f"{source} is neither a folder of images nor a pipeline, a run or a student")
+        report = of_folder(evaluator, options)
+    else:
+        report = of_model(evaluator, options)
+    if options.json:
+        processes.on_main(lambda: report.write_json(options.json))
+    return report if processes.is_main else None
+
+
+def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
+    """Stored images against the reference."""
+    from flowdistill.errors import UserError
+    from flowdistill.evaluation.images import FolderImages
+
+    images = FolderImages(options.source)
+    if options.num_images is not None:
+        if options.num_images > len(images):
+            raise UserError(f"--num-images is {options.num_images}, but {options.source} holds {len(images)} images")
+        images.paths = images.paths[: options.num_images]
+    row = evaluator.measure_images(images, name=images.folder.name)
+    return evaluator.report([row], len(images), model=options.source, images_hash=images.hash())
+
+
+def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
+    """Generated images against the reference."""
+    from flowdistill.errors import UserError
+    from flowdistill.evaluation import student_sampler, teacher_sampler
+    from flowdistill.student import is_student_folder, load_student
+
+    facts: dict[str, Any] = {"model": options.source, "device": options.device}
+    if is_student_folder(options.source):
+        student = load_student(options.source).to(options.device)
+        scale = student.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
+        row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1)
+        return evaluator.report([row], **facts, guidance_scale=scale)
+    if (Path(options.source) / "config.yaml").is_file():
+        raise UserError(f"the run {options.source} has no student yet; let it reach a checkpoint first")
+    loaded = load_pipeline(options)
+    if labels_out_of_reach(loaded):
+        # Stock DDPM and DDIM pipelines cannot pass labels on to the network that needs them.
+        from flowdistill import load_teacher
+
+        teacher = load_teacher(options.source, dtype=options.dtype, device=options.device)
+        steps, scale = options.steps or 50, 1.0 if options.guidance_scale is None else options.guidance_scale
+        sampler = teacher_sampler(teacher, steps, "euler", scale)
+        row = evaluator.measure(sampler, teacher.shape, teacher.num_classes, "pipeline", steps)
+        how = f"{type(loaded).__name__} takes no labels: flowdistill's Euler steps"
+        return evaluator.report([row], **facts, sampler=how, guidance_scale=scale, dtype=options.dtype)
+    sampler = PipelineSampler(loaded, options)
+    row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", options.steps, condition=sampler.condition)
+    facts |= {
+        "sampler": f"{type(loaded).__name__} with {sampler.scheduler}",
+        "arguments": json.dumps(sampler.arguments),
+    }
+    facts |= {"prompts": options.prompts, "classes": sampler.num_classes, "dtype": options.dtype}
+    return evaluator.report([row], **facts)
+
+
+def labels_out_of_reach(pipeline: Any) -> bool:
+    """Whether the pipeline's network needs class labels that the pipeline's call does not take."""
+    config = getattr(getattr(pipeline, "unet", None), "config", {})
+    return config.get("num_class_embeds") is not None and "class_labels" not in call_arguments(pipeline)
+
+
+def call_arguments(pipeline: Any) -> set[str]:
+    """Names of what the pipeline's call takes."""
+    return set(inspect.signature(pipeline.__call__).parameters)
+
+
+class PipelineSampler:
+    """A diffusers pipeline as a sampler: it draws its own noise, so each image gets a generator of its own.
+
+    Raises:
+        UserError: an argument that the pipeline does not take, or prompts that it needs and were not given.
+    """
+
+    def __init__(self, pipeline: Any, options: argparse.Namespace) -> None:
+        from flowdistill.errors import UserError
+
+        self.pipeline, self.seed = pipeline, options.seed
+        self.scheduler = type(getattr(pipeline, "scheduler", None)).__name__
+        accepted, kind = call_arguments(pipeline), type(pipeline).__name__
+        wanted = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+        self.arguments = {name: value for name, value in wanted.items() if value is not None}
+        for name in ["generator", *self.arguments]:
+            if name not in accepted:
+                raise UserError(
+                    f"a {kind} takes no {name}" + ", so its images cannot be seeded" * (name == "generator")
+                )
+        self.batched = "batch_size" in accepted
+        self.num_classes = self._classes(options) if "class_labels" in accepted else None
+        self.prompts: list[str] | None = None
+        if "prompt" in accepted:
+            if not options.prompts:
+                raise UserError(f"a {kind} needs prompts: give --prompts FILE")
+            self.prompts = read_prompts(Path(options.prompts))
+
+    def _classes(self, options: argparse.Namespace) -> int | None:
+        """How many classes to draw from: as asked, else as the folder records, else as the network has."""
+        if options.num_classes is not None:
+            return options.num_classes
+        record = Path(options.source) / "flowdistill.json"
+        if record.is_file() and (recorded := json.loads(record.read_text()).get("num_classes")):
+            return recorded
+        network = getattr(self.pipeline, "transformer", None) or self.pipeline.unet
+        # A DiT counts its null label apart, a UNet with one has it among the embeddings: --num-classes leaves it out.
+        return network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
+
+    def condition(self, indices: range) -> tuple[range, list | None]:
+        """Indices with their prompts or labels."""
+        if self.prompts is not None:
+            return indices, [self.prompts[index % len(self.prompts)] for index in indices]
+        return indices, None if self.num_classes is None else [index % self.num_classes for index in indices]
+
+    def __call__(self, noise: Tensor, condition: tuple[range, list | None]) -> Tensor:
+        import torch
+
+        from flowdistill.evaluation.generation import sample_generators
+
+        indices, given = condition
+        arguments = {"generator": sample_generators(indices, self.seed), "output_type": "np", **self.arguments}
+        if given is not None:
+            arguments["prompt" if self.prompts is not None else "class_labels"] = given
+        if self.batched:
+            arguments["batch_size"] = len(indices)
+        images = torch.from_numpy(self.pipeline(**arguments).images)
+        return images.permute(0, 3, 1, 2)
+
+
+def load_pipeline(options: argparse.Namespace) -> Any:
+    """The pipeline, quiet and on its device."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    from flowdistill.errors import UserError
+
+    logging.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(options.source, dtype=getattr(torch, options.dtype))
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{options.source} could not be loaded as a diffusers pipeline: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(options.device)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    from flowdistill.errors import UserError
+
+    if not path.is_file():
+        raise UserError(f"the prompt file {path} does not exist")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt")
+    return prompts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

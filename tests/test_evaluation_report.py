@@ -1,0 +1,208 @@
+"""``evaluate`` end to end on small things, and the report it returns."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flowdistill.conditions import Condition
+from flowdistill.data import load_digits
+from flowdistill.data.assets import asset_path
+from flowdistill.errors import UserError
+from flowdistill.evaluation import Evaluator, Report, Row, evaluate, evaluate_models, load_features
+
+LABELS = load_digits()[1]
+ROWS = {label: [i for i, other in enumerate(LABELS.tolist()) if other == label] for label in range(10)}
+
+
+class Fake:
+    """Real digits of the class asked for, under more noise the fewer steps are taken."""
+
+    shape, num_classes, device = (1, 8, 8), 10, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.images = load_digits()[0]
+        self.asked: list[tuple] = []
+
+    def encode(self, labels=None):
+        return Condition({"class_labels": torch.as_tensor(labels)})
+
+    def draw(self, noise, condition, steps):
+        labels = condition.tensors["class_labels"].tolist()
+        picks = (noise[:, 0, 0, 0].abs() * 1000).long().tolist()
+        rows = [ROWS[label][pick % len(ROWS[label])] for label, pick in zip(labels, picks, strict=True)]
+        return 2 * self.images[rows] - 1 + noise / steps
+
+    def decode(self, latents):
+        return latents / 2 + 0.5
+
+
+class FakeTeacher(Fake):
+    source = "fake"
+
+    def velocity(self, *args):
+        raise AssertionError("not needed")
+
+    def sample(self, noise, condition, steps=50, solver="euler", guidance_scale=1.0):
+        self.asked.append((steps, solver, guidance_scale, len(noise)))
+        return self.draw(noise, condition, steps)
+
+
+class FakeStudent(Fake):
+    def __call__(self, noise, condition=None, guidance_scale=None):
+        self.asked.append((guidance_scale, len(noise)))
+        return self.draw(noise, condition, 20)
+
+    def generate(self, *args):
+        raise AssertionError("not needed")
+
+
+def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
+    teacher, student = FakeTeacher(), FakeStudent()
+    path = tmp_path / "deep" / "report.json"
+    report = evaluate(
+        student,
+        num_images=700,
+        teacher_steps=(1, 20),
+        teacher=teacher,
+        json=path,
+        batch_size=300,
+        solver="heun",
+        cache_dir=tmp_path,
+        progress=False,
+        guidance_scale=2.0,
+    )
+    assert [(row.model, row.calls) for row in report.rows] == [("teacher", 1), ("teacher", 39), ("student", 1)]
+    assert teacher.asked[:4] == [
+        (1, "heun", 2.0, 300),
+        (1, "heun", 2.0, 300),
+        (1, "heun", 2.0, 100),
+        (20, "heun", 2.0, 300),
+    ]
+    assert student.asked == [(2.0, 300), (2.0, 300), (2.0, 100)]
+    one, twenty, last = report.rows
+    assert one.fid > 10 * twenty.fid and one.kid > twenty.kid and one.accuracy < twenty.accuracy
+    # The same noise and labels, hence the same images and figures.
+    assert (last.fid, last.kid, last.accuracy) == (twenty.fid, twenty.kid, twenty.accuracy)
+    assert twenty.accuracy > 0.95 and twenty.images_per_second > 0
+    assert set(twenty.per_class_fid) == {str(label) for label in range(10)} and min(twenty.per_class_fid.values()) > 0
+    assert report.fid_floor == pytest.approx(sum(report.protocol["fid_floors"]) / 3)
+
+    written = json.loads(path.read_text())
+    assert set(written) == {"rows", "num_images", "features", "reference", "seed", "fid_floor", "protocol"}
+    columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"}
+    assert all(set(row) == columns for row in written["rows"])
+    assert (written["num_images"], written["features"], written["reference"], written["seed"]) == (
+        700,
+        "digits",
+        "digits",
+        0,
+    )
+    assert written["protocol"]["processes"] == 1 and len(written["protocol"]["features_sha256"]) == 64
+    assert Report.read_json(path) == report
+
+
+def test_the_figures_do_not_depend_on_the_batch_size_but_on_the_seed(tmp_path):
+    def fid(**options):
+        return (
+            evaluate(FakeTeacher(), 300, teacher_steps=[2], cache_dir=tmp_path, progress=False, **options).rows[0].fid
+        )
+
+    assert fid(batch_size=300) == pytest.approx(fid(batch_size=47), rel=1e-6)
+    assert fid() != pytest.approx(fid(seed=1), rel=1e-3)
+
+
+def test_what_is_not_measured_is_null(tmp_path):
+    report = evaluate(FakeTeacher(), 50, teacher_steps=[2], cache_dir=tmp_path, progress=False)
+    # Five images a class are fewer than features: no distance within a class.
+    assert report.rows[0].per_class_fid is None and report.rows[0].fid > 0
+    assert "note" in report.protocol
+    plain = load_features(lambda images: images.flatten(1)[:, :10], device="cpu")
+    evaluator = Evaluator(plain, "digits", 50, kid=False, progress=False)
+    row = evaluator.measure(lambda noise, labels: noise, (1, 8, 8))
+    assert row.accuracy is None and row.kid is None and row.fid > 0 and row.per_class_fid is None
+    assert evaluator.report([row]).protocol["features_sha256"] is None
+
+
+def test_images_that_are_not_finite_are_not_measured(tmp_path):
+    def broken(noise, labels):
+        return torch.where(noise > 2.5, torch.nan, noise)
+
+    evaluator = Evaluator("digits", "digits", 50, cache_dir=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="not finite"):
+        report = evaluate_models([("student", 1, broken)], (1, 8, 8), None, evaluator)
+    assert report.rows[0].fid is None and report.rows[0].accuracy is None
+    report.write_json(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["fid"] is None
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "report.json"
+    Report([Row("student", 1, 2.0)], 10, "digits", "digits", 0).write_json(path)
+    with pytest.raises(ValueError):
+        Report([Row("student", 1, math.nan)], 10, "digits", "digits", 0).write_json(path)
+    assert Report.read_json(path).rows[0].fid == 2.0 and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_table_shows_every_row():
+    report = Report(
+        [Row("teacher", 50, 8.7, 0.0012, 0.991, 1234.5), Row("student", 1)], 10, "digits", "digits", 3, 1.25
+    )
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["model", "calls", "FID", "KID", "x", "1000", "accuracy", "images/s"]
+    assert lines[2].split() == ["teacher", "50", "8.700", "1.200", "99.10%", "1234.5"]
+    assert lines[3].split() == ["student", "1", "-", "-", "-", "-"]
+    assert "10 images" in lines[4] and "seed 3" in lines[4] and lines[5].endswith("1.250")
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    for count in (0, -5):
+        with pytest.raises(UserError, match=f"at least 1, not {count}"):
+            evaluate(FakeTeacher(), count)
+    with pytest.raises(UserError, match="at least 1 step"):
+        evaluate(FakeTeacher(), 10, teacher_steps=[0])
+    with pytest.raises(UserError, match="nothing to measure"):
+        evaluate(FakeTeacher(), 10, teacher_rows=False)
+    with pytest.raises(UserError, match="cannot be evaluated"):
+        evaluate(42, 10)
+    with pytest.raises(UserError, match="not a diffusers pipeline"):
+        evaluate(tmp_path, 10)
+    (tmp_path / "config.yaml").write_text("teacher: [")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        evaluate(tmp_path, 10)
+
+
+def test_a_run_folder_brings_its_teacher_student_and_settings(tmp_path):
+    from flowdistill import load_teacher
+    from flowdistill.student import FlowMap, StudentInfo
+
+    source = str(asset_path("digits-flow"))
+    run = tmp_path / "run"
+    info = StudentInfo(method="freeflow", base_model=source)
+    FlowMap.from_teacher(load_teacher(source), info).save(run / "student")
+    run.joinpath("config.yaml").write_text(
+        f"output_dir: {run}\nteacher: {{source: {source}, null_label: null, dtype: float32}}\n"
+        "evaluation: {num_images: 60, teacher_steps: [1, 2], batch_size: 20, at_end: true}\n"
+    )
+    report = evaluate(run, cache_dir=tmp_path, progress=False)
+    assert [(row.model, row.calls) for row in report.rows] == [("teacher", 1), ("teacher", 2), ("student", 1)]
+    assert report.num_images == 60
+    # An untrained flow map is its teacher's one Euler step.
+    one, two, student = report.rows
+    assert student.fid == pytest.approx(one.fid, rel=1e-5) and two.fid < one.fid
+    # The student folder alone finds its teacher; arguments win over nothing.
+    alone = evaluate(run / "student", 30, teacher_steps=[2], cache_dir=tmp_path, progress=False)
+    assert [row.model for row in alone.rows] == ["teacher", "student"]
+    only = evaluate(run, 30, teacher_rows=False, cache_dir=tmp_path, progress=False)
+    assert [row.model for row in only.rows] == ["student"]
+    pipeline = evaluate(source, 30, teacher_steps=[1], cache_dir=tmp_path, progress=False)
+    assert [row.model for row in pipeline.rows] == ["teacher"]
+
+
+def test_importing_the_package_does_not_import_evaluation():
+    code = "import sys, flowdistill; sys.exit('torch' in sys.modules or 'flowdistill.evaluation' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
