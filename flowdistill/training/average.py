@@ -1,0 +1,50 @@
+"""The moving average of a network's weights (EMA)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class MovingAverage:
+    """A copy of a network whose weights follow it: average <- decay * average + (1 - decay) * weights.
+
+    torch's ``AveragedModel`` keeps its count in a tensor and reads it on the host at every update, which makes a GPU
+    wait; here the count is a number and torch's kernel for lists does the rest.
+
+    Args:
+        network: the bare network, before it is wrapped. Only weights that train are averaged; the others never change.
+        decay: in [0, 1).
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that early weights are soon forgotten.
+    """
+
+    def __init__(self, network: nn.Module, decay: float, warmup: bool) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay, self.warmup = decay, warmup
+        self.count = 0
+        self._pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+    def current_decay(self) -> float:
+        """Decay of the next update."""
+        return min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Follow ``network``, of the same structure as the first one and always the same object."""
+        if self._pairs is None:  # not earlier: sharding replaces the parameters
+            averages = dict(self.network.named_parameters())
+            trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            self._pairs = (
+                [averages[name] for name in trained],
+                list(trained.values()),
+                list(self.network.buffers()),
+                list(network.buffers()),
+            )
+        averages, weights, buffers, current = self._pairs
+        get_ema_multi_avg_fn(self.current_decay())(averages, weights, self.count)
+        if buffers:
+            torch._foreach_copy_(buffers, current)
+        self.count += 1

@@ -1,0 +1,167 @@
+"""What a run shows while it trains: metrics.jsonl, trackers, a progress bar, sample grids, FID."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from flowdistill.config import RunConfig, TrainConfig
+from flowdistill.errors import UserError
+from flowdistill.training.checkpoint import disk_errors
+
+PROJECT = "flowdistill"
+METRICS = "metrics.jsonl"
+WIDEST_GRID = 20
+SAMPLE_SEED = 0
+
+
+def tracker_names(config: TrainConfig) -> list[str]:
+    """Trackers to start: as configured, or tensorboard when it is installed.
+
+    Raises:
+        UserError: a name accelerate does not know, or one whose package is not installed.
+    """
+    if config.trackers is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"train.trackers names '{name}'; accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
+            raise UserError(f"train.trackers names '{name}', which is not installed; run: pip install {name}")
+    return list(config.trackers)
+
+
+class Reporter:
+    """Writes figures where people look; everything but ``__init__`` acts on the main process only.
+
+    Args:
+        config: settings of the run.
+        folder: the run folder.
+        accelerator: made with the trackers of ``tracker_names``.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.main = accelerator.is_main_process
+        self._bar: tqdm[Any] | None = None
+
+    def start(self, step: int) -> None:
+        """Open everything at ``step``; lines of metrics.jsonl after it are dropped, for they will come again."""
+        if self.main:
+            with disk_errors(str(self.folder / METRICS)):
+                truncate_metrics(self.folder / METRICS, step)
+        with disk_errors(f"the trackers' files in {self.folder}"):
+            self.accelerator.init_trackers(PROJECT, config=flat(self.config))
+        if self.main:
+            # A log file gets a line a minute, a terminal ten a second.
+            interval = 0.1 if sys.stderr.isatty() else 60.0
+            self._bar = tqdm(total=self.config.train.steps, initial=step, desc=self.config.method.name, unit="step",
+                             mininterval=interval, dynamic_ncols=True)  # fmt: skip
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl with a ``step``, and the same to the trackers; None is null."""
+        if not self.main:
+            return
+        with disk_errors(str(self.folder / METRICS)), open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n")
+        numbers = {name: value for name, value in values.items() if _finite(value) is not None and name != "step"}
+        self.accelerator.log(numbers, step=values["step"])
+        if self._bar is not None:
+            shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
+            rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
+            fid = {"fid": numbers["fid"]} if "fid" in numbers else {}
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in (shown | rate | fid).items()})
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def save_samples(student: Any, path: Path, count: int) -> None:
+    """A grid of ``count`` images, always of the same noise and labels; a column a class when there are few classes."""
+    from flowdistill.images import save_grid
+
+    classes = student.num_classes
+    columns = classes if classes is not None and 1 < classes <= WIDEST_GRID else None
+    images = student.generate(num_images=count, seed=SAMPLE_SEED)
+    with disk_errors(str(path)):
+        save_grid(images, path, columns)
+
+
+class FidCallback:
+    """FID of the averaged student during training: features and reference statistics are loaded once.
+
+    All processes make the same calls and share the work.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        from flowdistill.evaluation import Evaluator
+
+        settings = config.evaluation
+        self.evaluator = Evaluator(
+            settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
+            kid=False, per_class=False, device=accelerator.device, progress=False,
+        )  # fmt: skip
+
+    def __call__(self, student: Any) -> dict[str, Any]:
+        """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""
+        from flowdistill.evaluation import student_sampler
+
+        row = self.evaluator.measure(student_sampler(student), tuple(student.shape), student.num_classes)
+        return {"fid": row.fid, "accuracy": row.accuracy}
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to ``step``; a line cut short by a crash goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """The configuration as dotted names and plain values, as trackers want it."""
+    from omegaconf import OmegaConf
+
+    result: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}{name}.", inner)
+        else:
+            result[prefix[:-1]] = value if isinstance(value, (int, float, str, bool)) else str(value)
+
+    walk("", OmegaConf.to_container(OmegaConf.structured(config)))
+    return result
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

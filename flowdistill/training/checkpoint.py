@@ -1,0 +1,121 @@
+"""Checkpoint folders that are complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowdistill.errors import UserError
+
+STATE = "state.json"
+_COMPLETE = re.compile(r"step-(\d{6,})")
+_LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|old)")
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{what} could not be written: {reason}") from error
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints in ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = [(_COMPLETE.fullmatch(entry.name), entry) for entry in folder.iterdir()]
+    return sorted((int(match[1]), entry) for match, entry in named if match)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a process that died while writing or deleting has left behind."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(entry.name):
+            shutil.rmtree(entry)
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``step-000500/`` and then delete all but the ``keep`` newest.
+
+    Everything is written to a hidden sibling and is on the disk before the folder takes its name.
+
+    Args:
+        tensors: file name without suffix -> named CPU tensors.
+        state: JSON values.
+
+    Raises:
+        UserError: the disk is full, read-only or forbidden; older checkpoints are as they were.
+    """
+    target = folder / f"step-{step:06d}"
+    partial = folder / f".{target.name}.partial"
+    with disk_errors(f"the checkpoint {target} (older ones are intact)"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, content in tensors.items():
+                _write_tensors(partial / f"{name}.safetensors", content)
+            (partial / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            for entry in (*partial.iterdir(), partial):
+                _sync(entry)
+            partial.rename(target)
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for _, old in checkpoints(folder)[:-keep]:
+            gone = old.with_name(f".{old.name}.old")  # deleting takes time: half a checkpoint must not have its name
+            old.rename(gone)
+            shutil.rmtree(gone)
+    return target
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint."""
+    with _damage(checkpoint / STATE):
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The named tensors of one file of a checkpoint."""
+    file = checkpoint / f"{name}.safetensors"
+    with _damage(file):
+        return load_file(file)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{file} is missing or damaged ({reason}); delete {file.parent} to resume from the checkpoint before it"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

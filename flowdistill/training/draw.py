@@ -1,0 +1,97 @@
+"""The randomness of one loss call, the same for any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flowdistill.errors import UserError
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a hash of ``parts``: neighbouring steps and ranks get unrelated seeds."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draw:
+    """Random numbers for one micro-batch of one update, and the mean over the processes.
+
+    Every draw is made for all ``rows`` on the CPU, from a generator seeded by (seed, step, update, micro, number of the
+    call), and this process gets its contiguous part. So the rows of two processes together are the rows of one, on any
+    device, and a resumed run draws what an uninterrupted one does. All processes must make the same calls in the same
+    order.
+
+    Args:
+        seed: of the run.
+        step: training step.
+        update: position of the update within the step's schedule.
+        micro: number of the micro-batch within the update.
+        rows: rows of this micro-batch over all processes.
+        rank, world: this process and the number of processes.
+        device: where the draws go.
+
+    Raises:
+        UserError: ``rows`` is not a multiple of ``world``.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        update: int = 0,
+        micro: int = 0,
+        rows: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seed, self.step, self.update, self.micro = seed, step, update, micro
+        self.rows, self.rank, self.world = rows, rank, world
+        self.device = torch.device(device)
+        self._calls = 0
+        self._local(rows)
+
+    def normal(self, shape: Sequence[int], rows: int | None = None) -> Tensor:
+        """Unit normal numbers, float32 (local rows, *shape); ``rows`` (over all processes) defaults to all."""
+        count = self.rows if rows is None else rows
+        return self._mine(torch.randn((count, *shape), generator=self._generator()))
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, rows: int | None = None) -> Tensor:
+        """Numbers in [low, high), float32 (local rows,)."""
+        count = self.rows if rows is None else rows
+        return self._mine(low + (high - low) * torch.rand(count, generator=self._generator()))
+
+    def integers(self, high: int, rows: int | None = None) -> Tensor:
+        """Integers in [0, high), int64 (local rows,)."""
+        count = self.rows if rows is None else rows
+        return self._mine(torch.randint(high, (count,), generator=self._generator()))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of a tensor over its elements and over the processes (of equal rows): 0-d, detached, no host sync."""
+        value = x.detach().mean()
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
+    def _generator(self) -> torch.Generator:
+        self._calls += 1
+        seed = mixed_seed("draw", self.seed, self.step, self.update, self.micro, self._calls)
+        return torch.Generator().manual_seed(seed)
+
+    def _local(self, rows: int) -> int:
+        if rows % self.world:
+            raise UserError(f"{rows} rows cannot be shared equally by {self.world} processes")
+        return rows // self.world
+
+    def _mine(self, values: Tensor) -> Tensor:
+        local = self._local(len(values))
+        values = values[self.rank * local : (self.rank + 1) * local]
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)

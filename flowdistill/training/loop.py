@@ -1,0 +1,280 @@
+"""The loop: any method, any number of networks, one or many processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from flowdistill.config import RunConfig
+from flowdistill.errors import UserError
+from flowdistill.evaluation.processes import Processes
+from flowdistill.methods.base import Method
+from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
+from flowdistill.training.checkpoint import (
+    checkpoints,
+    disk_errors,
+    read_state,
+    read_tensors,
+    remove_leftovers,
+    write_checkpoint,
+)
+from flowdistill.training.draw import Draw, mixed_seed
+from flowdistill.training.meters import Meters
+from flowdistill.training.optimizer import apply_update, backward, learning_rate
+from flowdistill.training.precision import resolve_precision
+from flowdistill.training.roles import TrainedRole, prepare_roles
+from flowdistill.training.signals import Interrupts
+from flowdistill.training.state import assign, assign_optimizer, gather, network_tensors, optimizer_tensors
+
+
+class TrainingDiverged(UserError):
+    """Too many updates in a row had a loss or a gradient that is not finite."""
+
+
+class Trainer:
+    """Trains a method's networks and keeps ``checkpoints/``, ``metrics.jsonl`` and ``samples/`` of a run folder.
+
+    Construction resumes from the newest checkpoint in the folder; that it belongs to this configuration is the
+    caller's to check.
+
+    Args:
+        method: see ``flowdistill.methods.base.Method``.
+        config: ``train``, ``evaluation``, ``seed`` and ``method.name`` are read.
+        output_dir: the run folder; made when missing.
+        accelerator: with mixed_precision="no", see ``flowdistill.training.run.make_accelerator``.
+
+    Attributes:
+        step: steps done.
+        seconds: spent in steps, without measurements and files, over all resumes.
+        interrupted: number of the signal that ended ``train`` early, else 0.
+
+    Raises:
+        UserError: a batch that the processes cannot share, a checkpoint that is damaged or does not fit, and what
+            ``prepare_roles`` refuses.
+    """
+
+    def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
+        self.method, self.config, self.settings = method, config, config.train
+        self.folder, self.accelerator = Path(output_dir), accelerator
+        self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+        self.main = accelerator.is_main_process
+        self.micro_rows = self._micro_rows()
+        self.precision = resolve_precision(self.settings.precision, self.device)
+        self.roles = prepare_roles(method, self.settings, self.precision, accelerator)
+        self.networks = {name: role.call for name, role in self.roles.items()}
+        self.meters = Meters()
+        self.reporter = Reporter(config, self.folder, accelerator)
+        self.step, self.seconds, self.interrupted = 0, 0.0, 0
+        self._saved = -1
+        self._lap = (0, 0.0)  # step and seconds of the last logged line
+        self._fid: FidCallback | None = None
+        self._resume()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def completed(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def student(self) -> Any:
+        """The user's student around the averaged weights; all processes must call this together."""
+        return self.method.student(self.roles["student"].whole())
+
+    def train(self) -> None:
+        """Go on to ``train.steps``, or until a signal; the state is saved in both cases.
+
+        Raises:
+            TrainingDiverged: ``train.max_nonfinite_steps`` skipped updates of one role in a row, seen at a logged step.
+            UserError: something could not be written.
+        """
+        self.reporter.start(self.step)
+        try:
+            with Interrupts() as interrupts:
+                while not self.completed and not self.interrupted:
+                    self._advance(interrupts)
+                if self.step != self._saved:
+                    self.save()
+        finally:
+            self.reporter.close()
+
+    def _advance(self, interrupts: Interrupts) -> None:
+        """One step and whatever is due after it."""
+        settings, began = self.settings, time.perf_counter()
+        self.train_step()
+        logged = self.step % settings.log_every == 0 or self.completed
+        means = self.meters.read(self.world) if logged else {}  # waits for the device
+        self.seconds += time.perf_counter() - began
+        self.reporter.advance()
+        if logged:
+            self._log(means)
+        checkpoint_due = self._due(settings.checkpoint_every)
+        # Asking the other processes waits, which a step on a GPU must not: there a signal counts at the next of these.
+        if self.world == 1 or self.device.type == "cpu" or logged or checkpoint_due:
+            self.interrupted = interrupts.agreed(self.device, self.world)
+        if not self.interrupted:
+            if self._due(settings.sample_every):
+                self.save_samples(f"step-{self.step:06d}.png")
+            if self._due(settings.evaluate_every):
+                self._measure()
+        if checkpoint_due and not self.completed:
+            self.save()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def train_step(self) -> None:
+        """All updates of one step. Nothing here reads a device's value on the host."""
+        # Dropout and the like go on after a resume as if there had been none.
+        torch.manual_seed(mixed_seed("step", self.config.seed, self.step, self.rank))
+        for update, name in enumerate(self.method.schedule(self.step)):
+            self._update(name, update)
+        self.step += 1
+
+    def _update(self, name: str, update: int) -> None:
+        role, accumulation = self.roles[name], self.settings.gradient_accumulation
+        rate = learning_rate(role.config, self.step, self.settings.steps)
+        for group in role.optimizer.param_groups:
+            group["lr"] = rate
+        for micro in range(accumulation):
+            draw = Draw(self.config.seed, self.step, update, micro, self.micro_rows, self.rank, self.world, self.device)
+            with self._synchronised(name if micro == accumulation - 1 else None):
+                loss, figures = self.method.loss(name, self.networks, draw)
+                backward(loss, role.scaler, accumulation)
+            self.meters.add({f"loss/{name}": loss} | {f"{name}/{key}": value for key, value in figures.items()})
+        norm, skipped = apply_update(role.optimizer, role.scaler, self.settings.max_grad_norm)
+        self.meters.add({f"grad_norm/{name}": norm})
+        role.skipped += skipped
+        role.consecutive.add_(1.0).mul_(skipped)
+        if role.average is not None:
+            role.average.update(role.network)
+        # A loss may reach through another role's network: nobody starts with someone else's gradients.
+        for other in self.roles.values():
+            other.clear_gradients()
+
+    @contextlib.contextmanager
+    def _synchronised(self, name: str | None) -> Iterator[None]:
+        """Only the gradients of role ``name`` (None: of none) are averaged over the processes in this block."""
+        with contextlib.ExitStack() as stack:
+            for other, role in self.roles.items():
+                if other != name:
+                    stack.enter_context(self.accelerator.no_sync(role.prepared))
+            yield
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; all processes must call this together."""
+        tensors, roles = {}, {}
+        for name, role in self.roles.items():
+            parts = {name: network_tensors(role.network)}
+            parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer)
+            if role.average is not None:
+                parts[f"{name}.average"] = network_tensors(role.average.network, role.network)
+            tensors |= {file: gather(content, keep=self.main) for file, content in parts.items()}
+            roles[name] = {
+                "average_count": 0 if role.average is None else role.average.count,
+                "scaler": role.scaler.state_dict(),
+                "skipped": int(role.skipped),
+                "consecutive": int(role.consecutive),
+            }
+        state = {
+            "format": 1,
+            "step": self.step,
+            "images": self.step * self.settings.batch_size,
+            "seconds": self.seconds,
+            "world_size": self.world,
+            "roles": roles,
+            "meters": self.meters.state(self.world),
+            "lap": self._lap,
+        }
+        keep = self.settings.keep_checkpoints
+        Processes.current().on_main(lambda: write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep))
+        self._saved = self.step
+
+    def _resume(self) -> None:
+        def clean() -> None:
+            with disk_errors(f"the run folder {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.checkpoint_folder)
+
+        Processes.current().on_main(clean)
+        found = checkpoints(self.checkpoint_folder)
+        if not found:
+            return
+        step, path = found[-1]
+        if step > self.settings.steps:
+            raise UserError(f"{self.folder} is at step {step} already, beyond train.steps={self.settings.steps}; raise "
+                            "train.steps or choose another output_dir")  # fmt: skip
+        state = read_state(path)
+        if state["roles"].keys() != self.roles.keys():
+            raise UserError(f"{path} does not fit: it holds the roles {', '.join(state['roles'])}, and the method has "
+                            f"{', '.join(self.roles)}")  # fmt: skip
+        for name, role in self.roles.items():
+            self._restore(role, name, path, state["roles"][name])
+        self.step, self.seconds, self._saved = step, state["seconds"], step
+        self._lap = tuple(state["lap"])
+        self.meters.load_state(state["meters"], self.device, self.main)
+
+    def _restore(self, role: TrainedRole, name: str, path: Path, state: dict[str, Any]) -> None:
+        assign(network_tensors(role.network), read_tensors(path, name), f"{path}/{name}.safetensors")
+        assign_optimizer(role.network, role.optimizer, read_tensors(path, f"{name}.optimizer"))
+        if role.average is not None:
+            targets = network_tensors(role.average.network, role.network)
+            assign(targets, read_tensors(path, f"{name}.average"), f"{path}/{name}.average.safetensors")
+            role.average.count = state["average_count"]
+        if role.scaler.is_enabled():
+            role.scaler.load_state_dict(state["scaler"])
+        role.skipped.fill_(state["skipped"])
+        role.consecutive.fill_(state["consecutive"])
+
+    def _log(self, means: dict[str, float | None]) -> None:
+        steps, seconds = self.step - self._lap[0], self.seconds - self._lap[1]
+        self._lap = (self.step, self.seconds)
+        total = torch.stack([role.skipped for role in self.roles.values()]).sum()
+        consecutive = torch.stack([role.consecutive for role in self.roles.values()])
+        line = {
+            **self._progress(),
+            "images_per_second": round(steps * self.settings.batch_size / max(seconds, 1e-9), 3),
+            **{f"lr/{name}": role.optimizer.param_groups[0]["lr"] for name, role in self.roles.items()},
+            **means,
+            "skipped": int(total),
+        }
+        self.reporter.log(line)
+        for name, count in zip(self.roles, consecutive.tolist(), strict=True):
+            if count >= self.settings.max_nonfinite_steps:
+                raise TrainingDiverged(
+                    f"training stopped at step {self.step}: the loss or gradient of the role '{name}' was not finite "
+                    f"in {int(count)} updates in a row; lower its learning rate or raise its precision, and the next "
+                    f"start resumes from {self._last_checkpoint()}"
+                )
+
+    def _progress(self) -> dict[str, Any]:
+        images = self.step * self.settings.batch_size
+        return {"step": self.step, "images": images, "seconds": round(self.seconds, 3)}
+
+    def _last_checkpoint(self) -> str:
+        found = checkpoints(self.checkpoint_folder)
+        return str(found[-1][1]) if found else "the beginning, for there is no checkpoint yet"
+
+    def save_samples(self, name: str) -> None:
+        """Write ``samples/<name>``; all processes must call this together."""
+        student, path = self.student(), self.folder / "samples" / name
+        Processes.current().on_main(lambda: save_samples(student, path, self.settings.num_samples))
+
+    def _measure(self) -> None:
+        self._fid = self._fid or FidCallback(self.config, self.accelerator)
+        figures = self._fid(self.student())
+        self.reporter.log(self._progress() | figures)
+
+    def _micro_rows(self) -> int:
+        batch, accumulation = self.settings.batch_size, self.settings.gradient_accumulation
+        if batch % (accumulation * self.world):
+            raise UserError(f"train.batch_size is {batch}, but {self.world} processes with train.gradient_accumulation="
+                            f"{accumulation} need a multiple of {accumulation * self.world}")  # fmt: skip
+        return batch // accumulation

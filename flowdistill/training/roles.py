@@ -1,0 +1,133 @@
+"""A method's networks made ready to train: placed, distributed, with optimiser, scaler and average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from flowdistill.config import OptimizerConfig, TrainConfig
+from flowdistill.errors import UserError
+from flowdistill.methods.base import Method, Role
+from flowdistill.training.average import MovingAverage
+from flowdistill.training.optimizer import make_optimizer
+from flowdistill.training.precision import HalfPrecisionForward
+from flowdistill.training.state import assign, gather, network_tensors
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.FSDP,
+)
+
+
+@dataclass
+class TrainedRole:
+    """One network and everything that trains it.
+
+    Attributes:
+        network: bare; under FSDP2 its parameters are sharded in place.
+        prepared: what accelerate made of it (DDP, FSDP2 or the network itself).
+        call: what the method calls.
+        scaler: of its own: a shared one would unscale one role's gradients by another role's updates.
+        average: the moving average, or None.
+        template: an unsharded copy to put whole weights in; None when nothing is sharded.
+        skipped, consecutive: updates skipped in all and in a row, 0-d on the device.
+    """
+
+    network: nn.Module
+    prepared: nn.Module
+    call: Callable[..., Any]
+    optimizer: torch.optim.AdamW
+    config: OptimizerConfig
+    scaler: torch.amp.GradScaler
+    average: MovingAverage | None
+    template: nn.Module | None
+    skipped: Tensor
+    consecutive: Tensor
+
+    def whole(self) -> nn.Module:
+        """The averaged network (the trained one when there is no average), unsharded; a collective under FSDP2."""
+        source = self.network if self.average is None else self.average.network
+        if self.template is None:
+            return source
+        values = gather(network_tensors(source, self.network))
+        assign(network_tensors(self.template), values, "the averaged network")
+        return self.template
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def prepare_roles(
+    method: Method, config: TrainConfig, precision: str, accelerator: Accelerator
+) -> dict[str, TrainedRole]:
+    """Place the method on the accelerator's device and wrap its networks.
+
+    Raises:
+        UserError: a launcher that is not supported, weights that are not float32, nothing to train, or gradient
+            checkpointing for a network that has none.
+    """
+    kind = accelerator.distributed_type
+    if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise UserError(f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
+                        "(MULTI_GPU) or FSDP with fsdp_version 2")  # fmt: skip
+    method.to(accelerator.device)
+    return {name: _prepare(name, role, config, precision, accelerator) for name, role in method.roles().items()}
+
+
+def _prepare(name: str, role: Role, config: TrainConfig, precision: str, accelerator: Accelerator) -> TrainedRole:
+    network, device = role.network.to(accelerator.device), accelerator.device
+    trained = [p for p in network.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError(f"the network of the role '{name}' has no parameters that train")
+    for parameter in trained:
+        if parameter.dtype != torch.float32:
+            raise UserError(f"the weights of the role '{name}' are {parameter.dtype}; weights that train are float32 "
+                            "masters, and train.precision makes the passes half precision")  # fmt: skip
+    if config.gradient_checkpointing:
+        enable = getattr(network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise UserError(f"train.gradient_checkpointing is true, but the network of the role '{name}' "
+                            f"({type(network).__name__}) does not have it; set it to false")  # fmt: skip
+        enable()
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    # Copies come before the wrapping: a sharded network cannot be copied.
+    average = MovingAverage(network, config.ema_decay, config.ema_warmup) if role.ema else None
+    template = copy.deepcopy(network).cpu() if sharded and name == "student" else None
+    optimizer = make_optimizer(trained, role.optimizer)
+    if sharded:
+        prepared, wrapped = accelerator.prepare(network, optimizer)
+        optimizer = wrapped.optimizer
+        if average is not None:
+            _shard_like_accelerate(average.network, accelerator)
+    else:
+        prepared = accelerator.prepare(network)
+    call = torch.compile(prepared) if config.compile else prepared
+    return TrainedRole(
+        network=network,
+        prepared=prepared,
+        call=call if precision == "fp32" else HalfPrecisionForward(call, precision, device),
+        optimizer=optimizer,
+        config=role.optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        average=average,
+        template=template,
+        skipped=torch.zeros((), device=device),
+        consecutive=torch.zeros((), device=device),
+    )
+
+
+def _shard_like_accelerate(network: nn.Module, accelerator: Accelerator) -> None:
+    """Shard the average as its network is, so that following it needs no communication."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    fsdp2_prepare_model(accelerator, network)

@@ -1,0 +1,238 @@
+"""From a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from flowdistill.config import RunConfig, TrainConfig, load_config, save_config, validate
+from flowdistill.errors import UserError
+from flowdistill.evaluation.processes import Processes
+from flowdistill.training.callbacks import tracker_names
+from flowdistill.training.checkpoint import checkpoints, disk_errors
+from flowdistill.training.loop import Trainer
+from flowdistill.training.precision import resolve_precision
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation import Report
+
+REPORT = "report.json"
+FREE = frozenset(
+    f"train.{name}"
+    for name in (
+        "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
+        "trackers device gradient_checkpointing compile"
+    ).split()
+)
+"""Settings of ``train`` that may change between a run and its resume: they do not decide what is learned, except the
+number of steps, which a user may well raise."""
+
+
+@dataclass
+class Run:
+    """What became of a call of ``distill``.
+
+    Attributes:
+        output_dir: the run folder.
+        steps: training steps done, over all resumes.
+        completed: whether ``train.steps`` was reached.
+        interrupted: number of the signal that ended it early (15 SIGTERM, 2 SIGINT), else 0; the same command resumes.
+        report: the evaluation, None when it was switched off or not reached.
+    """
+
+    output_dir: Path
+    steps: int
+    completed: bool
+    interrupted: int = 0
+    report: Report | None = None
+
+
+def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] = ()) -> Run:
+    """Distil a teacher as a configuration says; goes on by itself where an earlier call stopped.
+
+    Under ``accelerate launch`` or ``torchrun`` all processes call this together and train one model.
+
+    Args:
+        config: a YAML file, or a configuration made in Python.
+        overrides: ``key=value`` texts for a YAML file, e.g. ``train.steps=500``.
+
+    Raises:
+        UserError: bad configuration or teacher, an ``output_dir`` that holds another run or cannot be written, training
+            that diverged.
+    """
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise UserError("overrides go with a configuration file; change a RunConfig itself before passing it")
+        validate(config)
+    else:
+        config = load_config(config, overrides)
+    accelerator = make_accelerator(config.train, config.output_dir)
+    precision = resolve_precision(config.train.precision, accelerator.device)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    processes, folder = Processes.current(), Path(config.output_dir)
+    same_evaluation = processes.on_main(lambda: _open_folder(folder, config))
+
+    from flowdistill import load_teacher
+
+    settings = config.teacher
+    teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
+    torch.manual_seed(config.seed)  # new layers start alike on every process
+    method = _method_class(config.method.name)(config.method, teacher)
+    trainer = Trainer(method, config, folder, accelerator)
+    before = trainer.step
+    trainer.train()
+    run = Run(folder, trainer.step, trainer.completed, trainer.interrupted)
+    if trainer.step > before or not (folder / "student").is_dir():
+        _save_student(trainer)
+    if run.completed:
+        if trainer.step > before or not (folder / "samples" / "final.png").is_file():
+            trainer.save_samples("final.png")
+        if config.evaluation.at_end:
+            reuse = trainer.step == before and same_evaluation
+            run.report = _report(folder, teacher, accelerator, reuse)
+            if accelerator.is_main_process:
+                print(run.report)
+    return run
+
+
+def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) -> Accelerator:
+    """The processes and the device of a run, without accelerate's own mixed precision.
+
+    "auto" is a CUDA or XPU device when there is one, else the CPU (Apple's GPU has no float64, which the path's
+    coefficients need). On the CPU several processes talk through gloo, whatever started them.
+
+    Raises:
+        UserError: a device this machine does not have, one GPU for several processes, or an unknown tracker.
+    """
+    wanted = config.device
+    if wanted == "auto":
+        wanted = next((kind for kind in ("cuda", "xpu") if _available(kind)), "cpu")
+    kind, _, number = wanted.partition(":")
+    if not _available(kind):
+        raise UserError(f"train.device is '{config.device}', which this machine does not have; use auto or cpu")
+    if number:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"train.device is '{wanted}', but several processes were started; use cuda, and each has "
+                            "its own GPU")  # fmt: skip
+        if int(number) >= torch.cuda.device_count():
+            raise UserError(f"train.device is '{wanted}', but this machine has {torch.cuda.device_count()} GPU(s)")
+        torch.cuda.set_device(int(number))
+    names = tracker_names(config)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=kind == "cpu",
+        log_with=names or None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+        # Buffers are not sent round at every pass: that would change them between two passes of one loss.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.device.type != kind:
+        raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
+    if accelerator.num_processes > 1:
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    return accelerator
+
+
+def difference(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that decides what is learned and differs: (key, saved value, value now).
+
+    Settings that the saved configuration does not have (it was written by an older version) do not count.
+    """
+    here = dict(_leaves(config))
+    for key, value in _leaves(saved):
+        section = key.split(".")[0]
+        if section in ("output_dir", "evaluation") or key in FREE:
+            continue
+        if key not in here or here[key] != value:
+            return key, value, here.get(key)
+    return None
+
+
+def _open_folder(folder: Path, config: RunConfig) -> bool:
+    """Check that the run folder is free or holds this run, and write its config.yaml.
+
+    Returns whether an earlier call had the same ``evaluation`` section.
+    """
+    from omegaconf import OmegaConf
+
+    file, same = folder / "config.yaml", False
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; it must be a folder")
+    if file.is_file() and (checkpoints(folder / "checkpoints") or (folder / "student").exists()):
+        try:
+            saved = OmegaConf.to_container(OmegaConf.load(file))
+        except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file
+            raise UserError(f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another "
+                            "output_dir") from error  # fmt: skip
+        here = OmegaConf.to_container(OmegaConf.structured(config))
+        if not isinstance(saved, dict) or not isinstance(here, dict):
+            raise UserError(f"{file} is no configuration of a run; choose another output_dir")
+        if (found := difference(saved, here)) is not None:
+            key, old, new = found
+            raise UserError(f"{folder} holds another run: {key} is {old} there and {new} here; choose another "
+                            "output_dir, or make them equal to resume")  # fmt: skip
+        same = saved.get("evaluation") == here["evaluation"]
+    elif checkpoints(folder / "checkpoints"):
+        raise UserError(f"{folder} holds checkpoints but no config.yaml, so it is unknown whether they are this run's; "
+                        "choose another output_dir")  # fmt: skip
+    with disk_errors(str(file)):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, file)
+    return same
+
+
+def _save_student(trainer: Trainer) -> None:
+    student, target = trainer.student(), trainer.folder / "student"
+
+    def save() -> None:
+        with disk_errors(str(target)):
+            student.save(target)
+
+    Processes.current().on_main(save)
+
+
+def _report(folder: Path, teacher: Any, accelerator: Accelerator, reuse: bool) -> Report:
+    from flowdistill.evaluation import Report, evaluate
+
+    if reuse and (folder / REPORT).is_file():
+        return Report.read_json(folder / REPORT)
+    report = evaluate(folder, teacher=teacher, device=accelerator.device)
+
+    def write() -> None:
+        with disk_errors(str(folder / REPORT)):
+            report.write_json(folder / REPORT)
+
+    Processes.current().on_main(write)
+    return report
+
+
+def _method_class(name: str) -> Any:
+    from flowdistill.methods import METHODS
+
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _available(kind: str) -> bool:
+    if kind in ("cuda", "xpu"):
+        return getattr(torch, kind).is_available()
+    return kind == "cpu" or torch.backends.mps.is_available()
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

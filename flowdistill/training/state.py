@@ -1,0 +1,84 @@
+"""Networks and optimisers as named tensors on the CPU, whole even when they are sharded, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flowdistill.errors import UserError
+
+# torch.distributed.checkpoint's state dictionaries are not used for optimisers: reading the state of one that has not
+# stepped yet makes a step (its count becomes 1), and a parameter without state cannot be loaded.
+
+
+def network_tensors(network: nn.Module, trained: nn.Module | None = None) -> dict[str, Tensor]:
+    """What a network does not get from elsewhere: the parameters that train, and the buffers it saves.
+
+    ``trained`` tells which parameters train, when ``network`` is a frozen copy of it.
+    """
+    frozen = {name for name, p in (trained or network).named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as ``<parameter>/<key>``; empty before its first step."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors on the CPU. All processes must call this; those that do not ``keep`` get an empty dictionary."""
+    whole: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if not keep:
+            continue
+        value = value.cpu().contiguous()
+        # safetensors refuses tensors that share memory (tied weights).
+        shared = value.untyped_storage().data_ptr() in storages
+        whole[name] = value.clone() if shared else value
+        storages.add(whole[name].untyped_storage().data_ptr())
+    return whole
+
+
+@torch.no_grad()
+def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Copy ``values`` into ``targets``; UserError unless names and shapes are the same."""
+    if targets.keys() != values.keys():
+        odd = sorted(targets.keys() ^ values.keys())
+        side = "is missing there" if odd[0] in targets else "is not in the network"
+        raise UserError(f"{what} does not fit: {odd[0]} {side}")
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            raise UserError(f"{what} does not fit: {name} has the shape {tuple(values[name].shape)} there and "
+                            f"{tuple(target.shape)} in the network")  # fmt: skip
+        target.copy_(_like(values[name], target))
+
+
+@torch.no_grad()
+def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, Tensor]) -> None:
+    """Put back what ``optimizer_tensors`` gave."""
+    optimizer.state.clear()
+    parameters = dict(network.named_parameters())
+    for name, value in values.items():
+        owner, _, key = name.rpartition("/")
+        parameter = parameters[owner]
+        # The step count is a scalar of its own; the moments are placed like their parameter.
+        placed = _like(value, parameter) if value.ndim or not parameter.ndim else value.to(parameter.device)
+        optimizer.state[parameter][key] = placed.clone()
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    value = value.to(target.device)
+    if isinstance(target, DTensor):
+        return distribute_tensor(value, target.device_mesh, target.placements)
+    return value
