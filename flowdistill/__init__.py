@@ -1,0 +1,43 @@
+"""Distil any diffusers pipeline into a one-step generator that stock diffusers loads.
+
+The names below load on first use, so that ``import flowdistill`` costs neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flowdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from flowdistill.conditions import Condition
+    from flowdistill.evaluation import evaluate
+    from flowdistill.student import load_student
+    from flowdistill.teacher import load_teacher
+    from flowdistill.training.run import distill
+
+__version__ = "0.1.0"
+
+__all__ = ["Condition", "UserError", "__version__", "distill", "evaluate", "load_student", "load_teacher"]
+
+_HOMES = {
+    "Condition": "flowdistill.conditions",
+    "distill": "flowdistill.training.run",
+    "evaluate": "flowdistill.evaluation",
+    "load_student": "flowdistill.student",
+    "load_teacher": "flowdistill.teacher",
+}
+_PARTS = frozenset("config data evaluation images methods objectives path student teacher training".split())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_PARTS})

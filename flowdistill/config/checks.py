@@ -1,0 +1,158 @@
+"""What may stand in a configuration, and the one sentence that says so when something else does."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from flowdistill.config.schema import MISSING, RunConfig
+from flowdistill.errors import UserError
+
+
+class Layer(NamedTuple):
+    """Raw values from one file or override, and the words that name this place in an error."""
+
+    origin: str
+    values: dict[str, Any]
+
+
+def check_keys(layer: Layer, method: type) -> None:
+    """UserError for a key that does not exist and for a plain value where a section belongs."""
+    _check_keys(layer.values, RunConfig, "", layer.origin, method)
+
+
+def validate(config: Any, layers: Sequence[Layer] = (), prefix: str = "") -> None:
+    """Check every range of a configuration and call the ``validate()`` of every section that has one.
+
+    ``config`` is a RunConfig or one section of it; ``prefix`` is the section's path with a dot behind it. ``layers``
+    let the error name the file or the override that holds the value.
+    """
+    for item in fields(config):
+        key, value = prefix + item.name, getattr(config, item.name)
+        elements = value if isinstance(value, (list, tuple)) else [value]
+        length = item.metadata.get("length")
+        if value is not None and length is not None and len(elements) != length:
+            raise UserError(f"'{key}' must have {length} values, not {len(elements)}{found(layers, key)}")
+        for element in elements:
+            if is_dataclass(element):
+                validate(element, layers, f"{key}.")
+            elif element is not None and (allowed := _violation(element, item.metadata)):
+                every = "every value of " if elements is value else ""
+                hint = closest(element, item.metadata.get("choices", ()))
+                raise UserError(f"{every}'{key}' must be {allowed}, not {shown(element)}{hint}{found(layers, key)}")
+    if hasattr(config, "validate"):
+        config.validate()
+
+
+def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full key, type) of everything below ``schema`` that is not a section."""
+    sections = dict(_sections(schema, method))
+    for name, hint in get_type_hints(schema).items():
+        if name in sections:
+            yield from leaf_types(sections[name][0], method, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+def in_words(hint: Any) -> str:
+    """A type in words: ``list[int] | None`` is 'a list of integers or null'."""
+    if get_origin(hint) in (list, tuple):
+        many = {int: "integers", float: "numbers", str: "texts"}
+        count = f"{len(get_args(hint))} " if _is_fixed(hint) else ""
+        return f"a list of {count}{many.get(get_args(hint)[0], 'values')}"
+    if len(_alternatives(hint)) > 1:
+        return " or ".join(in_words(part) for part in _alternatives(hint))
+    one = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return one.get(hint, "a mapping" if get_origin(hint) is dict else f"a {getattr(hint, '__name__', hint)}")
+
+
+def raw_value(values: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of nested mappings, or MISSING."""
+    node: Any = values
+    for part in key.split("."):
+        node = node.get(part, MISSING) if isinstance(node, Mapping) else MISSING
+    return node
+
+
+def found(layers: Sequence[Layer], key: str) -> str:
+    """The place that set ``key`` last, in brackets; an empty string for a default."""
+    origins = [layer.origin for layer in layers if raw_value(layer.values, key) != MISSING]
+    return f" ({origins[-1]})" if origins else ""
+
+
+def closest(name: Any, valid: Iterable[str], prefix: str = "") -> str:
+    """``; did you mean 'x'?`` with the nearest valid name, or an empty string when none is near."""
+    matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
+
+
+def shown(value: Any) -> str:
+    """A value as YAML users write it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+
+
+def _check_keys(values: Mapping[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
+    sections, hints = dict(_sections(schema, method)), get_type_hints(schema)
+    names = [item.name for item in fields(schema)]
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in names:
+            owner = f"'{prefix[:-1]}'" if prefix else "the top level"
+            if schema is method:
+                owner += f" with the name {schema().name!r}"
+            hint = closest(name, names, prefix)
+            raise UserError(f"unknown key '{key}' ({origin}){hint or ';'} allowed in {owner}: {', '.join(names)}")
+        if name not in sections:
+            if isinstance(value, Mapping) and hints[name] is not Any and get_origin(hints[name]) is not dict:
+                raise UserError(f"'{key}' must be {in_words(hints[name])}, not keys below it ({origin})")
+            if isinstance(value, list) and _is_fixed(hints[name]) and len(value) != len(get_args(hints[name])):
+                raise UserError(f"'{key}' must be {in_words(hints[name])}, not {value} ({origin})")
+            continue
+        section, nullable = sections[name]
+        if isinstance(value, Mapping):
+            _check_keys(value, section, f"{key}.", origin, method)
+        elif not (value is None and nullable):
+            raise UserError(f"'{key}' must be a section with keys of its own, not {shown(value)} ({origin})")
+
+
+def _sections(schema: type, method: type) -> Iterator[tuple[str, tuple[type, bool]]]:
+    """The fields of ``schema`` that are sections: (name, (dataclass, whether null is allowed))."""
+    for name, hint in get_type_hints(schema).items():
+        alternatives = _alternatives(method if schema is RunConfig and name == "method" else hint)
+        for candidate in alternatives:
+            if isinstance(candidate, type) and is_dataclass(candidate):
+                yield name, (candidate, type(None) in alternatives)
+
+
+def _is_fixed(hint: Any) -> bool:
+    """Whether a type is a tuple of a fixed number of values."""
+    return get_origin(hint) is tuple and Ellipsis not in get_args(hint)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _violation(value: Any, limits: Mapping[str, Any]) -> str:
+    """What would be allowed, in words, when ``value`` is not; else an empty string."""
+    if "choices" in limits and value not in limits["choices"]:
+        return f"one of {', '.join(limits['choices'])}"
+    if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+        return str(limits["help"])
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    tests = {
+        "at_least": ("at least", lambda limit: value >= limit),
+        "above": ("greater than", lambda limit: value > limit),
+        "at_most": ("at most", lambda limit: value <= limit),
+        "below": ("below", lambda limit: value < limit),
+    }
+    active = [(words, limits[name], test(limits[name])) for name, (words, test) in tests.items() if name in limits]
+    if all(passed for *_, passed in active):
+        return ""
+    return " and ".join(f"{words} {limit}" for words, limit, _ in active)

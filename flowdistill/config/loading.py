@@ -1,0 +1,179 @@
+"""YAML files and overrides into a checked :class:`RunConfig`, and back into a file."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from flowdistill.config.checks import (
+    Layer,
+    check_keys,
+    closest,
+    found,
+    in_words,
+    leaf_types,
+    raw_value,
+    shown,
+    validate,
+)
+from flowdistill.config.schema import MISSING, RunConfig
+from flowdistill.errors import UserError
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and ``key=value`` overrides (``train.steps=500``) into a checked :class:`RunConfig`.
+
+    The result's ``method`` is an instance of the selected method's own ``Config`` dataclass. Relative paths inside stay
+    relative to the working directory; only ``defaults_from`` is relative to its file. Raises UserError for a missing or
+    malformed file, an unknown key, a wrong type, an impossible value and a missing mandatory value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers = _file_layers(Path(path)) + [_override_layer(text) for text in overrides]
+    method = method_config_class(_method_name(layers, path))
+    for layer in layers:
+        check_keys(layer, method)
+    try:
+        schema = OmegaConf.structured(RunConfig(method=method()))
+        merged = OmegaConf.merge(schema, *(layer.values for layer in layers))
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"'{key}' is missing: set it in {path} or add {key}=... to the command")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _value_error(error, layers, dict(leaf_types(RunConfig, method))) from error
+    assert isinstance(config, RunConfig)
+    validate(config, layers)
+    return config
+
+
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write the configuration as YAML that :func:`load_config` reads back; the file is complete or absent."""
+    from omegaconf import OmegaConf
+
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def method_config_class(name: str) -> type:
+    """The settings dataclass of a registered method; for another name a UserError with the closest one."""
+    from flowdistill.methods import METHODS
+
+    if name not in METHODS:
+        allowed = ", ".join(sorted(METHODS))
+        raise UserError(f"'method.name' must be one of {allowed}, not {name!r}{closest(name, METHODS)}")
+    module, _, attribute = METHODS[name].partition(":")
+    config: type = getattr(importlib.import_module(module), attribute).Config
+    if "name" not in {item.name for item in fields(config)}:
+        raise TypeError(f"the Config of {METHODS[name]} needs the field 'name: str = {name!r}'")
+    return config
+
+
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The file's values behind those of the files it builds on."""
+    if path.resolve() in above:
+        circle = " -> ".join(entry.name for entry in (*above, path))
+        raise UserError(f"'defaults_from' goes round in a circle: {circle}")
+    values = _read_yaml(path, f"the configuration file {path}" if not above else f"{path} ('defaults_from')")
+    base = values.pop("defaults_from", None)
+    if base is None:
+        return [Layer(f"in {path}", values)]
+    if not isinstance(base, str):
+        raise UserError(f"'defaults_from' must be the path of one YAML file, not {base!r} (in {path})")
+    return [*_file_layers(path.parent / base, (*above, path.resolve())), Layer(f"in {path}", values)]
+
+
+def _read_yaml(path: Path, name: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"{name} does not exist{closest(path.name, siblings)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not text in UTF-8, as a YAML file is") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    return _parse(text, name)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    expectation = f"{name} must hold sections such as 'teacher:' and 'train:' with 'key: value' lines"
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {_yaml_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name} is not valid: {_first_line(error)}") from error
+    except OSError as error:  # how OmegaConf refuses a document that is a bare number or the like
+        raise UserError(expectation) from error
+    if not isinstance(values, dict):
+        raise UserError(expectation)
+    return values
+
+
+def _override_layer(text: str) -> Layer:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, _ = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"the override {text!r} must have the form key=value, for example train.steps=500")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except YAMLError as error:
+        raise UserError(f"the override {text!r} has a value that is not valid YAML: {_yaml_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"the override {text!r} is not valid: {_first_line(error)}") from error
+    assert isinstance(values, dict)
+    return Layer(f"in the override {text!r}", values)
+
+
+def _method_name(layers: Sequence[Layer], path: str | os.PathLike[str]) -> str:
+    """The last ``method.name``; read before the rest, because it decides what else is allowed."""
+    for layer in reversed(layers):
+        section = layer.values.get("method", {})
+        if not isinstance(section, Mapping):
+            raise UserError(f"'method' must be a section with a 'name', not {shown(section)} ({layer.origin})")
+        if section.get("name", MISSING) != MISSING:
+            return str(section["name"])
+    from flowdistill.methods import METHODS
+
+    raise UserError(f"'method.name' is missing: set it in {path} to one of {', '.join(sorted(METHODS))}")
+
+
+def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, Any]) -> UserError:
+    """One sentence for what OmegaConf says about one value."""
+    from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError, ValidationError
+
+    key = re.sub(r"\[.*", "", str(getattr(error, "full_key", None) or ""))
+    unresolved = isinstance(error, InterpolationResolutionError) and not isinstance(error, InterpolationValidationError)
+    if key in hints and isinstance(error, ValidationError) and not unresolved:
+        values = [value for layer in layers if (value := raw_value(layer.values, key)) != MISSING]
+        return UserError(f"'{key}' must be {in_words(hints[key])}, not {shown(values[-1])}{found(layers, key)}")
+    return UserError((f"'{key}': " if key else "") + _first_line(error) + found(layers, key))
+
+
+def _yaml_problem(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or _first_line(error))
+    return f"line {mark.line + 1}, {problem}" if mark is not None else problem
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,128 @@
+"""The settings of a run, with the help text and the allowed range of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+from flowdistill.errors import UserError
+
+MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+    pattern: str | None = None,
+) -> Any:
+    """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
+
+    ``default`` may be a list, a dict or a dataclass instance or type: every configuration gets its own copy. Bounds,
+    ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
+    None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "length": length, "pattern": pattern} | limits
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)) or is_dataclass(default):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen model to distil."""
+
+    source: str = option(MISSING, "pipeline folder or hub id")
+    null_label: int | None = option(None, "class label that means 'unconditional'; null: detected", at_least=0)
+    t_max: float | None = option(None, "start of the path; null: from the scheduler", above=0, at_most=1)
+    dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning rate schedule of one trained network."""
+
+    lr: float = option(1e-4, "peak learning rate", above=0)
+    betas: list[float] = option([0.9, 0.99], "decay of the two gradient moments", length=2, at_least=0, below=1)
+    weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
+    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = option(0, "steps of linear growth from 0 to lr", at_least=0)
+    final_lr_fraction: float = option(0.0, "cosine, linear: last lr as a fraction of lr", at_least=0, at_most=1)
+
+
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+@dataclass
+class TrainConfig:
+    """The loop, the same for every method."""
+
+    steps: int = option(1000, "training steps", at_least=1)
+    batch_size: int = option(64, "samples of one optimiser step, over all processes and accumulation", at_least=1)
+    gradient_accumulation: int = option(1, "micro-batches of one optimiser step", at_least=1)
+    precision: str | None = option(
+        None,
+        "autocast of the trained networks, whose weights stay float32; null: as accelerate launch says, else fp32",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    max_grad_norm: float = option(1.0, "norm to which a network's gradient is clipped; 0: off", at_least=0)
+    ema_decay: float = option(0.999, "decay of the averaged student", at_least=0, below=1)
+    ema_warmup: bool = option(True, "let the decay grow from 0, so that early steps are forgotten sooner")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = option(False, "torch.compile the trained networks")
+    log_every: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
+    sample_every: int = option(0, "steps between sample grids; 0: at the end only", at_least=0)
+    num_samples: int = option(40, "images in a sample grid", at_least=1)
+    checkpoint_every: int = option(500, "steps between checkpoints; 0: at the end only", at_least=0)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
+    evaluate_every: int = option(0, "steps between FID measurements; 0: at the end only", at_least=0)
+    max_nonfinite_steps: int = option(10, "skipped steps in a row (loss or gradient not finite) to stop at", at_least=1)
+    trackers: list[str] | None = option(None, "accelerate's trackers; null: tensorboard if installed", choices=TRACKERS)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N, mps or xpu", pattern=r"auto|cpu|mps|xpu|cuda(:\d+)?")
+
+    def validate(self) -> None:
+        """UserError when the batch of an optimiser step does not divide into its micro-batches."""
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"'train.batch_size' ({self.batch_size}) must be a multiple of 'train.gradient_accumulation' "
+                f"({self.gradient_accumulation}), because it is the batch of a whole optimiser step"
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, against what."""
+
+    num_images: int = option(10_000, "images of every measured model", at_least=2)
+    features: str = option("digits", "feature extractor: a name or a path")
+    reference: str = option("digits", "real images: a name, an image folder or a statistics file (.npz)")
+    teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
+    solver: str = option("euler", "the teacher's ODE solver", choices=("euler", "heun"))
+    batch_size: int = option(250, "images of one forward pass", at_least=1)
+    guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
+    at_end: bool = option(True, "measure when training ends and write report.json")
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run; ``config.yaml`` of a run folder holds it resolved."""
+
+    output_dir: str = option(MISSING, "run folder; training resumes when it already holds this run")
+    seed: int = option(0, "seed of every random draw", at_least=0, below=2**63)
+    teacher: TeacherConfig = option(TeacherConfig, "the frozen model")
+    method: Any = option(MISSING, "settings of the method that 'method.name' selects: an instance of its Config")
+    train: TrainConfig = option(TrainConfig, "the training loop")
+    evaluation: EvaluationConfig = option(EvaluationConfig, "FID and its companions")
