@@ -136,7 +136,7 @@ def test_reference_is_cached_and_follows_what_made_it(tmp_path):
         return sorted(path.name for path in tmp_path.iterdir())
 
     first = load_reference("digits", load_features(Pool(), device="cpu"), tmp_path)
-    assert first.count == 1797 and first.labelled and len(files()) == 1
+    assert first.count == 1797 and first.labelled is not None and len(files()) == 1
     features = load_features(Pool(), device="cpu")(digits(1797))
     assert torch.allclose(first.covariance, features.double().T.cov(), atol=1e-12)
 
@@ -189,7 +189,7 @@ def test_npz_of_others_and_of_ours(tmp_path):
     own = load_reference("digits", extractor, tmp_path / "cache")
     np.savez(tmp_path / "adm.npz", mu=own.mean.numpy().astype(np.float32), sigma=own.covariance.numpy())
     adm = load_reference(tmp_path / "adm.npz", extractor)
-    assert adm.count is None and not adm.labelled and adm.fid_floor() is None
+    assert adm.count is None and adm.labelled is None and adm.fid_floor() is None
     assert frechet_distance(adm.mean, adm.covariance, own.mean, own.covariance) == pytest.approx(0, abs=1e-9)
     own.save(tmp_path / "own.npz")
     loaded = load_reference(str(tmp_path / "own.npz"), extractor)
@@ -221,7 +221,7 @@ def test_a_folder_is_a_reference(tmp_path):
     reference = load_reference(folder, extractor, tmp_path / "cache", batch_size=7)
     order = [*range(0, 40, 2), *range(1, 40, 2)]
     assert torch.allclose(reference.features, extractor(images[order]), atol=1e-4)
-    assert reference.count == 40 and not reference.labelled
+    assert reference.count == 40 and reference.labelled is None
     before = FolderImages(folder).hash()
     Image.new("L", (9, 9)).save(folder / "z.png")
     assert FolderImages(folder).hash() != before

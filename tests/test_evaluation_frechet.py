@@ -64,6 +64,19 @@ def test_ranges_that_do_not_meet():
     assert frechet_distance(zero, c1, zero, c2) == pytest.approx(scale, abs=2e-7 * scale)
 
 
+def test_one_shared_direction_among_hundreds_that_are_not():
+    """The symmetric problem has 299 zero eigenvalues beside a one: the roots of their rounding errors add up."""
+    size, half = 600, 300
+    first, second = np.zeros(size), np.zeros(size)
+    first[0] = second[0] = 1.0
+    first[1:half], second[half:] = 1e-3, 1e-3
+    rotation = np.linalg.qr(np.random.default_rng(4).standard_normal((size, size)))[0]
+    c1, c2 = rotation * first @ rotation.T, rotation * second @ rotation.T
+    zero = np.zeros(size)
+    distance = frechet_distance(zero, c1, zero, c2)
+    assert distance == pytest.approx(1e-3 * (size - 1), abs=1e-7 * (2 + 1e-3 * (size - 1)))
+
+
 def test_closed_forms():
     a, b = torch.tensor([1.0, 4.0, 9.0, 0.0]).double(), torch.tensor([4.0, 4.0, 1.0, 2.0]).double()
     m1, m2 = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 2.0, 0, 0])

@@ -62,7 +62,7 @@ def collect(
     processes = processes or Processes.current()
     moments: Moments | None = None
     kept: list[Tensor] = []
-    matches, judged = torch.zeros((), dtype=torch.int64), 0
+    judged = torch.zeros(2, dtype=torch.int64)  # right guesses, all guesses
     wanted = torch.empty(0, dtype=torch.int64)
     for indices, images, labels in batches:
         features = extractor(images).cpu()
@@ -77,15 +77,14 @@ def collect(
         moments.update(features)
         here = wanted[(wanted >= indices.start) & (wanted < indices.stop)]
         kept.append(features[here - indices.start])
-        if labels is not None and extractor.classifier is not None:
-            matches += (extractor.classify(images).cpu() == labels).sum()
-            judged += len(labels)
+        guesses = None if labels is None else extractor.classify(images)
+        if labels is not None and guesses is not None:
+            judged += torch.stack([torch.eq(guesses.cpu(), labels).sum(), torch.tensor(len(guesses))])
     # A process may have had no images: it learns the number of features from the others.
     found = processes.max(0 if moments is None else moments.size)
     moments = (moments or Moments(found)).reduce(processes)
     if moments.count != total:
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
     features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
-    judged = int(processes.sum(torch.tensor(judged)))
-    matches = int(processes.sum(matches))
-    return Collected(moments, features, kept_rows(total, found), matches if judged else None)
+    matches, guessed = processes.sum(judged).tolist()
+    return Collected(moments, features, kept_rows(total, found), matches if guessed else None)

@@ -228,4 +228,4 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not the configuration of a run")
-    return config
+    return {str(key): value for key, value in config.items()}

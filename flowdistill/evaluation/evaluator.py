@@ -185,20 +185,22 @@ class Evaluator:
             row.kid = kernel_distance(collected.features, reference.features, self.seed)
         if collected.matches is not None:
             row.accuracy = collected.matches / moments.count
-        if self.per_class and labels is not None and collected.complete and reference.labelled:
-            row.per_class_fid = per_class_distances(collected.features, labels, reference)
+        if self.per_class and labels is not None and collected.complete and reference.labelled is not None:
+            row.per_class_fid = per_class_distances(collected.features, labels, *reference.labelled)
         return row
 
 
-def per_class_distances(features: Tensor, labels: Tensor, reference: Reference) -> dict[str, float | None] | None:
+def per_class_distances(
+    features: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor
+) -> dict[str, float | None] | None:
     """Fréchet distance within each class of the reference, by label.
 
     None for a class with no more images than features on either side (its covariance is singular and the distance says
     more about the number of images than about the images), None instead of the dictionary when no class has enough.
     """
     distances: dict[str, float | None] = {}
-    for label in reference.labels.unique(sorted=True).tolist():
-        ours, theirs = features[labels == label], reference.features[reference.labels == label]
+    for label in reference_labels.unique(sorted=True).tolist():
+        ours, theirs = features[labels == label], reference[reference_labels == label]
         distances[str(label)] = None
         if min(len(ours), len(theirs)) > features.shape[1]:
             a, b = moments_of(ours), moments_of(theirs)

@@ -149,14 +149,15 @@ def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
 
 def _from_module(name: str, module: nn.Module, device: torch.device, channels: int | None = None) -> FeatureExtractor:
     module = module.to(device)
-    has_head = inspect.ismethod(getattr(module, "features", None))
+    own = getattr(module, "features", None)
+    head = own if inspect.ismethod(own) else None
     return FeatureExtractor(
         name=name,
         hash=module_sha256(module),
-        network=_in_eval_mode(module, module.features if has_head else module),
+        network=_in_eval_mode(module, head or module),
         prepare=_to_unit,
         channels=channels,
-        classifier=_in_eval_mode(module, module) if has_head else None,
+        classifier=_in_eval_mode(module, module) if head else None,
         device=device,
     )
 

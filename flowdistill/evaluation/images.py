@@ -41,6 +41,7 @@ class NamedImages:
     def __init__(self, name: str) -> None:
         from flowdistill.data import load_images
 
+        self.labels: Tensor | None
         images, self.labels = load_images(name)
         self.name = name
         self.images = to_uint8(images)
@@ -51,7 +52,8 @@ class NamedImages:
     def hash(self) -> str:
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().tobytes())
-        digest.update(self.labels.contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.contiguous().numpy().tobytes())
         return f"pixels and labels {digest.hexdigest()}"
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
@@ -66,7 +68,7 @@ class FolderImages:
         UserError: the folder does not exist or holds no image.
     """
 
-    labels = None
+    labels: Tensor | None = None
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -92,7 +94,7 @@ class FolderImages:
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
         """``channels``: 1 reads every image as grey, 3 as RGB, None as it is stored, grey or RGB."""
-        mode = {1: "L", 3: "RGB"}.get(channels)
+        mode = None if channels is None else {1: "L", 3: "RGB"}.get(channels)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for indices in batches_of(span, batch_size):
                 yield indices, list(pool.map(lambda index: read_image(self.paths[index], mode), indices))

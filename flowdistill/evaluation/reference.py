@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,9 +51,11 @@ class Reference:
     feature_hash: str | None = None
 
     @property
-    def labelled(self) -> bool:
-        """Whether every image's features and label are at hand: what a per-class distance and the floor need."""
-        return self.labels is not None and self.features is not None and len(self.features) == self.count
+    def labelled(self) -> tuple[Tensor, Tensor] | None:
+        """Every image's features and label, which a per-class distance and the floor need; None if any is missing."""
+        if self.labels is None or self.features is None or len(self.features) != self.count:
+            return None
+        return self.features, self.labels
 
     def fid_floor(self, seeds: Iterable[int] = (0, 1, 2)) -> list[float] | None:
         """Distances of random class-balanced halves of the set to each other, one a seed; None without labels.
@@ -60,19 +63,20 @@ class Reference:
         What a perfect generator would get with half as many images on either side. None too when a half has fewer than
         two images.
         """
-        if not self.labelled or len(self.labels) < 4:
+        if self.labelled is None or len(self.labelled[1]) < 4:
             return None
+        features, labels = self.labelled
         from flowdistill.data import split_halves
 
         floors = []
         for seed in seeds:
-            first, second = (moments_of(self.features[rows]) for rows in split_halves(self.labels, seed))
+            first, second = (moments_of(features[rows]) for rows in split_halves(labels, seed))
             floors.append(frechet_distance(first.mean, first.covariance, second.mean, second.covariance))
         return floors
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz (complete or absent) that ``load_reference`` and numpy read."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "version": VERSION,
             "name": self.name,
             "mean": self.mean.numpy(),
