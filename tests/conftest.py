@@ -1,0 +1,49 @@
+"""What all tests share: no network, no window, and the command line as a function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+
+# Before anything imports the libraries that read them. Nothing in the tests may download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Reference statistics are computed afresh, and nothing stays in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """``cli("distill", "a.yaml")``: the command in this process, with its exit code and what it printed."""
+    from flowdistill.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code: int | str | None
+        try:
+            code = main(_texts(arguments))
+        except SystemExit as stop:  # argparse: --help, or arguments that do not fit
+            code = stop.code
+        assert isinstance(code, int)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+def _texts(arguments: Sequence[object]) -> list[str]:
+    return [str(argument) for argument in arguments]

@@ -1,0 +1,386 @@
+"""The command line: quick help, exit codes, one-sentence errors, and each command on the digits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import flowdistill
+from flowdistill import UserError, load_teacher
+from flowdistill.data.assets import asset_path
+from flowdistill.images import save_grid, save_images
+from flowdistill.student import FlowMap, StudentInfo
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
+COMMANDS = ("distill", "sample", "evaluate", "export", "inspect")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an untrained student, i.e. its teacher's single Euler step."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    source = str(asset_path("digits-flow"))
+    info = StudentInfo(method="freeflow", base_model=source)
+    FlowMap.from_teacher(load_teacher(source), info).save(folder / "student")
+    return folder
+
+
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return pil_to_tensor(image)
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, module: str, **attributes: object) -> None:
+    """Stand in for a module that a command imports."""
+    fake = types.ModuleType(module)
+    for name, value in attributes.items():
+        setattr(fake, name, value)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+def raising(error: BaseException):
+    def call(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return call
+
+
+# --- cheap to import
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flowdistill",
+        "import flowdistill; dir(flowdistill); flowdistill.UserError",
+        "from flowdistill.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from flowdistill.cli import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_import_and_help_load_nothing_heavy(code: str) -> None:
+    check = f"{code}\nimport sys\nprint('loaded', sorted(set({HEAVY}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_names_load_on_first_use() -> None:
+    from flowdistill.conditions import Condition
+    from flowdistill.evaluation import evaluate, frechet_distance
+    from flowdistill.training.run import distill
+
+    assert flowdistill.Condition is Condition
+    assert flowdistill.evaluate is evaluate
+    assert flowdistill.distill is distill
+    assert flowdistill.evaluation.frechet_distance is frechet_distance
+    assert {"load_teacher", "load_student", "distill", "evaluate", "__version__"} <= set(dir(flowdistill))
+    with pytest.raises(AttributeError, match="no attribute 'load_techer'"):
+        _ = flowdistill.load_techer
+
+
+# --- help and arguments
+
+
+def test_help_lists_the_commands(cli) -> None:
+    result = cli("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_examples(cli, command: str) -> None:
+    result = cli(command, "--help")
+    assert result.code == 0 and result.err == ""
+    assert f"flowdistill {command} " in result.out.split("examples:")[1]
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "flowdistill", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"flowdistill {flowdistill.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "COMMAND"),
+        (["distil", "a.yaml"], "invalid choice: 'distil'"),
+        (["sample", "x", "--out", "y"], "--num-images"),
+        (["sample", "x", "--out", "y", "--num-images", "0"], "--num-images: must be at least 1, not 0"),
+        (["sample", "x", "--out", "y", "--num-images", "ten"], "--num-images: must be an integer, not 'ten'"),
+        (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1,a"], "must be integers of at least 0"),
+        (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1", "--prompts", "f"], "not allowed with"),
+        (["evaluate", "x", "--teacher-steps", "0,1"], "must be integers of at least 1"),
+        (["evaluate", "x", "--num-images", "1"], "--num-images: must be at least 2, not 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(cli, arguments: list[str], expected: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert result.err.startswith("flowdistill: error: ") and result.err.count("\n") == 1
+    assert expected in result.err
+
+
+# --- errors
+
+
+def test_a_configuration_error_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowdistill", "distill", str(tmp_path / "none.yaml"), "train.steps=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("flowdistill: error: ")
+    assert f"{tmp_path / 'none.yaml'} does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (UserError("wrong, and this is right"), 2, "flowdistill: error: wrong, and this is right\n"),
+        (KeyboardInterrupt(), 130, "flowdistill: interrupted\n"),
+        (OSError(errno.ENOSPC, "x", "/a/.b.png.k3j.tmp"), 2, "flowdistill: error: /a/b.png: No space left on device\n"),
+        (PermissionError(errno.EACCES, "x", "/a/b"), 2, "flowdistill: error: /a/b: Permission denied\n"),
+        (OSError(errno.EROFS, "x"), 2, "flowdistill: error: a.yaml: Read-only file system\n"),
+        (RuntimeError("I/O error (os error 28)"), 2, "flowdistill: error: a.yaml: No space left on device\n"),
+    ],
+)
+def test_exit_codes(cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=raising(error))
+    assert cli("distill", "a.yaml") == (code, "", expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "x", "y"), ValueError("bug")])
+def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=raising(error))
+    with pytest.raises(type(error)):
+        cli("distill", "a.yaml")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = (
+        "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"
+        "class Run: output_dir, steps, interrupted, report = 'x' * 100_000, 1, 0, None\n"
+        "fake.distill = lambda *a: Run; sys.modules['flowdistill.training.run'] = fake\n"
+        "from flowdistill.cli import main; sys.exit(main(['distill', 'a.yaml']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+# --- distill
+
+
+def outcome(**values: object) -> types.SimpleNamespace:
+    defaults = {"output_dir": Path("runs/a"), "steps": 7, "interrupted": 0, "report": None}
+    return types.SimpleNamespace(**defaults | values)
+
+
+def test_distill_passes_its_arguments_and_says_where_the_run_is(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: calls.append(given) or outcome())
+    result = cli("distill", "a.yaml", "train.steps=3", "method.x=-1")
+    assert calls == [("a.yaml", ["train.steps=3", "method.x=-1"])]
+    assert result.code == 0 and "runs/a" in result.out and "report.json" not in result.out
+
+
+def test_only_the_first_process_speaks(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome())
+    monkeypatch.setenv("RANK", "1")
+    assert cli("distill", "a.yaml") == (0, "", "")
+
+
+def test_an_interrupted_run_ends_with_the_signals_code(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome(interrupted=15))
+    result = cli("distill", "a.yaml")
+    assert result.code == 143 and result.out == ""
+    assert "after step 7" in result.err and result.err.count("\n") == 1
+
+
+# --- sample
+
+
+def test_sample_grid_of_a_student(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("sample", run, "--num-images", 20, "--out", tmp_path / "grid.png", "--seed", 3)
+    assert result.code == 0 and str(tmp_path / "grid.png") in result.out
+    # Ten labels make ten columns: 10 cells of 32 pixels and 11 gaps of 2; two rows.
+    assert pixels(tmp_path / "grid.png").shape == (3, 2 * 34 + 2, 10 * 34 + 2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["grid.png"]
+
+
+def test_sample_is_what_python_generates(cli, run: Path, tmp_path: Path) -> None:
+    cli("sample", run, "--num-images", 5, "--out", tmp_path, "--seed", 3, "--labels", "7,2", "--batch-size", 2)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(5)]
+    expected = flowdistill.load_student(run).generate(labels=[7, 2, 7, 2, 7], seed=3)
+    found = torch.stack([pixels(file) for file in files])
+    assert found.shape == (5, 1, 8, 8)
+    torch.testing.assert_close(found.float() / 255, expected, atol=0.51 / 255, rtol=0)
+
+
+def test_sample_of_a_pipeline(cli, tmp_path: Path) -> None:
+    source = asset_path("digits-flow")
+    cli("sample", source, "--num-images", 3, "--out", tmp_path, "--labels", "3", "--steps", 2)
+    teacher = load_teacher(source)
+    from flowdistill.noise import indexed_noise
+
+    latents = teacher.sample(indexed_noise(teacher.shape, 0, range(3)), teacher.encode([3, 3, 3]), steps=2)
+    found = torch.stack([pixels(tmp_path / f"{number:06d}.png") for number in range(3)])
+    torch.testing.assert_close(found.float() / 255, teacher.decode(latents), atol=0.51 / 255, rtol=0)
+
+
+def test_sample_errors(cli, run: Path, tmp_path: Path) -> None:
+    def message(*arguments: object, model: Path = run, out: Path = tmp_path / "new") -> str:
+        result = cli("sample", model, "--num-images", 1, "--out", out, *arguments)
+        assert result.code == 2 and "Traceback" not in result.err
+        return result.err
+
+    assert "label 10 is out of range" in message("--labels", "3,10")
+    assert "--prompts needs a text-to-image model" in message("--prompts", "prompts.txt")
+    assert "--steps is for pipelines" in message("--steps", 4)
+    assert "guidance_scale is 3.0" in message("--guidance-scale", 3)
+    assert "--device nowhere cannot be used here" in message("--device", "nowhere")
+    assert "nothing-here" in message(model=tmp_path / "nothing-here")
+    (tmp_path / "file").touch()
+    assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "file")
+    (tmp_path / "folder.png").mkdir()
+    assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "folder.png")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").touch()
+    assert "has not finished" in message(model=tmp_path / "unfinished")
+    assert not (tmp_path / "new").exists()
+
+
+def test_sample_below_a_file_names_the_place(cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = cli("sample", run, "--num-images", 1, "--out", tmp_path / "file" / "grid.png")
+    assert result.code == 2 and str(tmp_path / "file") in result.err and result.err.count("\n") == 1
+
+
+# --- evaluate, export, inspect
+
+
+def test_evaluate_passes_what_was_given(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    replace(monkeypatch, "flowdistill.evaluation", evaluate=lambda *a, **k: calls.append((a, k)) or "the table")
+    result = cli("evaluate", "runs/a", "--num-images", 50, "--teacher-steps", "1,4", "--json", "r.json", "--no-teacher")
+    assert result == (0, "the table\n", "")
+    ((positional, given),) = calls
+    assert positional == ("runs/a",)
+    assert (given["num_images"], given["teacher_steps"], given["json"]) == (50, [1, 4], "r.json")
+    assert given["teacher_rows"] is False and given["reference"] is None and given["seed"] == 0
+
+
+def test_evaluate_accepts_the_real_arguments(cli, run: Path, tmp_path: Path) -> None:
+    from flowdistill.evaluation import Report
+
+    report = tmp_path / "report.json"
+    result = cli("evaluate", run, "--num-images", 40, "--teacher-steps", 1, "--json", report, "--device", "cpu")
+    assert result.code == 0
+    rows = Report.read_json(report).rows
+    assert [(row.model, row.calls) for row in rows] == [("teacher", 1), ("student", 1)]
+    assert rows[0].fid == pytest.approx(rows[1].fid, rel=1e-4)  # an untrained student is the teacher's Euler step
+    assert "images/s" in result.out
+
+
+def test_export_refuses_and_overwrites(cli, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pipeline"
+    result = cli("export", run, target)
+    assert result.code == 0 and str(target) in result.out
+    assert (target / "model_index.json").is_file()
+
+    (target / "old").touch()
+    result = cli("export", run, target)
+    assert result.code == 2 and "--overwrite" in result.err and (target / "old").exists()
+
+    assert cli("export", run, target, "--overwrite").code == 0
+    assert not (target / "old").exists() and (target / "model_index.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_export_never_overwrites_what_is_no_pipeline(cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    result = cli("export", run, tmp_path, "--overwrite")
+    assert result.code == 2 and "no pipeline folder" in result.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_export_keeps_the_old_pipeline(cli, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pipeline"
+    cli("export", run, target)
+    result = cli("export", run, target, "--overwrite", "--guidance-scale", 5)
+    assert result.code == 2 and "guidance_scale" in result.err
+    assert (target / "model_index.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_inspect(cli, tmp_path: Path) -> None:
+    result = cli("inspect", asset_path("digits-flow"))
+    assert result.code == 0 and "UNet2DModel" in result.out
+    result = cli("inspect", tmp_path)
+    assert result.code == 2 and str(tmp_path) in result.err and "Traceback" not in result.err
+
+
+# --- images
+
+
+def test_grid_enlarges_small_images_by_whole_factors(tmp_path: Path) -> None:
+    images = torch.zeros(3, 1, 5, 7)
+    images[1, 0, 2, 3] = 1.0
+    save_grid(images, tmp_path / "grid.png", columns=2)
+    grid = pixels(tmp_path / "grid.png")[0]
+    # ceil(32 / 5) = 7: cells of 35 x 49, two rows of two with gaps of 2.
+    assert grid.shape == (2 * 37 + 2, 2 * 51 + 2)
+    cell = grid[2:37, 53:102]
+    assert cell.sum() == 255 * 7 * 7
+    assert (cell[14:21, 21:28] == 255).all()
+
+
+def test_grid_keeps_large_images_and_clips(tmp_path: Path) -> None:
+    images = torch.full((1, 3, 40, 40), 2.0)
+    images[0, 0] = -1.0
+    images[0, 1] = 0.5
+    save_grid(images, tmp_path / "new" / "grid.png")
+    grid = pixels(tmp_path / "new" / "grid.png")
+    assert [int(channel.unique()) for channel in grid] == [0, 128, 255]
+    assert grid.shape == (3, 40, 40)
+
+
+def test_grid_and_images_refuse_other_shapes(tmp_path: Path) -> None:
+    for images in (torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 4, 8, 8)):
+        with pytest.raises(ValueError, match="must have the shape"):
+            save_grid(images, tmp_path / "grid.png")
+        with pytest.raises(ValueError, match="must have the shape"):
+            save_images(images, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_numbered_from_start(tmp_path: Path) -> None:
+    paths = save_images(torch.rand(2, 3, 4, 6), tmp_path / "folder", start=41)
+    assert [path.name for path in paths] == ["000041.png", "000042.png"]
+    assert pixels(paths[0]).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("closing", ["broken", "whole"])
+def test_a_grid_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closing: str) -> None:
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    if closing == "broken":
+        monkeypatch.setattr(os, "replace", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            save_grid(torch.rand(1, 1, 8, 8), path)
+        assert path.read_bytes() == b"old"
+    else:
+        save_grid(torch.rand(1, 1, 8, 8), path)
+        assert pixels(path).shape == (3, 32, 32)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
