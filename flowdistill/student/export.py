@@ -11,6 +11,7 @@ the first and the last layer, and a stock scheduler's single step supplies ``k_n
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,12 @@ def _consistency_pipeline(
     # sigma - sigma_min, c_skip is 1/2, so sigma = 2 k_noise supplies any positive k_noise. For k_noise = 0 (sample
     # prediction) a tiny sigma_data makes c_skip vanish.
     if k_noise > 1e-6:
-        sigma, sigma_min = 2 * k_noise, 1e-3 * k_noise
+        sigma = 2 * k_noise
+        # A power of two: the scheduler takes sqrt(float32(sigma_min)^2 - sigma_min^2), NaN if rounding makes it negative.
+        sigma_min = 2.0 ** math.floor(math.log2(sigma) - 10)
         data = sigma - sigma_min
     else:
-        sigma, sigma_min, data = 1.0, 1e-3, 1e-5
+        sigma, sigma_min, data = 1.0, 2.0**-10, 1e-5
     root = (sigma**2 + data**2) ** 0.5
     _fold_scales(student, backbone, k_input * root / sigma, k_output * root / ((sigma - sigma_min) * data))
     scheduler = CMStochasticIterativeScheduler(

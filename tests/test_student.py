@@ -1,0 +1,186 @@
+"""Flow-map students: initialisation, disk, one-step sampling, and export to stock diffusers."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+
+from flowdistill.errors import UserError
+from flowdistill.student import FlowMap, StudentInfo, export, is_student_folder, load_student
+from flowdistill.teacher import load_teacher
+from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
+
+SCHEDULERS = {
+    "flow": FlowMatchEulerDiscreteScheduler,
+    "epsilon": lambda: DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    "v": lambda: DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
+    "sample": lambda: DDPMScheduler(prediction_type="sample"),
+    "edm": EDMEulerScheduler,
+}
+FAMILIES = {"unet": tiny_unet_pipeline, "dit": tiny_dit_pipeline}
+
+
+def student_of(family="unet", scheduler="flow", guidance=None, trained=False):
+    teacher = load_teacher(FAMILIES[family](SCHEDULERS[scheduler]()), null_label=3 if family == "unet" else None)
+    info = StudentInfo("freeflow", "tiny", guidance, 1.5 if guidance else 1.0, {"damping": 1.0})
+    student = FlowMap.from_teacher(teacher, info)
+    if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in student.network.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return teacher, student
+
+
+def noise(student, rows=3):
+    return torch.randn(rows, *student.shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starts_as_the_teachers_euler_step_bit_for_bit(family, scheduler):
+    teacher, student = student_of(family, scheduler, guidance=(1.0, 2.0))
+    n, condition = noise(student), teacher.encode([0, 1, 2])
+    assert torch.equal(student(n, condition), teacher.sample(n, condition, steps=1))
+    start, time = teacher.t_max * n, torch.full((3,), teacher.t_max, dtype=torch.float64)
+    for d in (0.0, 0.3):  # the average velocity is v(start, t_max) for every duration and guidance scale
+        column = torch.full((3,), d)
+        average = student.network(start, time, condition, duration=column, guidance=1 + column)
+        assert torch.equal(average, teacher.velocity(start, teacher.t_max, condition))
+    assert torch.equal(student(n, condition, duration=0.0), start)
+
+
+def test_deep_copy_owns_its_extra_embedding():
+    _, student = student_of(trained=True)
+    other = copy.deepcopy(student.network)
+    time, zero = torch.ones(3, dtype=torch.float64), torch.zeros(3)
+    condition, n = student.encode([0, 1, 2]), noise(student)
+    first = student.network(n, time, condition, duration=zero)
+    other(n, time, condition, duration=zero + 0.9)
+    assert other._extra is not student.network._extra
+    assert torch.equal(first, other(n, time, condition, duration=zero))
+    assert not torch.equal(first, other(n, time, condition, duration=zero + 0.9))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    """Also when another forward pass, with other scalars, comes between forward and backward."""
+    _, student = student_of(family, trained=True)
+    network, n, condition = student.network, noise(student), student.encode([0, 1, 2])
+    time = torch.ones(3, dtype=torch.float64)
+
+    def gradients():
+        network.zero_grad()
+        out = network(n, time, condition, duration=torch.tensor([0.1, 0.5, 0.9]))
+        with torch.no_grad():
+            network(n, time, condition, duration=torch.zeros(3))
+        out.square().mean().backward()
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    plain = gradients()
+    network.enable_gradient_checkpointing()
+    for a, b in zip(plain, gradients(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["flow", "epsilon"])
+def test_disk_round_trip(tmp_path, scheduler):
+    _, student = student_of(scheduler=scheduler, guidance=(1.0, 2.0), trained=True)
+    student.save(tmp_path / "run" / "student")
+    student.save(tmp_path / "run" / "student")  # replacing is fine
+    assert is_student_folder(tmp_path / "run") and not is_student_folder(tmp_path)
+    again = load_student(tmp_path / "run")
+    assert again.info == student.info and again.t_max == student.t_max
+    n, condition = noise(student), student.encode([0, 1, 2])
+    assert torch.equal(again(n, condition, 1.25), student(n, condition, 1.25))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["student"]
+
+
+def test_latent_student_carries_its_autoencoder(tmp_path):
+    teacher, student = student_of("dit", trained=True)
+    student.save(tmp_path / "s")
+    again = load_student(tmp_path / "s")
+    latents = noise(student)
+    assert torch.equal(again.decode(latents), teacher.decode(latents))
+    assert again.decode(latents).shape == (3, 3, 8, 8)
+
+
+def test_damaged_students(tmp_path):
+    _, student = student_of()
+    student.save(tmp_path / "s")
+    weights = tmp_path / "s" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(UserError, match="incomplete or damaged"):
+        load_student(tmp_path / "s")
+    weights.write_bytes(content)
+    (tmp_path / "s" / "flowdistill.json").write_text("{")
+    with pytest.raises(UserError, match="flowdistill.json is damaged"):
+        load_student(tmp_path / "s")
+    with pytest.raises(UserError, match="does not exist"):
+        load_student(tmp_path / "no" / "such")
+    with pytest.raises(UserError, match="holds no student"):
+        load_student(tmp_path)
+
+
+def test_generate_does_not_depend_on_the_batch_size():
+    _, student = student_of(trained=True)
+    many = student.generate(labels=[0, 1], num_images=7, seed=4, batch_size=7)
+    few = student.generate(labels=[0, 1], num_images=7, seed=4, batch_size=2)
+    assert many.shape == (7, 1, 8, 8) and 0 <= many.min() and many.max() <= 1
+    assert torch.allclose(many, few, atol=1e-5)
+    assert not torch.allclose(many, student.generate(labels=[0, 1], num_images=7, seed=5), atol=1e-2)
+    with pytest.raises(UserError, match="num_images is 0"):
+        student.generate(num_images=0)
+    with pytest.raises(UserError, match="label 3 is out of range"):
+        student.generate(labels=[3])
+    with pytest.raises(UserError, match="guidance_scale is 2.0.*only 1.0"):
+        student.generate(labels=[0], guidance_scale=2.0)
+
+
+LOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+kwargs = dict(num_inference_steps=1, class_labels=[0, 1, 2], generator=torch.Generator().manual_seed(5), output_type="pt")
+kwargs |= dict(batch_size=3) if sys.argv[2] == "unet" else dict(guidance_scale=1)
+torch.save(pipe(**kwargs).images, sys.argv[3])
+assert not any(name.startswith("flowdistill") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_pipeline_gives_the_same_images(tmp_path, family, scheduler):
+    """In this process for every path; ``test_export_loads_without_flowdistill`` uses a fresh interpreter."""
+    from diffusers import DiffusionPipeline
+
+    _, student = student_of(family, scheduler, guidance=(1.0, 2.0), trained=True)
+    before = {name: value.clone() for name, value in student.network.state_dict().items()}
+    export(student, tmp_path / "out", guidance_scale=1.25)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"batch_size": 3} if family == "unet" else {"guidance_scale": 1}
+    images = pipe(num_inference_steps=1, class_labels=[0, 1, 2], generator=torch.Generator().manual_seed(5),
+                  output_type="pt", **kwargs).images  # fmt: skip
+    expected = student.decode(student(noise(student), student.encode([0, 1, 2]), 1.25))
+    assert 0.01 < expected.std() < 1
+    assert (images - expected).abs().max() < 1e-5
+    assert all(torch.equal(before[name], value) for name, value in student.network.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_loads_without_flowdistill(tmp_path, family):
+    _, student = student_of(family, trained=True)
+    export(student, tmp_path / "out")
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "out", family, tmp_path / "images.pt"], check=True,
+                   cwd=tmp_path)  # fmt: skip
+    images = torch.load(tmp_path / "images.pt")
+    expected = student.decode(student(noise(student), student.encode([0, 1, 2])))
+    assert (images - expected).abs().max() < 1e-5
+    with pytest.raises(UserError, match="not empty"):
+        export(student, tmp_path / "out")
