@@ -12,7 +12,7 @@ from flowdistill.errors import UserError
 
 if TYPE_CHECKING:
     from flowdistill.conditions import Condition
-    from flowdistill.evaluation import evaluate
+    from flowdistill.evaluation.evaluate import evaluate
     from flowdistill.student import load_student
     from flowdistill.teacher import load_teacher
     from flowdistill.training.run import distill

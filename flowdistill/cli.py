@@ -59,7 +59,7 @@ def _place_problem(error: Exception, args: argparse.Namespace) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors passes such errors on as text
         number = int(match[1])
-    if number not in PLACE_ERRORS:
+    if number is None or number not in PLACE_ERRORS:
         return None
     path = getattr(error, "filename", None) or args.target(args)
     folder, name = os.path.split(os.fsdecode(path))

@@ -123,7 +123,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         raise UserError(expectation) from error
     if not isinstance(values, dict):
         raise UserError(expectation)
-    return values
+    return {str(name): value for name, value in values.items()}
 
 
 def _override_layer(text: str) -> Layer:
@@ -135,12 +135,11 @@ def _override_layer(text: str) -> Layer:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"the override {text!r} must have the form key=value, for example train.steps=500")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except YAMLError as error:
         raise UserError(f"the override {text!r} has a value that is not valid YAML: {_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"the override {text!r} is not valid: {_first_line(error)}") from error
-    assert isinstance(values, dict)
     return Layer(f"in the override {text!r}", values)
 
 
