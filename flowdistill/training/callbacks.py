@@ -67,7 +67,7 @@ class Reporter:
             # A log file gets a line a minute, a terminal ten a second.
             interval = 0.1 if sys.stderr.isatty() else 60.0
             self._bar = tqdm(total=self.config.train.steps, initial=step, desc=self.config.method.name, unit="step",
-                             mininterval=interval, dynamic_ncols=True)  # fmt: skip
+                             mininterval=interval, dynamic_ncols=True)
 
     def advance(self) -> None:
         """One step is done."""
@@ -119,7 +119,7 @@ class FidCallback:
         self.evaluator = Evaluator(
             settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
             kid=False, per_class=False, device=accelerator.device, progress=False,
-        )  # fmt: skip
+        )
 
     def __call__(self, student: Any) -> dict[str, Any]:
         """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""

@@ -145,7 +145,7 @@ class Trainer:
             group["lr"] = rate
         for micro in range(accumulation):
             draw = Draw(self.config.seed, self.step, update, micro, self.micro_rows, self.rank, self.world, self.device)
-            with self._synchronised(name if micro == accumulation - 1 else None):
+            with self._communicating(name, last=micro == accumulation - 1):
                 loss, figures = self.method.loss(name, self.networks, draw)
                 backward(loss, role.scaler, accumulation)
             self.meters.add({f"loss/{name}": loss} | {f"{name}/{key}": value for key, value in figures.items()})
@@ -160,11 +160,16 @@ class Trainer:
             other.clear_gradients()
 
     @contextlib.contextmanager
-    def _synchronised(self, name: str | None) -> Iterator[None]:
-        """Only the gradients of role ``name`` (None: of none) are averaged over the processes in this block."""
+    def _communicating(self, name: str, last: bool) -> Iterator[None]:
+        """In this block the processes average the gradients of role ``name``, and only if this is its ``last``
+        micro-batch.
+
+        The other roles' gradients are going to be dropped. DDP is told not to average them; FSDP2 must not be told, for
+        it would keep the whole gradients where nobody clears them and add them to that role's own next ones.
+        """
         with contextlib.ExitStack() as stack:
             for other, role in self.roles.items():
-                if other != name:
+                if not last if other == name else not self.accelerator.is_fsdp2:
                     stack.enter_context(self.accelerator.no_sync(role.prepared))
             yield
 
@@ -210,11 +215,11 @@ class Trainer:
         step, path = found[-1]
         if step > self.settings.steps:
             raise UserError(f"{self.folder} is at step {step} already, beyond train.steps={self.settings.steps}; raise "
-                            "train.steps or choose another output_dir")  # fmt: skip
+                            "train.steps or choose another output_dir")
         state = read_state(path)
         if state["roles"].keys() != self.roles.keys():
             raise UserError(f"{path} does not fit: it holds the roles {', '.join(state['roles'])}, and the method has "
-                            f"{', '.join(self.roles)}")  # fmt: skip
+                            f"{', '.join(self.roles)}")
         for name, role in self.roles.items():
             self._restore(role, name, path, state["roles"][name])
         self.step, self.seconds, self._saved = step, state["seconds"], step
@@ -276,5 +281,5 @@ class Trainer:
         batch, accumulation = self.settings.batch_size, self.settings.gradient_accumulation
         if batch % (accumulation * self.world):
             raise UserError(f"train.batch_size is {batch}, but {self.world} processes with train.gradient_accumulation="
-                            f"{accumulation} need a multiple of {accumulation * self.world}")  # fmt: skip
+                            f"{accumulation} need a multiple of {accumulation * self.world}")
         return batch // accumulation

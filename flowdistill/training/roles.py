@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def prepare_roles(
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise UserError(f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
-                        "(MULTI_GPU) or FSDP with fsdp_version 2")  # fmt: skip
+                        "(MULTI_GPU) or FSDP with fsdp_version 2")
     method.to(accelerator.device)
     return {name: _prepare(name, role, config, precision, accelerator) for name, role in method.roles().items()}
 
@@ -92,25 +93,22 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     for parameter in trained:
         if parameter.dtype != torch.float32:
             raise UserError(f"the weights of the role '{name}' are {parameter.dtype}; weights that train are float32 "
-                            "masters, and train.precision makes the passes half precision")  # fmt: skip
+                            "masters, and train.precision makes the passes half precision")
     if config.gradient_checkpointing:
         enable = getattr(network, "enable_gradient_checkpointing", None)
         if enable is None:
             raise UserError(f"train.gradient_checkpointing is true, but the network of the role '{name}' "
-                            f"({type(network).__name__}) does not have it; set it to false")  # fmt: skip
+                            f"({type(network).__name__}) does not have it; set it to false")
         enable()
     sharded = accelerator.distributed_type == DistributedType.FSDP
     # Copies come before the wrapping: a sharded network cannot be copied.
     average = MovingAverage(network, config.ema_decay, config.ema_warmup) if role.ema else None
     template = copy.deepcopy(network).cpu() if sharded and name == "student" else None
     optimizer = make_optimizer(trained, role.optimizer)
-    if sharded:
-        prepared, wrapped = accelerator.prepare(network, optimizer)
-        optimizer = wrapped.optimizer
-        if average is not None:
-            _shard_like_accelerate(average.network, accelerator)
-    else:
-        prepared = accelerator.prepare(network)
+    with warnings.catch_warnings():
+        # accelerate passes DDP an option that torch has begun to rename.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        prepared, optimizer = _wrap(network, optimizer, average, accelerator)
     call = torch.compile(prepared) if config.compile else prepared
     return TrainedRole(
         network=network,
@@ -126,8 +124,14 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     )
 
 
-def _shard_like_accelerate(network: nn.Module, accelerator: Accelerator) -> None:
-    """Shard the average as its network is, so that following it needs no communication."""
+def _wrap(
+    network: nn.Module, optimizer: torch.optim.AdamW, average: MovingAverage | None, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.AdamW]:
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare(network), optimizer
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    fsdp2_prepare_model(accelerator, network)
+    prepared, wrapper = accelerator.prepare(network, optimizer)
+    if average is not None:  # sharded alike, it follows its network without communication
+        fsdp2_prepare_model(accelerator, average.network)
+    return prepared, wrapper.optimizer

@@ -124,7 +124,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     if number:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"train.device is '{wanted}', but several processes were started; use cuda, and each has "
-                            "its own GPU")  # fmt: skip
+                            "its own GPU")
         if int(number) >= torch.cuda.device_count():
             raise UserError(f"train.device is '{wanted}', but this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(int(number))
@@ -174,18 +174,18 @@ def _open_folder(folder: Path, config: RunConfig) -> bool:
             saved = OmegaConf.to_container(OmegaConf.load(file))
         except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file
             raise UserError(f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another "
-                            "output_dir") from error  # fmt: skip
+                            "output_dir") from error
         here = OmegaConf.to_container(OmegaConf.structured(config))
         if not isinstance(saved, dict) or not isinstance(here, dict):
             raise UserError(f"{file} is no configuration of a run; choose another output_dir")
         if (found := difference(saved, here)) is not None:
             key, old, new = found
             raise UserError(f"{folder} holds another run: {key} is {old} there and {new} here; choose another "
-                            "output_dir, or make them equal to resume")  # fmt: skip
+                            "output_dir, or make them equal to resume")
         same = saved.get("evaluation") == here["evaluation"]
     elif checkpoints(folder / "checkpoints"):
         raise UserError(f"{folder} holds checkpoints but no config.yaml, so it is unknown whether they are this run's; "
-                        "choose another output_dir")  # fmt: skip
+                        "choose another output_dir")
     with disk_errors(str(file)):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, file)

@@ -60,7 +60,7 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], what: st
     for name, target in targets.items():
         if target.shape != values[name].shape:
             raise UserError(f"{what} does not fit: {name} has the shape {tuple(values[name].shape)} there and "
-                            f"{tuple(target.shape)} in the network")  # fmt: skip
+                            f"{tuple(target.shape)} in the network")
         target.copy_(_like(values[name], target))
 
 

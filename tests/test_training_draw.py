@@ -1,0 +1,67 @@
+"""The randomness of a step: the same for any number of processes, different for everything else."""
+
+import pytest
+import torch
+
+from flowdistill.errors import UserError
+from flowdistill.training.draw import Draw, mixed_seed
+
+
+def numbers(draw):
+    return [draw.normal((3, 2)), draw.uniform(-1.0, 2.0), draw.integers(10), draw.normal((5,), rows=4)]
+
+
+def test_the_rows_of_two_processes_together_are_the_rows_of_one():
+    whole = numbers(Draw(7, 3, 1, 2, rows=8))
+    parts = [numbers(Draw(7, 3, 1, 2, rows=8, rank=rank, world=2)) for rank in range(2)]
+    for one, first, second in zip(whole, *parts, strict=True):
+        assert torch.equal(one, torch.cat([first, second]))
+        assert len(first) == len(second) > 0
+    assert whole[0].shape == (8, 3, 2) and parts[0][3].shape == (2, 5)
+
+
+def test_ranges_and_types():
+    draw = Draw(0, 0, rows=4000)
+    normal, uniform, integers = draw.normal(()), draw.uniform(-1.0, 2.0), draw.integers(3)
+    assert normal.dtype == uniform.dtype == torch.float32 and integers.dtype == torch.int64
+    assert abs(normal.mean()) < 0.1 and abs(normal.std() - 1) < 0.1
+    assert -1 <= uniform.min() < -0.9 and 1.9 < uniform.max() < 2
+    assert integers.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+def test_every_seed_step_update_and_micro_batch_has_its_own_numbers(other):
+    first, second = Draw(0, 0, 0, 0, rows=4), Draw(*other, rows=4)
+    assert not torch.equal(first.normal((2,)), second.normal((2,)))
+
+
+def test_every_call_has_its_own_numbers_and_a_second_draw_repeats_them():
+    draw, again = Draw(0, 5, rows=4), Draw(0, 5, rows=4)
+    first, second = draw.normal((2,)), draw.normal((2,))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again.normal((2,))) and torch.equal(second, again.normal((2,)))
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    numbers(Draw(0, 0, rows=8))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rows_that_the_processes_cannot_share_are_refused():
+    with pytest.raises(UserError, match="9 rows cannot be shared equally by 2 processes"):
+        Draw(0, 0, rows=9, world=2)
+    with pytest.raises(UserError, match="3 rows"):
+        Draw(0, 0, rows=8, world=2).uniform(rows=3)
+
+
+def test_mean_is_detached():
+    x = torch.tensor([1.0, 4.0], requires_grad=True)
+    mean = Draw(0, 0, rows=2).mean(x)
+    assert mean == 2.5 and not mean.requires_grad
+
+
+def test_mixed_seed_depends_on_every_part_and_its_place():
+    seeds = {mixed_seed(*parts) for parts in [(0, 1), (1, 0), (0, 0), (1, 1), (11,), ("a", 1), (0, 1, 0)]}
+    assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)

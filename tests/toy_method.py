@@ -1,0 +1,176 @@
+"""A method of two tiny networks that needs no teacher, and a command that trains it (for tests in other processes).
+
+The student maps noise to a rotated copy of itself and is pushed down the critic; the critic learns the squared norm of
+the student's samples. So the student's loss sends gradients through the critic, as an adversarial one does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from torch import nn
+
+from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.methods.base import Role
+from flowdistill.training import checkpoint
+from flowdistill.training.loop import Trainer
+from flowdistill.training.run import make_accelerator
+
+
+@dataclass
+class ToyConfig:
+    name: str = "toy"
+    dropout: float = 0.0
+    critic_updates: int = 1
+    critic_weight: float = 0.1
+    bad_steps: list[int] = field(default_factory=list)  # steps whose student loss is NaN
+    width: int = 16
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
+    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-2, weight_decay=0.1))
+
+
+class ToyStudent:
+    num_classes = None
+    shape = (2,)
+
+    def __init__(self, network):
+        self.network = network
+
+    def generate(self, labels=None, num_images=None, seed=0):
+        noise = torch.randn(num_images, 2, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            values = self.network(noise.to(next(self.network.parameters()).device))
+        return values.sigmoid()[:, :1, None, None].expand(-1, 1, 4, 4)
+
+    def save(self, folder):
+        folder.mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, folder / "model.safetensors")
+
+
+class ToyMethod:
+    name = "toy"
+    Config = ToyConfig
+
+    def __init__(self, config, teacher=None):
+        self.config, self.teacher = config, teacher
+        self.student_network = nn.Sequential(
+            nn.Linear(2, config.width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, 2)
+        )
+        self.critic = nn.Sequential(nn.Linear(2, config.width), nn.SiLU(), nn.Linear(config.width, 1))
+        self._roles = {
+            "student": Role(self.student_network, config.optimizer, ema=True),
+            "critic": Role(self.critic, config.critic_optimizer),
+        }
+
+    def roles(self):
+        return self._roles
+
+    def schedule(self, step):
+        return ("student", *["critic"] * self.config.critic_updates)
+
+    def loss(self, role, networks, draw):
+        noise = draw.normal((2,))
+        if role == "critic":
+            with torch.no_grad():
+                sample = networks["student"](noise)
+            return (networks["critic"](sample)[:, 0] - sample.square().sum(1)).square().mean(), {}
+        sample = networks["student"](noise)
+        target = torch.stack([noise[:, 1], -noise[:, 0]], 1)
+        distance = (sample - target).square().sum(1).mean()
+        loss = distance + self.config.critic_weight * networks["critic"](sample).mean()
+        if draw.step in self.config.bad_steps:
+            loss = loss * float("nan")
+        return loss, {"distance": distance.detach(), "spread": draw.mean(sample.square())}
+
+    def student(self, network=None):
+        return ToyStudent(self.student_network if network is None else network)
+
+    def to(self, device):
+        self.student_network.to(device)
+        self.critic.to(device)
+        return self
+
+
+def make_config(folder, method=None, seed=0, **train):
+    settings = {"steps": 8, "batch_size": 8, "log_every": 2, "checkpoint_every": 4, "num_samples": 4, "trackers": [],
+                "device": "cpu", "precision": "fp32"} | train
+    return RunConfig(
+        output_dir=str(folder),
+        seed=seed,
+        teacher=TeacherConfig(source="none"),
+        method=method or ToyConfig(),
+        train=TrainConfig(**settings),
+    )
+
+
+def make_trainer(folder, method=None, seed=0, fsdp2=False, **train):
+    config = make_config(folder, method, seed, **train)
+    accelerator = make_accelerator(config.train, folder)
+    if fsdp2:
+        shard(accelerator)
+    torch.manual_seed(seed)
+    return Trainer(ToyMethod(config.method), config, Path(folder), accelerator)
+
+
+def shard(accelerator):
+    """Make accelerate shard on the CPU, which it does on GPUs only; its state is shared by all its objects."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+
+
+def weights(trainer):
+    """All weights, averages and moments of a trainer, by name."""
+    values = {}
+    for name, role in trainer.roles.items():
+        values |= {f"{name}.{key}": value for key, value in role.network.state_dict().items()}
+        if role.average is not None:
+            values |= {f"{name}.average.{key}": value for key, value in role.average.network.state_dict().items()}
+        for parameter, state in role.optimizer.state.items():
+            number = [id(p) for p in role.network.parameters()].index(id(parameter))
+            values |= {f"{name}.optimizer.{number}.{key}": value for key, value in state.items()}
+    return {name: value.detach().clone() for name, value in values.items()}
+
+
+def main(arguments):
+    """FOLDER key=value ...: train, then save the averaged student as average.safetensors.
+
+    Keys are those of ``train`` and ``fsdp2``, with integers but for ``precision``; each file of the checkpoint
+    of step ``slow`` takes a second more, and each step ``pause`` milliseconds.
+    """
+    folder, *settings = arguments
+    pairs = [text.split("=") for text in settings]
+    values = {key: value if key == "precision" else int(value) for key, value in pairs}
+    slow, pause = values.pop("slow", 0), values.pop("pause", 0)
+    if slow:
+        write = checkpoint._write_tensors
+
+        def write_slowly(path, tensors):
+            if f"step-{slow:06d}" in str(path):
+                print("writing", path.name, flush=True)
+                time.sleep(1)
+            write(path, tensors)
+
+        checkpoint._write_tensors = write_slowly
+    trainer = make_trainer(folder, **values)
+    print(f"rank {trainer.rank} of {trainer.world} from step {trainer.step}", flush=True)
+    if pause:
+        step = trainer.train_step
+        trainer.train_step = lambda: (step(), print("step", trainer.step, flush=True), time.sleep(pause / 1000))
+    trainer.train()
+    average = trainer.student().network
+    if trainer.main:
+        save_file(average.state_dict(), Path(folder) / "average.safetensors")
+    print(f"ended at step {trainer.step} with signal {trainer.interrupted}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
