@@ -62,7 +62,7 @@ class ClassLabels:
         outside = tensor[(tensor < 0) | (tensor >= self.num_classes)]
         if len(outside):
             raise UserError(f"label {int(outside[0])} is out of range; this model has the classes 0 to "
-                            f"{self.num_classes - 1}")  # fmt: skip
+                            f"{self.num_classes - 1}")
         return self.wrap(tensor)
 
     def wrap(self, labels: Tensor) -> Condition:
@@ -73,5 +73,5 @@ class ClassLabels:
         """The unconditional counterpart of ``condition``, for classifier-free guidance."""
         if self.null_label is None:
             raise UserError("classifier-free guidance needs a null label, and this teacher has none; use "
-                            "guidance_scale 1, or set teacher.null_label when its network was trained with one")  # fmt: skip
+                            "guidance_scale 1, or set teacher.null_label when its network was trained with one")
         return self.wrap(torch.full_like(condition.tensors["class_labels"], self.null_label))

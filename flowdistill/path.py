@@ -31,7 +31,7 @@ VP_SCHEDULERS = (
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler",
     "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
-)  # fmt: skip
+)
 EDM_SCHEDULERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 VP_PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -106,7 +106,7 @@ class NativePath:
         """The same path started later, at ``t_max`` (for epsilon teachers whose last steps carry no signal)."""
         if not self.t_min < t_max <= self.t_max:
             raise UserError(f"teacher.t_max is {t_max}; this teacher allows values above {self.t_min:.4f} and up to "
-                            f"{self.t_max:.4f}")  # fmt: skip
+                            f"{self.t_max:.4f}")
         return replace(self, t_max=t_max)
 
 
@@ -188,8 +188,8 @@ def _vp_path(name: str, prediction: str, alphas_cumprod: Tensor, karras: bool) -
 
     t_min, t_max = float(table[0]), float(table[-1])
     if prediction == "epsilon" and t_max == 1.0:
-        raise UserError(f"{name} has zero terminal SNR and predicts epsilon: at the last timestep the prediction says "
-                        "nothing about the image; such a teacher needs prediction_type v_prediction or sample")  # fmt: skip
+        raise UserError(f"{name} has zero terminal SNR and predicts epsilon: at the last timestep that says nothing "
+                        "about the image; such a teacher needs prediction_type v_prediction or sample")
     return NativePath("vp", prediction, t_min, t_max, name, coefficients, grid, time_of)
 
 

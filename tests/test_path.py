@@ -64,7 +64,7 @@ def test_vp_velocity_is_the_gaussian_one(betas, prediction):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_ddim_step_is_an_euler_step(betas, prediction):
     scheduler = double(DDIMScheduler(beta_schedule=betas, prediction_type=prediction, clip_sample=False,
-                                     timestep_spacing="trailing"))  # fmt: skip
+                                     timestep_spacing="trailing"))
     scheduler.set_timesteps(10)
     path = path_from_scheduler(scheduler)
     grid = path.time_grid(10)

@@ -88,7 +88,7 @@ def test_mixture_velocity_is_its_score():
     [DDPMScheduler(), DDIMScheduler(prediction_type="v_prediction"), EDMEulerScheduler(),
      FlowMatchEulerDiscreteScheduler(shift=3.0)],
     ids=["ddpm", "v", "edm", "flow"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("family", ["unet", "dit"])
 def test_sampling_matches_the_scheduler_on_the_raw_network(family, scheduler):
     """Euler on the linear path = the scheduler's own loop around the raw network, on the teacher's own times."""
@@ -107,7 +107,7 @@ def test_sampling_matches_the_scheduler_on_the_raw_network(family, scheduler):
     if path.kind == "vp":
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.25, 4).tolist()) if path.kind == "flow" else (
-        scheduler.set_timesteps(4))  # fmt: skip
+        scheduler.set_timesteps(4))
     for expected_time, timestep in zip(times, scheduler.timesteps, strict=True):
         assert timestep.item() == pytest.approx(expected_time.item(), rel=1e-4, abs=1e-4)
         scaled = x if path.kind == "flow" else scheduler.scale_model_input(x, timestep)

@@ -20,7 +20,7 @@ def tiny_unet(num_class_embeds: int | None = 4, channels: int = 1, out_channels:
         sample_size=8, in_channels=channels, out_channels=out_channels or channels, block_out_channels=(8, 16),
         layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def tiny_unet_pipeline(scheduler=None, **unet) -> DDPMPipeline:
@@ -32,12 +32,12 @@ def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True) -> DiTPipeline
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8 if learned_sigma else 4,
         num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=4,
-    ).eval()  # fmt: skip
+    ).eval()
     for block in transformer.transformer_blocks:  # zero-initialised modulation would hide the conditions
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.1)
     torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8,
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-    ).eval()  # fmt: skip
+    ).eval()
     return DiTPipeline(transformer, vae, scheduler or DDIMScheduler(clip_sample=False), id2label={0: "zero"})

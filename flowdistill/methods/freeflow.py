@@ -76,7 +76,7 @@ class FreeFlowConfig:
             raise UserError(f"method.critic_fraction is {self.critic_fraction}; it must lie in (0, 1]")
         if self.guidance_min > self.guidance_max:
             raise UserError(f"method.guidance_min is {self.guidance_min}, above method.guidance_max "
-                            f"{self.guidance_max}")  # fmt: skip
+                            f"{self.guidance_max}")
         for key in ("damping_epsilon", "finite_difference_step", "noising_std", "duration_std", "correction_strength"):
             if getattr(self, key) <= 0:
                 raise UserError(f"method.{key} is {getattr(self, key)}; it must be positive")
@@ -109,7 +109,7 @@ class FreeFlow:
         self.guidance_input = config.guidance_min < config.guidance_max
         if self.guided and teacher.null_label is None:
             raise UserError("method.guidance_min and method.guidance_max ask for classifier-free guidance, but the "
-                            "teacher has no null label; set both to 1, or teacher.null_label")  # fmt: skip
+                            "teacher has no null label; set both to 1, or teacher.null_label")
         info = StudentInfo(
             method=self.name,
             base_model=teacher.source,
@@ -173,7 +173,7 @@ class FreeFlow:
             derivative = self._derivative(
                 networks["student"], start[prediction], duration[prediction],
                 _rows(condition, prediction), _rows(guidance, prediction),
-            )  # fmt: skip
+            )
         discrete = None
         if predicted and derivative is None:
             discrete = self._discrete_residual(networks["student"], start, duration, condition, guidance, prediction)
@@ -188,7 +188,7 @@ class FreeFlow:
                 target = self._teacher_velocity(
                     state, self.teacher.t_max - duration[prediction], _rows(condition, prediction),
                     _rows(guidance, prediction), self.config.guidance_interval,
-                )  # fmt: skip
+                )
                 residual = fm.generating_residual(own, derivative, duration[prediction], target)
             else:
                 residual = own - discrete
@@ -200,7 +200,7 @@ class FreeFlow:
             residual = self._correction(
                 networks["critic"], fixed[corrected], start[corrected], _rows(condition, corrected),
                 _rows(guidance, corrected), draw,
-            )  # fmt: skip
+            )
             metrics["correction_residual"] = residual.square().mean()
             if damped is not None:
                 reference = damped if self.config.balance_after_damping else parts[0]
@@ -216,7 +216,7 @@ class FreeFlow:
     def _correction(
         self, critic: Callable[..., Tensor], velocity: Tensor, start: Tensor, condition: Condition | None,
         guidance: Tensor | None, draw: Draw,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Delta_N at the student's noised one-step samples."""
         whole = torch.full((len(start),), self.teacher.t_max, device=start.device)
         sample = fm.end_point(start, whole, velocity)
@@ -247,7 +247,7 @@ class FreeFlow:
     def _average_velocity(
         self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
         guidance: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         time = torch.full((len(start),), self.teacher.t_max, dtype=torch.float64, device=start.device)
         return student(start, time, condition, **self._scalars(guidance), duration=duration)
 
@@ -263,7 +263,7 @@ class FreeFlow:
     def _teacher_velocity(
         self, x: Tensor, t: Tensor, condition: Condition | None, guidance: Tensor | None,
         interval: tuple[float, float],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if guidance is None:
             return self.teacher.velocity(x, t, condition)
         return self.teacher.velocity(x, t, condition, guidance, (interval[0], interval[1]))
@@ -272,7 +272,7 @@ class FreeFlow:
     def _derivative(
         self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
         guidance: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if self.config.derivative == "jvp":
             return fm.duration_derivative_jvp(
                 lambda d: self._average_velocity(student, start.contiguous(), d, condition, guidance), duration
@@ -282,13 +282,13 @@ class FreeFlow:
         return fm.duration_derivative(
             lambda d: self._average_velocity(student, torch.cat([start, start]), d, twice, both),
             duration, self.config.finite_difference_step, self.teacher.t_max,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def _discrete_residual(
         self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
         guidance: Tensor | None, rows: slice,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The target V*(d) of one teacher Euler step from the student's shorter map."""
         start, duration = start[rows], duration[rows]
         condition, guidance = _rows(condition, rows), _rows(guidance, rows)

@@ -103,10 +103,10 @@ def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Mo
 @torch.no_grad()
 def _fold_scales(student: FlowMap, backbone: nn.Module, k_input: float, k_output: float) -> None:
     if getattr(backbone.config, "center_input_sample", False):
-        raise UserError("the UNet2DModel centres its input (center_input_sample), which an input scale cannot fold into")
+        raise UserError("the UNet2DModel centres its input (center_input_sample), so no input scale folds into it")
     if any(hasattr(block, "skip_conv") for block in getattr(backbone, "up_blocks", ())):
         raise UserError("the UNet2DModel has skip blocks that bypass its last layer, which an output scale cannot fold "
-                        "into")  # fmt: skip
+                        "into")
     first, last = student.network.velocity.adapter.projections(backbone)
     first.weight.mul_(k_input)
     last.weight.mul_(k_output)
@@ -121,7 +121,7 @@ def _consistency_pipeline(
     # prediction) a tiny sigma_data makes c_skip vanish.
     if k_noise > 1e-6:
         sigma = 2 * k_noise
-        # A power of two: the scheduler takes sqrt(float32(sigma_min)^2 - sigma_min^2), NaN if rounding makes it negative.
+        # A power of two: the scheduler takes sqrt(float32(sigma_min)^2 - sigma_min^2), NaN if that rounds below 0.
         sigma_min = 2.0 ** math.floor(math.log2(sigma) - 10)
         data = sigma - sigma_min
     else:

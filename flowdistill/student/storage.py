@@ -49,7 +49,7 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
     network = student.network
     if not isinstance(network, ExtendedVelocity):
         raise UserError(f"a student around a {type(network).__name__} cannot be saved; only students of a diffusers "
-                        "backbone can")  # fmt: skip
+                        "backbone can")
     path, info, target = network.velocity.path, student.info, Path(folder)
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -100,7 +100,7 @@ def load_student(path: str | os.PathLike[str], device: str | torch.device | None
         if not Path(source).exists():
             raise UserError(f"{source} does not exist; give a run folder or a student folder")
         hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
-            "it has no flowdistill.json that describes one")  # fmt: skip
+            "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
     student = _load_flow_map(folder)
     return student if device is None else student.to(device)
@@ -124,7 +124,7 @@ def _load_flow_map(folder: Path) -> FlowMap:
         raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
     if kind != "flow_map" or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads flow_map students "
-                        f"up to format {FORMAT}")  # fmt: skip
+                        f"up to format {FORMAT}")
     if description["backbone"] not in ADAPTERS:
         raise UserError(f"{folder} has the backbone {description['backbone']}, which is not supported")
     backbone_class = getattr(diffusers, description["backbone"])
@@ -144,7 +144,7 @@ def _load_flow_map(folder: Path) -> FlowMap:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder / WEIGHTS} do not fit {folder / 'backbone'}: "
-                        f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
+                        f"{' '.join(str(error).split())[:300]}") from error
     codec = VaeCodec(AutoencoderKL.from_pretrained(folder / "vae")) if (folder / "vae").is_dir() else PixelCodec()
     guidance = description["guidance_range"]
     info = StudentInfo(

@@ -55,7 +55,7 @@ class UNet2DAdapter:
         size = network.config.sample_size
         if size is None:
             raise UserError("the UNet2DModel's config has no sample_size, so the image size is unknown; set it in "
-                            "unet/config.json")  # fmt: skip
+                            "unet/config.json")
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
 
@@ -63,10 +63,10 @@ class UNet2DAdapter:
         config = network.config
         if config.time_embedding_type != "positional":
             raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported is "
-                            "'positional', which takes continuous timesteps")  # fmt: skip
+                            "'positional', which takes continuous timesteps")
         if config.class_embed_type is not None:
             raise UserError(f"the UNet2DModel has class_embed_type '{config.class_embed_type}'; supported are class "
-                            "labels through num_class_embeds, or none")  # fmt: skip
+                            "labels through num_class_embeds, or none")
         if config.num_class_embeds is None:
             if null_label is not None:
                 raise UserError(f"teacher.null_label is {null_label}, but the UNet2DModel takes no class labels")
@@ -74,8 +74,8 @@ class UNet2DAdapter:
         if null_label is None:
             return ClassLabels(config.num_class_embeds, None)
         if null_label != config.num_class_embeds - 1:
-            raise UserError(f"teacher.null_label is {null_label}; for this network with {config.num_class_embeds} class "
-                            f"embeddings it can only be the last one, {config.num_class_embeds - 1}")  # fmt: skip
+            raise UserError(f"teacher.null_label is {null_label}; for this network with {config.num_class_embeds} "
+                            f"class embeddings it can only be the last one, {config.num_class_embeds - 1}")
         return ClassLabels(config.num_class_embeds - 1, null_label)
 
     def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
@@ -112,7 +112,7 @@ class DiTAdapter:
         classes = network.config.num_embeds_ada_norm
         if null_label is not None and null_label != classes:
             raise UserError(f"teacher.null_label is {null_label}; a DiTTransformer2DModel with {classes} classes has "
-                            f"its null label at {classes}")  # fmt: skip
+                            f"its null label at {classes}")
         return ClassLabels(classes, classes)
 
     def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
@@ -147,8 +147,9 @@ def adapter_for(network: nn.Module) -> Adapter:
     adapter = ADAPTERS[name]
     channels, extra = adapter.shape(network)[0], adapter.learned_variance_channels(network)
     if extra not in (0, channels):
-        raise UserError(f"the backbone {name} takes {channels} channels and returns {adapter.output_channels(network)}; "
-                        f"a teacher returns {channels}, or {2 * channels} with a learned variance")  # fmt: skip
+        raise UserError(f"the backbone {name} takes {channels} channels and returns "
+                        f"{adapter.output_channels(network)}; a teacher returns {channels}, "
+                        f"or {2 * channels} with a learned variance")
     return adapter
 
 

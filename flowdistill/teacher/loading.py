@@ -88,7 +88,7 @@ def _load_pipeline(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, 
         if (folder / SIDECAR).is_file():
             recorded = _read_json(folder / SIDECAR)
     elif source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id such as owner/name")
+        raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id (owner/name)")
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
@@ -149,12 +149,12 @@ def _check_agreement(
     channels = adapter.shape(backbone)[0]
     learned = str(scheduler.config.get("variance_type") or "").startswith("learned")
     if learned and not adapter.learned_variance_channels(backbone):
-        raise UserError(f"the scheduler has variance_type '{scheduler.config.variance_type}', but the network returns "
-                        f"no variance channels ({channels} in, {channels} out); scheduler and network disagree")  # fmt: skip
+        raise UserError(f"the scheduler has variance_type '{scheduler.config.variance_type}', but the network "
+                        f"returns no variance channels ({channels} in, {channels} out); scheduler and network disagree")
     if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != channels:
         raise UserError(f"the network takes {channels} latent channels, but the pipeline's autoencoder has "
-                        f"{codec.vae.config.latent_channels}; they do not belong together")  # fmt: skip
+                        f"{codec.vae.config.latent_channels}; they do not belong together")
     steps, trained = scheduler.config.get("num_train_timesteps"), backbone.config.get("num_train_timesteps")
     if path.kind == "vp" and steps and trained and steps != trained:
         raise UserError(f"the scheduler has {steps} training timesteps, but the network was made for {trained}; "
-                        "scheduler and network disagree")  # fmt: skip
+                        "scheduler and network disagree")

@@ -150,7 +150,7 @@ class Teacher:
 
         Args:
             noise: unit normal (B, *shape); the start state is ``t_max * noise`` (alpha_T is dropped, see the design).
-            steps: steps on the teacher's own time grid; network calls are ``steps`` for Euler, ``2 steps - 1`` for Heun.
+            steps: steps on the teacher's own time grid; ``steps`` network calls with Euler, ``2 steps - 1`` with Heun.
             times: explicit decreasing times from t_max to 0 instead of ``steps``.
 
         Returns:
@@ -182,15 +182,15 @@ class Teacher:
         size = clean.std().item()
         alignment = torch.nn.functional.cosine_similarity(clean.flatten(1), noise.flatten(1)).mean().item()
         if size > 3.0 or alignment < -0.5:
-            return (f"the network and its scheduler seem to disagree: at t = {t:.2f} the denoised estimate has standard "
-                    f"deviation {size:.2f} and cosine {alignment:.2f} to the noise; check the scheduler's "
-                    f"prediction_type ({self.path.prediction}) and schedule")  # fmt: skip
+            return (f"the network and its scheduler seem to disagree: at t = {t:.2f} the denoised estimate has "
+                    f"standard deviation {size:.2f} and cosine {alignment:.2f} to the noise; check the scheduler's "
+                    f"prediction_type ({self.path.prediction}) and schedule")
         return None
 
     def describe(self) -> str:
         """What was detected, in words."""
         path, network = self.path, getattr(self.network, "backbone", self.network)
-        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)", "flow": "flow matching (linear)"}
+        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)", "flow": "flow matching"}
         parameters = sum(p.numel() for p in network.parameters())
         sample = " x ".join(map(str, self.shape))
         latents = "latents of a KL autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
