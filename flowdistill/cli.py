@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train the student that a YAML file describes. When its output_dir already holds the run, training goes on\n"
         "there. Works under 'accelerate launch -m flowdistill distill ...' on several GPUs.",
         ["configs/digits/freeflow.yaml", "configs/digits/freeflow.yaml train.steps=500 output_dir=runs/short"],
-    )  # fmt: skip
+    )
     distill.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     distill.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
 
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         "i and its label only.",
         ["runs/digits-freeflow --num-images 100 --out grid.png", "runs/digits-freeflow --num-images 5000 --out images/",
          "assets/digits-flow --steps 10 --num-images 30 --labels 3,7,9 --out grid.png"],
-    )  # fmt: skip
+    )
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
     sample.add_argument("--num-images", metavar="N", type=_at_least(1), required=True, help="images to make")
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
         "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.",
         ["runs/digits-freeflow --json report.json", "assets/digits-flow --teacher-steps 1,4,50 --num-images 5000",
          "runs/my-run --features inception --weights inception.pt --reference images/"],
-    )  # fmt: skip
+    )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
     evaluate.add_argument("--num-images", metavar="N", type=_at_least(2), help="images of each model (default: 10000)")
     evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: digits)")
@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
         "export", _export, lambda args: args.out_dir, "write a stock diffusers pipeline",
         "Write a student as a pipeline folder that DiffusionPipeline.from_pretrained loads without flowdistill.",
         ["runs/digits-freeflow exported/", "runs/my-run exported/ --guidance-scale 1.5 --overwrite"],
-    )  # fmt: skip
+    )
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
     export.add_argument("--guidance-scale", metavar="G", type=float, help="scale to fix (default: the student's own)")
@@ -341,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         "Say in words how flowdistill reads a pipeline: backbone, path, prediction, times, conditions, and whether\n"
         "network and scheduler agree.",
         ["assets/digits-flow", "google/ddpm-cifar10-32"],
-    )  # fmt: skip
+    )
     inspect.add_argument("pipeline", metavar="PIPELINE", help="pipeline folder or hub id")
     inspect.add_argument("--null-label", metavar="K", type=_at_least(0), help="label that means 'no class'")
     return parser

@@ -13,13 +13,14 @@ and the critic, an online velocity network, follows the student's samples by flo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.config import OptimizerConfig
+from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, Role
 from flowdistill.objectives import distribution_matching as dm
@@ -32,61 +33,65 @@ from flowdistill.teacher.velocity import ExtendedVelocity
 
 @dataclass
 class FreeFlowConfig:
-    """Settings of FreeFlow. "Paper" marks a value its authors report; every other default is ours, not the paper's."""
+    """Settings of FreeFlow. "(paper: ...)" marks a value its authors report; every other default is ours."""
 
     name: str = "freeflow"
-    prediction_fraction: float = 0.75  # share of the batch for Delta_G; the rest is Delta_N. Paper: 0.75
-    damping: float = 1.0  # k of the power-law damping of Delta_G. Paper: 1 with both objectives
-    damping_epsilon: float = 1e-3  # ours (not in any readable source)
-    correction_strength: float = 1.0  # alpha. Paper: stable over 0.3 to 3
-    balance_after_damping: bool = True  # ours: E||Delta_G|| is taken after the damping
-    derivative: str = "finite_difference"  # of V in duration: finite_difference, jvp, or discrete (one Euler step)
-    finite_difference_step: float = 0.02  # ours, in units of t
-    duration_sampling: str = "uniform"  # uniform or logit_normal; ours (not in any readable source)
-    duration_mean: float = 0.0  # of the logit-normal
-    duration_std: float = 1.0
-    noising_mean: float = 0.8  # of the logit-normal noise level r of Delta_N. Paper: 0.8
-    noising_std: float = 1.0  # ours
-    critic_noising_sampling: str = "uniform"  # noise level for the critic's own loss; ours
-    critic_updates: int = 1  # critic steps a student step; ours
-    critic_fraction: float = 1.0  # rows of the critic's batch, as a share of the batch; ours
-    critic: str = "full"  # full copy of the teacher, or lora
-    critic_lora_rank: int = 16
-    guidance_min: float = 1.0  # guidance scales the student learns, uniform in [min, max]; ours
-    guidance_max: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times with guidance in Delta_G: the teacher's own recipe
-    correction_guidance_interval: tuple[float, float] = (0.0, 0.7)  # in Delta_N. Paper: cut the high-noise side, 0.7
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
-    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+    prediction_fraction: float = option(0.75, "share of the batch for Delta_G (paper: 0.75)", at_least=0, at_most=1)
+    damping: float = option(1.0, "k of the power-law damping of Delta_G (paper: 1 with both objectives)", at_least=0)
+    damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
+    correction_strength: float = option(1.0, "alpha, size of Delta_N against Delta_G (paper: stable 0.3-3)", above=0)
+    balance_after_damping: bool = option(True, "take the size of Delta_G after the damping")
+    derivative: str = option("finite_difference", "dV/dd; discrete: one teacher Euler step from the shorter map",
+                             choices=("finite_difference", "jvp", "discrete"))
+    finite_difference_step: float = option(0.02, "step in duration, in units of t", above=0, at_most=1)
+    duration_sampling: str = option("uniform", "durations of Delta_G", choices=("uniform", "logit_normal"))
+    duration_mean: float = option(0.0, "of the logit-normal durations")
+    duration_std: float = option(1.0, "of the logit-normal durations", above=0)
+    noising_mean: float = option(0.8, "of the logit-normal noise level of Delta_N (paper: 0.8)")
+    noising_std: float = option(1.0, "of the logit-normal noise level of Delta_N", above=0)
+    critic_noising_sampling: str = option("uniform", "noise levels the critic learns at",
+                                          choices=("uniform", "logit_normal"))
+    critic_updates: int = option(1, "critic steps a student step", at_least=1)
+    critic_fraction: float = option(1.0, "rows of a critic step, as a share of the batch", above=0, at_most=1)
+    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=("full", "lora"))
+    critic_lora_rank: int = option(16, "rank of the adapters", at_least=1)
+    guidance_min: float = option(1.0, "smallest guidance scale the student learns", at_least=0)
+    guidance_max: float = option(1.0, "largest; above the smallest, the scale is an input of the student", at_least=0)
+    guidance_interval: list[float] = option([0.0, 1.0], "times with guidance in Delta_G: the teacher's own recipe",
+                                            length=2, at_least=0, at_most=1)
+    correction_guidance_interval: list[float] = option([0.0, 0.7], "times with guidance in Delta_N (paper: 0 to 0.7)",
+                                                       length=2, at_least=0, at_most=1)
+    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
+    critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
 
     def validate(self) -> None:
         """Raise a :class:`UserError` for values that make no sense together."""
-        choices = {
-            "derivative": ("finite_difference", "jvp", "discrete"),
-            "duration_sampling": ("uniform", "logit_normal"),
-            "critic_noising_sampling": ("uniform", "logit_normal"),
-            "critic": ("full", "lora"),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"method.{key} is '{getattr(self, key)}'; allowed are {', '.join(allowed)}")
-        if not 0 <= self.prediction_fraction <= 1:
-            raise UserError(f"method.prediction_fraction is {self.prediction_fraction}; it must lie in [0, 1]")
-        if not 0 < self.critic_fraction <= 1:
-            raise UserError(f"method.critic_fraction is {self.critic_fraction}; it must lie in (0, 1]")
         if self.guidance_min > self.guidance_max:
             raise UserError(f"method.guidance_min is {self.guidance_min}, above method.guidance_max "
                             f"{self.guidance_max}")
-        for key in ("damping_epsilon", "finite_difference_step", "noising_std", "duration_std", "correction_strength"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"method.{key} is {getattr(self, key)}; it must be positive")
-        for key in ("critic_updates", "critic_lora_rank"):
-            if getattr(self, key) < 1:
-                raise UserError(f"method.{key} is {getattr(self, key)}; it must be at least 1")
         for key in ("guidance_interval", "correction_guidance_interval"):
             low, high = getattr(self, key)
-            if not 0 <= low < high <= 1:
-                raise UserError(f"method.{key} is [{low}, {high}]; it needs 0 <= low < high <= 1")
+            if low >= high:
+                raise UserError(f"method.{key} is [{low}, {high}]; the first must be below the second")
+
+
+class Prior(NamedTuple):
+    """Rows of start states with their conditions; guidance is None when the student learns scale 1 only."""
+
+    start: Tensor
+    condition: Condition | None
+    guidance: Tensor | None
+
+    def rows(self, part: slice) -> Prior:
+        return Prior(*(None if value is None else value[part] for value in self))
+
+    def twice(self) -> Prior:
+        condition = None if self.condition is None else Condition.cat([self.condition, self.condition])
+        guidance = None if self.guidance is None else torch.cat([self.guidance, self.guidance])
+        return Prior(torch.cat([self.start, self.start]), condition, guidance)
+
+
+Networks = Mapping[str, Callable[..., Tensor]]
 
 
 class FreeFlow:
@@ -103,7 +108,7 @@ class FreeFlow:
         critic_network: nn.Module | None = None,
     ) -> None:
         """Networks of one's own (for teachers without a backbone) take the signatures of :class:`ExtendedVelocity`."""
-        config.validate()
+        validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
         self.guided = (config.guidance_min, config.guidance_max) != (1.0, 1.0)
         self.guidance_input = config.guidance_min < config.guidance_max
@@ -150,167 +155,122 @@ class FreeFlow:
             self.critic.to(device)
         return self
 
-    def loss(
-        self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
 
     # --- the algorithm
 
-    def _student_loss(
-        self, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = draw.rows // draw.world
-        predicted = round(self.config.prediction_fraction * rows)
-        noise, condition, guidance = self._prior(draw, draw.rows)
-        start = self.teacher.t_max * noise
+    def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        local = draw.rows // draw.world
+        predicted = round(self.config.prediction_fraction * local)
+        prior = self._prior(draw, draw.rows)
         duration = self._durations(draw)
         duration[predicted:] = self.teacher.t_max
+        prediction, correction = slice(0, predicted), slice(predicted, local)
+        # Passes without gradients come first: the one with gradients is the last before the backward pass.
+        target = self._target(networks["student"], prior.rows(prediction), duration[prediction]) if predicted else None
+        velocity = self._average_velocity(networks["student"], prior, duration)
+        own = velocity.detach()
 
-        prediction = slice(0, predicted)
-        derivative = None
-        if predicted and self.config.derivative != "discrete":  # before the pass with gradients: see ExtendedVelocity
-            derivative = self._derivative(
-                networks["student"], start[prediction], duration[prediction],
-                _rows(condition, prediction), _rows(guidance, prediction),
-            )
-        discrete = None
-        if predicted and derivative is None:
-            discrete = self._discrete_residual(networks["student"], start, duration, condition, guidance, prediction)
-        velocity = self._average_velocity(networks["student"], start, duration, condition, guidance)
-        fixed = velocity.detach()
-
-        parts, metrics, damped = [], {}, None
-        if predicted:
-            own = fixed[prediction]
-            if derivative is not None:
-                state = fm.end_point(start[prediction], duration[prediction], own)
-                target = self._teacher_velocity(
-                    state, self.teacher.t_max - duration[prediction], _rows(condition, prediction),
-                    _rows(guidance, prediction), self.config.guidance_interval,
-                )
-                residual = fm.generating_residual(own, derivative, duration[prediction], target)
-            else:
-                residual = own - discrete
+        parts, metrics = [], {}
+        if target is not None:
+            residual = target(own[prediction])
             damped = fm.damp(residual, self.config.damping, self.config.damping_epsilon)
-            parts.append(damped)
             metrics["prediction_residual"] = residual.square().mean()
-        if predicted < rows:
-            corrected = slice(predicted, rows)
-            residual = self._correction(
-                networks["critic"], fixed[corrected], start[corrected], _rows(condition, corrected),
-                _rows(guidance, corrected), draw,
-            )
-            metrics["correction_residual"] = residual.square().mean()
-            if damped is not None:
-                reference = damped if self.config.balance_after_damping else parts[0]
-                weight = dm.balance(
-                    draw.mean(_norms(reference)), draw.mean(_norms(residual)), self.config.correction_strength, 1e-8
-                )
-                metrics["correction_weight"] = weight
-                residual = weight * residual
-            parts.append(residual)
+            parts.append(damped)
+        if predicted < local:
+            noising = self._correction(networks["critic"], prior.rows(correction), own[correction], draw)
+            metrics["correction_residual"] = noising.square().mean()
+            if target is not None:
+                reference = damped if self.config.balance_after_damping else residual
+                sizes = (draw.mean(r.flatten(1).norm(dim=1)) for r in (reference, noising))
+                metrics["correction_weight"] = dm.balance(*sizes, self.config.correction_strength, 1e-8)
+                noising = metrics["correction_weight"] * noising
+            parts.append(noising)
         return fm.velocity_matching_loss(velocity, torch.cat(parts)).mean(), metrics
 
     @torch.no_grad()
-    def _correction(
-        self, critic: Callable[..., Tensor], velocity: Tensor, start: Tensor, condition: Condition | None,
-        guidance: Tensor | None, draw: Draw,
-    ) -> Tensor:
+    def _target(
+        self, student: Callable[..., Tensor], prior: Prior, duration: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """Delta_G as a function of the student's own velocity V(n, d), known only after its pass with gradients."""
+        t_max, interval, step = self.teacher.t_max, self.config.guidance_interval, self.config.finite_difference_step
+        if self.config.derivative == "discrete":
+            steps = duration.clamp(max=step)
+            before = duration - steps
+            shorter = self._average_velocity(student, prior, before)
+            state = fm.end_point(prior.start, before, shorter)
+            teacher = self._teacher_velocity(state, t_max - before, prior, interval)
+            goal = fm.discrete_target(shorter, teacher, duration, steps)
+            return lambda own: own - goal
+        derivative = self._derivative(student, prior, duration)
+
+        def residual(own: Tensor) -> Tensor:
+            state = fm.end_point(prior.start, duration, own)
+            teacher = self._teacher_velocity(state, t_max - duration, prior, interval)
+            return fm.generating_residual(own, derivative, duration, teacher)
+
+        return residual
+
+    @torch.no_grad()
+    def _derivative(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+        """dV/dd, start fixed."""
+        if self.config.derivative == "jvp":
+            return fm.duration_derivative_jvp(lambda d: self._average_velocity(student, prior, d), duration)
+        both, step = prior.twice(), self.config.finite_difference_step
+        return fm.duration_derivative(
+            lambda d: self._average_velocity(student, both, d), duration, step, self.teacher.t_max
+        )
+
+    @torch.no_grad()
+    def _correction(self, critic: Callable[..., Tensor], prior: Prior, velocity: Tensor, draw: Draw) -> Tensor:
         """Delta_N at the student's noised one-step samples."""
-        whole = torch.full((len(start),), self.teacher.t_max, device=start.device)
-        sample = fm.end_point(start, whole, velocity)
-        count = len(start) * draw.world
+        sample, count = prior.start - self.teacher.t_max * velocity, len(velocity) * draw.world
         time = self._noise_levels(draw, count, "logit_normal")
         state = dm.noised(sample, draw.normal(self.teacher.shape, rows=count), time)
-        teacher = self._teacher_velocity(state, time, condition, guidance, self.config.correction_guidance_interval)
-        return dm.noising_residual(self._critic_velocity(critic, state, time, condition, guidance), teacher)
+        teacher = self._teacher_velocity(state, time, prior, self.config.correction_guidance_interval)
+        return dm.noising_residual(self._critic_velocity(critic, state, time, prior), teacher)
 
-    def _critic_loss(
-        self, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         rows = max(1, round(self.config.critic_fraction * draw.rows / draw.world)) * draw.world
-        noise, condition, guidance = self._prior(draw, rows)
+        prior = self._prior(draw, rows)
         with torch.no_grad():
-            start = self.teacher.t_max * noise
-            whole = torch.full((len(start),), self.teacher.t_max, device=start.device)
-            velocity = self._average_velocity(networks["student"], start, whole, condition, guidance)
-            sample = fm.end_point(start, whole, velocity)
+            whole = torch.full((len(prior.start),), self.teacher.t_max, device=prior.start.device)
+            sample = prior.start - self.teacher.t_max * self._average_velocity(networks["student"], prior, whole)
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
-        fresh = draw.normal(self.teacher.shape, rows=rows)
-        state = dm.noised(sample, fresh, time)
-        predicted = self._critic_velocity(networks["critic"], state, time, condition, guidance)
-        return dm.flow_matching_loss(predicted, sample, fresh).mean(), {}
+        noise = draw.normal(self.teacher.shape, rows=rows)
+        velocity = self._critic_velocity(networks["critic"], dm.noised(sample, noise, time), time, prior)
+        return dm.flow_matching_loss(velocity, sample, noise).mean(), {}
 
     # --- passes
 
-    def _average_velocity(
-        self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
-        guidance: Tensor | None,
-    ) -> Tensor:
-        time = torch.full((len(start),), self.teacher.t_max, dtype=torch.float64, device=start.device)
-        return student(start, time, condition, **self._scalars(guidance), duration=duration)
+    def _average_velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+        # float64: an epsilon teacher divides by 1 - t_max
+        time = torch.full((len(prior.start),), self.teacher.t_max, dtype=torch.float64, device=prior.start.device)
+        return student(prior.start, time, prior.condition, **self._scalars(prior), duration=duration)
 
-    def _critic_velocity(
-        self, critic: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition | None, guidance: Tensor | None
-    ) -> Tensor:
-        return critic(x, t, condition, **self._scalars(guidance))
+    def _critic_velocity(self, critic: Callable[..., Tensor], x: Tensor, t: Tensor, prior: Prior) -> Tensor:
+        return critic(x, t, prior.condition, **self._scalars(prior))
 
-    def _scalars(self, guidance: Tensor | None) -> dict[str, Tensor]:
-        return {"guidance": guidance} if self.guidance_input and guidance is not None else {}
+    def _scalars(self, prior: Prior) -> dict[str, Tensor]:
+        return {"guidance": prior.guidance} if self.guidance_input and prior.guidance is not None else {}
 
-    @torch.no_grad()
-    def _teacher_velocity(
-        self, x: Tensor, t: Tensor, condition: Condition | None, guidance: Tensor | None,
-        interval: tuple[float, float],
-    ) -> Tensor:
-        if guidance is None:
-            return self.teacher.velocity(x, t, condition)
-        return self.teacher.velocity(x, t, condition, guidance, (interval[0], interval[1]))
-
-    @torch.no_grad()
-    def _derivative(
-        self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
-        guidance: Tensor | None,
-    ) -> Tensor:
-        if self.config.derivative == "jvp":
-            return fm.duration_derivative_jvp(
-                lambda d: self._average_velocity(student, start.contiguous(), d, condition, guidance), duration
-            )
-        twice = None if condition is None else Condition.cat([condition, condition])
-        both = None if guidance is None else torch.cat([guidance, guidance])
-        return fm.duration_derivative(
-            lambda d: self._average_velocity(student, torch.cat([start, start]), d, twice, both),
-            duration, self.config.finite_difference_step, self.teacher.t_max,
-        )
-
-    @torch.no_grad()
-    def _discrete_residual(
-        self, student: Callable[..., Tensor], start: Tensor, duration: Tensor, condition: Condition | None,
-        guidance: Tensor | None, rows: slice,
-    ) -> Tensor:
-        """The target V*(d) of one teacher Euler step from the student's shorter map."""
-        start, duration = start[rows], duration[rows]
-        condition, guidance = _rows(condition, rows), _rows(guidance, rows)
-        step = duration.clamp(max=self.config.finite_difference_step)
-        before = duration - step
-        shorter = self._average_velocity(student, start, before, condition, guidance)
-        state = fm.end_point(start, before, shorter)
-        teacher = self._teacher_velocity(
-            state, self.teacher.t_max - before, condition, guidance, self.config.guidance_interval
-        )
-        return fm.discrete_target(shorter, teacher, duration, step)
+    def _teacher_velocity(self, x: Tensor, t: Tensor, prior: Prior, interval: list[float]) -> Tensor:
+        with torch.no_grad():
+            if prior.guidance is None:
+                return self.teacher.velocity(x, t, prior.condition)
+            return self.teacher.velocity(x, t, prior.condition, prior.guidance, (interval[0], interval[1]))
 
     # --- draws
 
-    def _prior(self, draw: Draw, rows: int) -> tuple[Tensor, Condition | None, Tensor | None]:
-        noise = draw.normal(self.teacher.shape, rows=rows)
+    def _prior(self, draw: Draw, rows: int) -> Prior:
+        start = self.teacher.t_max * draw.normal(self.teacher.shape, rows=rows)
         classes = self.teacher.classes
         condition = None if classes is None else classes.wrap(draw.integers(classes.num_classes, rows=rows))
         guidance = None
         if self.guided:
             guidance = draw.uniform(self.config.guidance_min, self.config.guidance_max, rows=rows)
-        return noise, condition, guidance
+        return Prior(start, condition, guidance)
 
     def _durations(self, draw: Draw) -> Tensor:
         if self.config.duration_sampling == "uniform":
@@ -325,11 +285,3 @@ class FreeFlow:
         else:
             share = torch.sigmoid(self.config.noising_mean + self.config.noising_std * draw.normal((), rows=rows))
         return self.teacher.t_min + (self.teacher.t_max - self.teacher.t_min) * share
-
-
-def _rows(value, rows: slice):
-    return None if value is None else value[rows]
-
-
-def _norms(residual: Tensor) -> Tensor:
-    return residual.flatten(1).norm(dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def _load_pipeline(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, 
     elif source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id (owner/name)")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        with warnings.catch_warnings():  # torch_dtype is the name that every supported diffusers knows
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error

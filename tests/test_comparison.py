@@ -1,0 +1,23 @@
+"""The picture at the end of a run."""
+
+import numpy as np
+from PIL import Image
+
+from flowdistill.data.assets import asset_path
+from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.student import FlowMap, StudentInfo
+from flowdistill.teacher import load_teacher
+
+
+def test_blocks_start_from_the_same_noise(tmp_path):
+    """An untrained student is the teacher's single Euler step, so the last two blocks are equal and the first is not."""
+    teacher = load_teacher(asset_path("digits-flow"))
+    student = FlowMap.from_teacher(teacher, StudentInfo())
+    save_comparison(teacher, student, tmp_path / "c.png", teacher_steps=(4, 1), rows_each=2, columns=5)
+    pixels = np.asarray(Image.open(tmp_path / "c.png").convert("L")).astype(int)
+    cell = 32 + 2  # 8x8 digits are drawn at 32 pixels, 2 between them
+    assert pixels.shape == (8 * cell + 2, 5 * cell + 2)
+    blocks = [pixels[start * cell + 2 : (start + 2) * cell] for start in (0, 3, 6)]
+    assert (blocks[1] == blocks[2]).all()
+    assert np.abs(blocks[0] - blocks[1]).mean() > 5
+    assert (pixels[2 * cell + 2 : 3 * cell] == 255).all()
