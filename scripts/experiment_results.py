@@ -1,0 +1,170 @@
+"""What the runs of an experiment gave: figures of a run folder, table, figure, docs page (see run_experiment.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowdistill.errors import UserError
+
+PAIRS, PAIR_STEPS, PAIR_SEED = 256, 50, 1  # the seed differs from the evaluation's
+Line = dict[str, Any]
+
+
+def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
+    """Report, training time, paired error and curve of a finished run folder.
+
+    Args:
+        curve: ``num_images`` for the FID of the averaged student of every checkpoint; None: no curve.
+        threads: of torch.
+    """
+    import torch
+
+    from flowdistill import load_student
+    from flowdistill.config import load_config
+    from flowdistill.evaluation import Evaluator, student_sampler
+    from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors
+
+    torch.set_num_threads(threads)
+    config, student = load_config(folder / "config.yaml", []), load_student(folder)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    saved = checkpoints(folder / "checkpoints")
+    pairs = _pairs(dataclasses.astuple(config.teacher), student.info.guidance_scale)
+    figures = {
+        "rows": report["rows"],
+        "fid_floor": report["fid_floor"],
+        "num_images": report["num_images"],
+        "train_seconds": read_state(saved[-1][1])["seconds"],
+        "paired_error": paired_error(student, *pairs),
+        "curve": [],
+    }
+    if curve is None:
+        return figures
+    settings = config.evaluation
+    evaluator = Evaluator(settings.features, settings.reference, curve["num_images"], 0, settings.batch_size,
+                          kid=False, per_class=False, progress=False)  # fmt: skip
+    for step, path in saved:
+        odd = student.network.load_state_dict(read_tensors(path, "student.average"), strict=False).unexpected_keys
+        if odd:
+            raise UserError(f"{path} does not fit the student: {odd[0]} is not in its network")
+        row = evaluator.measure(student_sampler(student), student.shape, student.num_classes)
+        point = {"step": step, "seconds": read_state(path)["seconds"], "fid": row.fid, "accuracy": row.accuracy}
+        figures["curve"].append(point | {"paired_error": paired_error(student, *pairs)})
+    return figures
+
+
+def paired_error(student: Any, noise: Any, condition: Any, target: Any) -> float:
+    """Root mean square of the student's latents minus ``target``, from the same noise."""
+    import torch
+
+    with torch.no_grad():
+        return float((student(noise, condition) - target).square().mean().sqrt())
+
+
+@functools.cache
+def _pairs(teacher_settings: tuple[Any, ...], guidance_scale: float) -> tuple[Any, Any, Any]:
+    """Noise, condition, and where the teacher's ODE takes them; solved once for all runs of a teacher."""
+    from flowdistill import load_teacher
+    from flowdistill.noise import indexed_noise
+
+    teacher = load_teacher(*teacher_settings)
+    noise = indexed_noise(teacher.shape, PAIR_SEED, range(PAIRS))
+    labels = None if teacher.num_classes is None else [i % teacher.num_classes for i in range(PAIRS)]
+    condition = teacher.encode(labels)
+    return noise, condition, teacher.sample(noise, condition, PAIR_STEPS, guidance_scale=guidance_scale)
+
+
+def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
+    """Markdown: the teacher's rows once, then a row a label with mean and standard deviation over seeds."""
+    text = ["| model | network calls | FID | label accuracy | paired error | training |", "|---|---|---|---|---|---|"]
+    for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
+        text.append(f"| teacher | {row['calls']} | {row['fid']:.2f} | {_percent([row['accuracy']])} | | |")
+    for label in labels:
+        mine = [line for line in lines if line["label"] == label]
+        if not mine:
+            continue
+        students = [row for line in mine for row in line["rows"] if row["model"] == "student"]
+        minutes = _spread([line["train_seconds"] / 60 for line in mine], ".1f")
+        error = _spread([line["paired_error"] for line in mine], ".4f")
+        fid = _spread([row["fid"] for row in students], ".2f")
+        accuracy = _percent([row["accuracy"] for row in students])
+        text.append(f"| {label} | 1 | {fid} | {accuracy} | {error} | {minutes} min |")
+    if lines[0]["fid_floor"] is not None:
+        text.append(f"| two random halves of the real images | | {lines[0]['fid_floor']:.2f} | | | |")
+    seeds = sorted({line["seed"] for line in lines})
+    text += ["", f"{lines[0]['num_images']:,} images a row; seeds {', '.join(map(str, seeds))}: mean ± standard "
+             f"deviation. Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}."]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path) -> None:
+    """FID against step and wall time and paired error against step: mean over seeds, band of one standard deviation.
+
+    Nothing is drawn for an experiment without curves.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not any(line["curve"] for line in lines):
+        return
+    panels = [("step", "fid", "FID"), ("seconds", "fid", "FID"), ("step", "paired_error", "paired error")]
+    drawing, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
+    for axis, (horizontal, vertical, name) in zip(axes, panels, strict=True):
+        for label in labels:
+            curves = [line["curve"] for line in lines if line["label"] == label]
+            points = [point for point in zip(*curves, strict=False) if all(one[vertical] is not None for one in point)]
+            x = [statistics.fmean(one[horizontal] for one in point) for point in points]
+            y = [statistics.fmean(one[vertical] for one in point) for point in points]
+            spread = [statistics.stdev(one[vertical] for one in point) if len(point) > 1 else 0.0 for point in points]
+            (drawn,) = axis.plot(x, y, marker=".", label=label)
+            # A band that reaches zero has no lower edge on a logarithmic axis.
+            lower = [max(mean - width, mean / 10) for mean, width in zip(y, spread, strict=True)]
+            upper = [mean + width for mean, width in zip(y, spread, strict=True)]
+            axis.fill_between(x, lower, upper, alpha=0.2, color=drawn.get_color(), linewidth=0)
+        teachers = [row for row in lines[0]["rows"] if row["model"] == "teacher"] if vertical == "fid" else []
+        for row in teachers[-2:]:
+            axis.axhline(row["fid"], color="grey", linestyle=":", linewidth=1)
+            axis.annotate(f"teacher, {row['calls']} calls", (0.99, row["fid"]), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
+        below = "training step" if horizontal == "step" else "training time in seconds"
+        axis.set(xlabel=below, ylabel=name, yscale="log")
+    axes[0].legend(fontsize=8)
+    drawing.suptitle(title)
+    drawing.savefig(path, dpi=120)
+    plt.close(drawing)
+
+
+def write_docs(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of table ``name`` in a page.
+
+    Raises:
+        UserError: no page, or no such pair of markers in it.
+    """
+    if not page.is_file():
+        raise UserError(f"{page} does not exist")
+    before = page.read_text(encoding="utf-8")
+    start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(before):
+        raise UserError(f"{page} has no lines '{start}' and '{end}'; the table goes between them")
+    page.write_text(pattern.sub(lambda _: f"{start}\n{text}{end}", before), encoding="utf-8")
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values) or not finite:
+        return "diverged" if len(finite) < len(values) else "-"
+    mean = format(statistics.fmean(finite), form)
+    return mean if len(finite) == 1 else f"{mean} ± {format(statistics.stdev(finite), form)}"
+
+
+def _percent(shares: Sequence[float | None]) -> str:
+    return "" if None in shares else _spread([100 * share for share in shares if share is not None], ".2f") + " %"
