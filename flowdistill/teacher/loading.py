@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -91,13 +94,26 @@ def _load_pipeline(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, 
     elif source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id (owner/name)")
     try:
-        with warnings.catch_warnings():  # torch_dtype is the name that every supported diffusers knows
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        with _quietly():
             pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
     return pipeline, scheduler, recorded
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without diffusers' bar over a few files, and without its warning of torch_dtype, the name every version knows."""
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
 
 
 def load_scheduler(folder: Path) -> Any:
