@@ -74,8 +74,16 @@ def alone(tmp_path_factory):
 
 def test_the_shipped_cpu_config_starts_two_processes_that_train_as_one(alone, tmp_path):
     out = run(
-        BIN / "accelerate", "launch", "--config_file", CPU_CONFIG, "--main_process_port", 0,
-        "-m", "tests.toy_method", tmp_path, "gradient_accumulation=2",
+        BIN / "accelerate",
+        "launch",
+        "--config_file",
+        CPU_CONFIG,
+        "--main_process_port",
+        0,
+        "-m",
+        "tests.toy_method",
+        tmp_path,
+        "gradient_accumulation=2",
     )
     assert "rank 0 of 2 from step 0" in out and "rank 1 of 2 from step 0" in out
     assert_close_runs(alone, tmp_path)
@@ -83,8 +91,15 @@ def test_the_shipped_cpu_config_starts_two_processes_that_train_as_one(alone, tm
 
 def test_two_processes_that_shard_the_weights_train_as_one_and_one_goes_on(alone, tmp_path):
     out = run(
-        BIN / "torchrun", "--standalone", "--nproc_per_node", 2,
-        "-m", "tests.toy_method", tmp_path, "gradient_accumulation=2", "fsdp2=1",
+        BIN / "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "-m",
+        "tests.toy_method",
+        tmp_path,
+        "gradient_accumulation=2",
+        "fsdp2=1",
     )
     assert "rank 1 of 2" in out
     assert_close_runs(alone, tmp_path)
@@ -101,8 +116,14 @@ def test_one_process_checkpoint_goes_on_in_two(alone, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "step-000008")
     (tmp_path / "average.safetensors").unlink()
     out = run(
-        BIN / "torchrun", "--standalone", "--nproc_per_node", 2,
-        "-m", "tests.toy_method", tmp_path, "gradient_accumulation=2",
+        BIN / "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "-m",
+        "tests.toy_method",
+        tmp_path,
+        "gradient_accumulation=2",
     )
     assert "rank 1 of 2 from step 4" in out
     assert_close_runs(alone, tmp_path)

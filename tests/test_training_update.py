@@ -123,6 +123,18 @@ def test_networks_under_autocast_return_float32_and_keep_their_gradients():
     assert network.weight.dtype == network.weight.grad.dtype == torch.float32 and network.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_forward_mode_derivatives_run_in_float32(precision):
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 1, 1))
+    call, x = HalfPrecisionForward(network, precision, CPU), torch.randn(3, 2, 4, 4)
+    direction = torch.randn_like(x)
+    with torch.no_grad():
+        value, derivative = torch.func.jvp(call, (x,), (direction,))
+        exact = torch.func.jvp(network, (x,), (direction,))
+    assert torch.equal(value, exact[0]) and torch.equal(derivative, exact[1])
+    assert not torch.equal(call(x), network(x))
+
+
 def test_precision_follows_the_launcher_only_when_it_is_left_open(monkeypatch):
     assert resolve_precision(None, CPU) == "fp32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")

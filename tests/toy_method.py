@@ -99,8 +99,16 @@ class ToyMethod:
 
 
 def make_config(folder, method=None, seed=0, **train):
-    settings = {"steps": 8, "batch_size": 8, "log_every": 2, "checkpoint_every": 4, "num_samples": 4, "trackers": [],
-                "device": "cpu", "precision": "fp32"} | train
+    settings = {
+        "steps": 8,
+        "batch_size": 8,
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "num_samples": 4,
+        "trackers": [],
+        "device": "cpu",
+        "precision": "fp32",
+    } | train
     return RunConfig(
         output_dir=str(folder),
         seed=seed,

@@ -66,8 +66,14 @@ class Reporter:
         if self.main:
             # A log file gets a line a minute, a terminal ten a second.
             interval = 0.1 if sys.stderr.isatty() else 60.0
-            self._bar = tqdm(total=self.config.train.steps, initial=step, desc=self.config.method.name, unit="step",
-                             mininterval=interval, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self.config.train.steps,
+                initial=step,
+                desc=self.config.method.name,
+                unit="step",
+                mininterval=interval,
+                dynamic_ncols=True,
+            )
 
     def advance(self) -> None:
         """One step is done."""
@@ -117,8 +123,15 @@ class FidCallback:
 
         settings = config.evaluation
         self.evaluator = Evaluator(
-            settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
-            kid=False, per_class=False, device=accelerator.device, progress=False,
+            settings.features,
+            settings.reference,
+            settings.num_images,
+            0,
+            settings.batch_size,
+            kid=False,
+            per_class=False,
+            device=accelerator.device,
+            progress=False,
         )
 
     def __call__(self, student: Any) -> dict[str, Any]:

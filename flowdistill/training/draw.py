@@ -21,10 +21,11 @@ def mixed_seed(*parts: int | str) -> int:
 class Draw:
     """Random numbers for one micro-batch of one update, and the mean over the processes.
 
-    Every draw is made for all ``rows`` on the CPU, from a generator seeded by (seed, step, update, micro, number of the
-    call), and this process gets its contiguous part. So the rows of two processes together are the rows of one, on any
-    device, and a resumed run draws what an uninterrupted one does. All processes must make the same calls in the same
-    order.
+    Every draw is made for all ``rows`` on the CPU, from a generator seeded by (seed, step, update, micro, number of
+    the call), and this process gets the rows rank, rank + world, rank + 2 * world, ... So the rows of two processes
+    together are the rows of one, on any device, and a resumed run draws what an uninterrupted one does. A method that
+    treats the first share of its rows differently does so to the same rows for any number of processes that divides
+    both shares. All processes must make the same calls in the same order.
 
     Args:
         seed: of the run.
@@ -54,7 +55,7 @@ class Draw:
         self.rows, self.rank, self.world = rows, rank, world
         self.device = torch.device(device)
         self._calls = 0
-        self._local(rows)
+        self._check(rows)
 
     def normal(self, shape: Sequence[int], rows: int | None = None) -> Tensor:
         """Unit normal numbers, float32 (local rows, *shape); ``rows`` (over all processes) defaults to all."""
@@ -84,14 +85,13 @@ class Draw:
         seed = mixed_seed("draw", self.seed, self.step, self.update, self.micro, self._calls)
         return torch.Generator().manual_seed(seed)
 
-    def _local(self, rows: int) -> int:
+    def _check(self, rows: int) -> None:
         if rows % self.world:
             raise UserError(f"{rows} rows cannot be shared equally by {self.world} processes")
-        return rows // self.world
 
     def _mine(self, values: Tensor) -> Tensor:
-        local = self._local(len(values))
-        values = values[self.rank * local : (self.rank + 1) * local]
+        self._check(len(values))
+        values = values[self.rank :: self.world].contiguous()
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)

@@ -214,12 +214,16 @@ class Trainer:
             return
         step, path = found[-1]
         if step > self.settings.steps:
-            raise UserError(f"{self.folder} is at step {step} already, beyond train.steps={self.settings.steps}; raise "
-                            "train.steps or choose another output_dir")
+            raise UserError(
+                f"{self.folder} is at step {step} already, beyond train.steps={self.settings.steps}; raise "
+                "train.steps or choose another output_dir"
+            )
         state = read_state(path)
         if state["roles"].keys() != self.roles.keys():
-            raise UserError(f"{path} does not fit: it holds the roles {', '.join(state['roles'])}, and the method has "
-                            f"{', '.join(self.roles)}")
+            raise UserError(
+                f"{path} does not fit: it holds the roles {', '.join(state['roles'])}, and the method has "
+                f"{', '.join(self.roles)}"
+            )
         for name, role in self.roles.items():
             self._restore(role, name, path, state["roles"][name])
         self.step, self.seconds, self._saved = step, state["seconds"], step
@@ -280,6 +284,8 @@ class Trainer:
     def _micro_rows(self) -> int:
         batch, accumulation = self.settings.batch_size, self.settings.gradient_accumulation
         if batch % (accumulation * self.world):
-            raise UserError(f"train.batch_size is {batch}, but {self.world} processes with train.gradient_accumulation="
-                            f"{accumulation} need a multiple of {accumulation * self.world}")
+            raise UserError(
+                f"train.batch_size is {batch}, but {self.world} processes with train.gradient_accumulation="
+                f"{accumulation} need a multiple of {accumulation * self.world}"
+            )
         return batch // accumulation

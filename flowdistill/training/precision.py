@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from flowdistill.errors import UserError
 
@@ -39,7 +40,8 @@ class HalfPrecisionForward:
     """A network that runs under autocast and returns float32; called as the network is.
 
     One autocast region a call: weights that autocast has cast are not kept between a pass without gradients and one
-    with them.
+    with them. Forward-mode differentiation (``torch.func.jvp``) of an argument runs in float32: torch's rules for it do
+    not go with autocast (GroupNorm's mixes the types), and a derivative wants the digits anyway.
     """
 
     def __init__(self, network: nn.Module, precision: str, device: torch.device) -> None:
@@ -48,6 +50,9 @@ class HalfPrecisionForward:
         self.device_type = device.type
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if any(unpack_dual(value).tangent is not None for value in tensors):
+            return self.network(*args, **kwargs)
         with torch.autocast(self.device_type, dtype=self.dtype):
             output = self.network(*args, **kwargs)
         return convert_to_fp32(output)

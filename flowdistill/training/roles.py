@@ -79,8 +79,10 @@ def prepare_roles(
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise UserError(f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
-                        "(MULTI_GPU) or FSDP with fsdp_version 2")
+        raise UserError(
+            f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
+            "(MULTI_GPU) or FSDP with fsdp_version 2"
+        )
     method.to(accelerator.device)
     return {name: _prepare(name, role, config, precision, accelerator) for name, role in method.roles().items()}
 
@@ -92,13 +94,17 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
         raise UserError(f"the network of the role '{name}' has no parameters that train")
     for parameter in trained:
         if parameter.dtype != torch.float32:
-            raise UserError(f"the weights of the role '{name}' are {parameter.dtype}; weights that train are float32 "
-                            "masters, and train.precision makes the passes half precision")
+            raise UserError(
+                f"the weights of the role '{name}' are {parameter.dtype}; weights that train are float32 "
+                "masters, and train.precision makes the passes half precision"
+            )
     if config.gradient_checkpointing:
         enable = getattr(network, "enable_gradient_checkpointing", None)
         if enable is None:
-            raise UserError(f"train.gradient_checkpointing is true, but the network of the role '{name}' "
-                            f"({type(network).__name__}) does not have it; set it to false")
+            raise UserError(
+                f"train.gradient_checkpointing is true, but the network of the role '{name}' "
+                f"({type(network).__name__}) does not have it; set it to false"
+            )
         enable()
     sharded = accelerator.distributed_type == DistributedType.FSDP
     # Copies come before the wrapping: a sharded network cannot be copied.

@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import importlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,18 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     precision = resolve_precision(config.train.precision, accelerator.device)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
     processes, folder = Processes.current(), Path(config.output_dir)
-    same_evaluation = processes.on_main(lambda: _open_folder(folder, config))
+    same_evaluation = processes.on_main(lambda: _check_folder(folder, config))
 
     from flowdistill import load_teacher
 
     settings = config.teacher
     teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
+    problem = teacher.disagreement()
+    if problem is not None and accelerator.is_main_process:
+        warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
     torch.manual_seed(config.seed)  # new layers start alike on every process
     method = _method_class(config.method.name)(config.method, teacher)
+    processes.on_main(lambda: _write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step
     trainer.train()
@@ -98,6 +103,7 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     if run.completed:
         if trainer.step > before or not (folder / "samples" / "final.png").is_file():
             trainer.save_samples("final.png")
+            _save_comparison(trainer, teacher)
         if config.evaluation.at_end:
             reuse = trainer.step == before and same_evaluation
             run.report = _report(folder, teacher, accelerator, reuse)
@@ -123,8 +129,9 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
         raise UserError(f"train.device is '{config.device}', which this machine does not have; use auto or cpu")
     if number:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"train.device is '{wanted}', but several processes were started; use cuda, and each has "
-                            "its own GPU")
+            raise UserError(
+                f"train.device is '{wanted}', but several processes were started; use cuda, and each has its own GPU"
+            )
         if int(number) >= torch.cuda.device_count():
             raise UserError(f"train.device is '{wanted}', but this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(int(number))
@@ -159,11 +166,8 @@ def difference(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any,
     return None
 
 
-def _open_folder(folder: Path, config: RunConfig) -> bool:
-    """Check that the run folder is free or holds this run, and write its config.yaml.
-
-    Returns whether an earlier call had the same ``evaluation`` section.
-    """
+def _check_folder(folder: Path, config: RunConfig) -> bool:
+    """UserError unless the run folder is free or holds this run; tells whether its ``evaluation`` is the same."""
     from omegaconf import OmegaConf
 
     file, same = folder / "config.yaml", False
@@ -173,23 +177,31 @@ def _open_folder(folder: Path, config: RunConfig) -> bool:
         try:
             saved = OmegaConf.to_container(OmegaConf.load(file))
         except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file
-            raise UserError(f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another "
-                            "output_dir") from error
+            raise UserError(
+                f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another output_dir"
+            ) from error
         here = OmegaConf.to_container(OmegaConf.structured(config))
         if not isinstance(saved, dict) or not isinstance(here, dict):
             raise UserError(f"{file} is no configuration of a run; choose another output_dir")
         if (found := difference(saved, here)) is not None:
             key, old, new = found
-            raise UserError(f"{folder} holds another run: {key} is {old} there and {new} here; choose another "
-                            "output_dir, or make them equal to resume")
+            raise UserError(
+                f"{folder} holds another run: {key} is {old} there and {new} here; choose another "
+                "output_dir, or make them equal to resume"
+            )
         same = saved.get("evaluation") == here["evaluation"]
     elif checkpoints(folder / "checkpoints"):
-        raise UserError(f"{folder} holds checkpoints but no config.yaml, so it is unknown whether they are this run's; "
-                        "choose another output_dir")
-    with disk_errors(str(file)):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, file)
+        raise UserError(
+            f"{folder} holds checkpoints but no config.yaml, so it is unknown whether they are this run's; "
+            "choose another output_dir"
+        )
     return same
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    with disk_errors(str(folder / "config.yaml")):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
 
 
 def _save_student(trainer: Trainer) -> None:
@@ -198,6 +210,19 @@ def _save_student(trainer: Trainer) -> None:
     def save() -> None:
         with disk_errors(str(target)):
             student.save(target)
+
+    Processes.current().on_main(save)
+
+
+def _save_comparison(trainer: Trainer, teacher: Any) -> None:
+    """Teacher at many calls and at one beside the student at one, from the same noise."""
+    from flowdistill.evaluation.comparison import save_comparison
+
+    student, path = trainer.student(), trainer.folder / "samples" / "comparison.png"
+
+    def save() -> None:
+        with disk_errors(str(path)):
+            save_comparison(teacher, student, path)
 
     Processes.current().on_main(save)
 

@@ -59,8 +59,10 @@ def assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], what: st
         raise UserError(f"{what} does not fit: {odd[0]} {side}")
     for name, target in targets.items():
         if target.shape != values[name].shape:
-            raise UserError(f"{what} does not fit: {name} has the shape {tuple(values[name].shape)} there and "
-                            f"{tuple(target.shape)} in the network")
+            raise UserError(
+                f"{what} does not fit: {name} has the shape {tuple(values[name].shape)} there and "
+                f"{tuple(target.shape)} in the network"
+            )
         target.copy_(_like(values[name], target))
 
 
