@@ -1,0 +1,249 @@
+#!/usr/bin/env python
+"""What flowdistill adds to the bare networks: one FreeFlow training step, and one-step sampling.
+
+    python scripts/benchmark_step.py
+    python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
+
+A training step of the real loop (draws, both losses, backward passes, clipping, optimisers, moving average) against the
+sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
+gradients, and forward and backward passes. ``generate`` against a loop over the bare network at batch 64. Everything
+alternates in one run and medians are compared, but other work on the machine still shows: run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowdistill.errors import UserError
+
+STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
+SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8
+Thunk = Callable[[], Any]
+
+
+def make_trainer(config: Any, folder: str) -> Any:
+    """The loop of ``distill`` for a configuration, in a throw-away folder."""
+    import torch
+
+    from flowdistill import load_teacher
+    from flowdistill.methods.freeflow import FreeFlow
+    from flowdistill.training.loop import Trainer
+    from flowdistill.training.run import make_accelerator
+
+    config.train.trackers = []
+    accelerator = make_accelerator(config.train, folder)
+    settings = config.teacher
+    teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
+    torch.manual_seed(config.seed)
+    return Trainer(FreeFlow(config.method, teacher), config, folder, accelerator)
+
+
+def check(config: Any) -> None:
+    """Refuse configurations whose step is not the sum counted here."""
+    method, train = config.method, config.train
+    if method.name != "freeflow":
+        raise UserError(f"the benchmark counts FreeFlow's passes, and method.name is '{method.name}'")
+    if method.critic != "full":
+        raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
+    if method.derivative == "jvp":
+        raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
+    if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
+        raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max to 1")
+    if train.gradient_accumulation != 1 or train.precision not in (None, "fp32"):
+        raise UserError("the benchmark needs train.gradient_accumulation=1 and train.precision=fp32")
+
+
+def needed_passes(method: Any, batch: int) -> list[tuple[str, str, int, bool, int]]:
+    """(what for, network, rows, with gradients, how many) of one step."""
+    predicted = round(method.prediction_fraction * batch)
+    corrected = batch - predicted
+    rows = max(1, round(method.critic_fraction * batch))
+    updates = method.critic_updates if corrected else 0
+    derivative = 2 * predicted if method.derivative == "finite_difference" else predicted
+    passes = [
+        ("student, for the derivative", "student", derivative, False, 1),
+        ("teacher, prediction", "teacher", predicted, False, 1),
+        ("teacher, correction", "teacher", corrected, False, 1),
+        ("critic, correction", "critic", corrected, False, 1),
+        ("student, for the critic", "student", rows, False, updates),
+        ("student, trained", "student", batch, True, 1),
+        ("critic, trained", "critic", rows, True, updates),
+    ]
+    return [one for one in passes if one[2] and one[4]]
+
+
+def bare_pass(trainer: Any, module: Any, rows: int, gradients: bool) -> Thunk:
+    """A call of the diffusers network of ``module``, with the backward pass of a mean square when asked."""
+    import torch
+
+    backbone, device = module.backbone, trainer.device
+    x = torch.randn(rows, *trainer.method.teacher.shape, device=device)
+    time = torch.rand(rows, device=device) * 1000
+    classes = trainer.method.teacher.classes
+    condition = None if classes is None else classes.wrap(torch.randint(classes.num_classes, (rows,), device=device))
+
+    def forward() -> Any:
+        return module.adapter.call(backbone, x, time, condition)
+
+    def without() -> None:
+        with torch.no_grad():
+            forward()
+
+    def both() -> None:
+        forward().square().mean().backward()
+
+    return both if gradients else without
+
+
+def bare_update(trainer: Any, name: str) -> Thunk:
+    """Clipping and one fused AdamW step of a copy of the weights, on gradients of noise."""
+    import torch
+
+    role = trainer.roles[name]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in role.network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(copies, lr=1e-6, fused=True)
+    for parameter in copies:
+        parameter.grad = torch.randn_like(parameter)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(copies, trainer.settings.max_grad_norm or 1.0)
+        optimizer.step()
+
+    return update
+
+
+def sampling(trainer: Any) -> tuple[Thunk, Thunk]:
+    """``generate`` and the loop one would write by hand, both for the same number of images on the CPU."""
+    import torch
+
+    student, module = trainer.student(), trainer.method.teacher.network
+    shape, device = student.shape, student.device
+    count = SAMPLING_BATCH * SAMPLING_BATCHES
+    labels = None
+    if student.classes is not None:
+        labels = student.classes.wrap(torch.arange(SAMPLING_BATCH, device=device) % student.num_classes)
+
+    @torch.no_grad()
+    def loop() -> Any:
+        images = []
+        for _ in range(SAMPLING_BATCHES):
+            noise = torch.randn(SAMPLING_BATCH, *shape, device=device)
+            time = torch.full((SAMPLING_BATCH,), 1000.0, device=device)
+            images.append(student.decode(noise - module.adapter.call(module.backbone, noise, time, labels)).cpu())
+        return torch.cat(images)
+
+    return lambda: student.generate(num_images=count, batch_size=SAMPLING_BATCH), loop
+
+
+def measure(tasks: dict[str, Thunk], rounds: int, warmup: int, after: Thunk) -> dict[str, list[float]]:
+    """Seconds of every task in every round; the order turns round, so that no task always follows the same one."""
+    import torch
+
+    names, seconds = list(tasks), {name: [] for name in tasks}
+    for index in range(-warmup, rounds):
+        for name in names if index % 2 else reversed(names):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            tasks[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - began
+            after()
+            if index >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
+    """Medians in seconds, and the two ratios."""
+    check(config)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(config, folder)
+        passes = needed_passes(config.method, trainer.micro_rows)
+        steps: dict[str, Thunk] = {"step": trainer.train_step}
+        frozen = trainer.method.teacher.network
+        # Without the hook that feeds a student's network its duration: what diffusers alone would do.
+        bare_networks = {"teacher": frozen, **{name: frozen.trainable_copy() for name in trainer.roles}}
+        for name, network, rows, gradients, _ in passes:
+            steps[name] = bare_pass(trainer, bare_networks[network], rows, gradients)
+        steps |= {f"update {name}": bare_update(trainer, name) for name in trainer.roles}
+
+        def clear() -> None:
+            for network in bare_networks.values():
+                network.zero_grad(set_to_none=True)
+
+        timed = measure(steps, rounds, warmup, clear)
+        generate, loop = sampling(trainer)
+        drawn = measure({"generate": generate, "loop": loop}, rounds, warmup, lambda: None)
+    counts = {name: count for name, *_, count in passes}
+    bare = [sum(counts[name] * timed[name][i] for name in counts) for i in range(rounds)]
+    updates = [sum(timed[f"update {name}"][i] for name in trainer.roles) for i in range(rounds)]
+    with_updates = [a + b for a, b in zip(bare, updates, strict=True)]
+    median = statistics.median
+    return {
+        "passes": [
+            {"name": name, "rows": rows, "gradients": gradients, "count": count, "seconds": median(timed[name])}
+            for name, _, rows, gradients, count in passes
+        ],
+        "step": median(timed["step"]), "bare": median(bare), "updates": median(updates),
+        "step_ratio": median(timed["step"]) / median(bare),
+        "step_ratio_with_updates": median(timed["step"]) / median(with_updates),
+        "generate": median(drawn["generate"]), "loop": median(drawn["loop"]),
+        "sampling_ratio": median(drawn["generate"]) / median(drawn["loop"]),
+        "rounds": rounds, "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def text(result: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    lines = []
+    for one in result["passes"]:
+        kind = "forward and backward" if one["gradients"] else "forward"
+        name = f"{one['name']}: {one['rows']} rows, {kind}" + (f", {one['count']} times" if one["count"] > 1 else "")
+        lines.append(f"{name:<58}{1000 * one['seconds']:9.2f} ms")
+    for name, key in (("sum of the bare passes", "bare"), ("clipping and AdamW, all networks", "updates"),
+                      ("training step", "step")):  # fmt: skip
+        lines.append(f"{name:<58}{1000 * result[key]:9.2f} ms")
+    lines.append(f"step / bare passes: {result['step_ratio']:.3f} (target {STEP_TARGET:.2f}); "
+                 f"step / (bare passes + updates): {result['step_ratio_with_updates']:.3f}")  # fmt: skip
+    lines.append(f"generate / bare loop, batch {SAMPLING_BATCH}: {result['sampling_ratio']:.3f} "
+                 f"(target {SAMPLING_TARGET:.2f}); {1000 * result['generate']:.1f} and {1000 * result['loop']:.1f} ms")
+    lines.append(f"medians of {result['rounds']} rounds; load of the machine {result['load']:.1f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/digits/freeflow.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--rounds", type=int, default=40, metavar="N", help="default: 40")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options = parser.parse_args(arguments)
+    from flowdistill.config import load_config
+
+    try:
+        if options.rounds < 1:
+            raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
+        result = benchmark(load_config(options.config, options.overrides), options.rounds)
+    except UserError as error:
+        print(f"benchmark_step: error: {error}", file=sys.stderr)
+        return 2
+    print(text(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""``scripts/run_experiment.py`` and ``scripts/benchmark_step.py``: what they run, resume, compute and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flowdistill.config import load_config
+from flowdistill.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "configs/digits/freeflow.yaml"
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    """The scripts run where the configurations' paths hold, and find each other as scripts do."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(f"name: tiny\nbase: {BASE}\n{text}")
+    return path
+
+
+def line(label: str, seed: int, fid: float, **more):
+    rows = [
+        {"model": "teacher", "calls": 50, "fid": 8.0, "accuracy": 0.99},
+        {"model": "student", "calls": 1, "fid": fid, "accuracy": 0.9 + 0.02 * seed},
+    ]
+    return {"label": label, "seed": seed, "rows": rows, "fid_floor": 1.5, "num_images": 1000, "train_seconds": 120.0,
+            "paired_error": 0.1, "jobs": 1, "threads": 2, "curve": [], **more}  # fmt: skip
+
+
+def test_shipped_experiments_are_valid():
+    from run_experiment import read_experiment
+
+    files = sorted((ROOT / "configs" / "experiments").glob("freeflow_*.yaml"))
+    assert len(files) >= 4
+    for file in files:
+        assert read_experiment(file).name == file.stem
+
+
+def test_overrides_of_a_run_win_over_those_of_all(tmp_path):
+    from run_experiment import read_experiment
+
+    text = "seeds: [3]\noverrides: [train.steps=5, train.log_every=7]\nruns: {one: [train.steps=6]}\n"
+    experiment = read_experiment(write(tmp_path / "a.yaml", text + "curve: {num_images: 10, every: 2}\n"))
+    config = load_config(BASE, experiment.settings("one", 3))
+    assert (config.train.steps, config.train.log_every, config.seed) == (6, 7, 3)
+    assert config.train.checkpoint_every == 2 and config.train.keep_checkpoints > 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seeds: [0]\nseed: 3\n", "no others than"),
+        ("seeds: 3\n", "seeds must be a list"),
+        ("seeds: [0]\nruns: {one: train.steps=3}\n", "must be a list of key=value"),
+        ("seeds: [0]\nruns: {../one: []}\n", "names a folder"),
+        ("seeds: [0]\nruns: {one: [train.stepz=3]}\n", "train.steps"),
+        ("seeds: [0]\ncurve: {every: 0, num_images: 5}\n", "curve must be"),
+        ("seeds: [0]\nruns: [\n", "cannot be read"),
+    ],
+)
+def test_bad_files_are_refused_before_anything_runs(tmp_path, capsys, text, part):
+    from run_experiment import main
+
+    assert main([str(write(tmp_path / "a.yaml", text)), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run_experiment: error: ") and part in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_has_the_teacher_once_and_mean_and_spread():
+    from experiment_results import table
+
+    lines = [line("one", 0, 10.0), line("one", 1, 12.0), line("two", 0, 20.0)]
+    text = table(["one", "two"], lines)
+    assert text.count("| teacher |") == 1
+    # Sample standard deviations: of 10 and 12 it is the root of 2, of 90 % and 92 % too.
+    assert "| one | 1 | 11.00 ± 1.41 | 91.00 ± 1.41 % | 0.1000 ± 0.0000 | 2.0 ± 0.0 min |" in text
+    assert "| two | 1 | 20.00 | 90.00 % | 0.1000 | 2.0 min |" in text
+    assert "| two random halves of the real images | | 1.50 |" in text
+
+
+def test_a_diverged_run_is_not_averaged_away():
+    from experiment_results import table
+
+    lines = [line("one", 0, 10.0), line("one", 1, 12.0)]
+    lines[1]["rows"][1]["fid"] = None
+    assert "| one | 1 | diverged |" in table(["one"], lines)
+
+
+def test_docs_table_is_replaced_between_its_markers_only(tmp_path):
+    from experiment_results import write_docs
+
+    page = tmp_path / "page.md"
+    others = "<!-- table:b -->\nkept\n<!-- /table:b -->\nafter\n"
+    page.write_text(f"before\n<!-- table:a -->\nold\n<!-- /table:a -->\n{others}")
+    write_docs(page, "a", "new \\1\n")
+    assert page.read_text() == f"before\n<!-- table:a -->\nnew \\1\n<!-- /table:a -->\n{others}"
+    with pytest.raises(UserError, match="table:c"):
+        write_docs(page, "c", "new\n")
+
+
+def test_an_experiment_runs_resumes_and_measures(tmp_path, capsys):
+    from run_experiment import main
+
+    settings = (
+        "overrides: [train.steps=2, train.batch_size=4, 'train.trackers=[]', train.num_samples=10, "
+        "evaluation.num_images=40, 'evaluation.teacher_steps=[1]']\n"
+        "runs: {both: [], slow: [method.optimizer.lr=1.0e-12]}\ncurve: {num_images: 30, every: 1}\n"
+    )
+    file, out = write(tmp_path / "a.yaml", f"seeds: [0]\n{settings}"), tmp_path / "out"
+    command = [str(file), "--out", str(out), "--jobs", "2"]
+    assert main([*command, "--only", "slow"]) == 0
+    assert [path.name for path in sorted(out.iterdir()) if path.is_dir()] == ["slow"]
+    assert main(command) == 0
+    lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    assert [(one["label"], one["seed"]) for one in lines] == [("slow", 0), ("both", 0)]
+    for one in lines:
+        assert [point["step"] for point in one["curve"]] == [1, 2]
+        assert 0 < one["curve"][0]["seconds"] < one["curve"][1]["seconds"]
+        assert one["curve"][-1]["paired_error"] == pytest.approx(one["paired_error"], abs=1e-6)
+        assert 0.05 < one["paired_error"] < 1.0
+    slow, both = lines
+    # Untrained, the student is its teacher's one Euler step: the same figures up to the learning rate.
+    teacher, student = slow["rows"]
+    assert (teacher["model"], student["model"]) == ("teacher", "student")
+    assert student["fid"] == pytest.approx(teacher["fid"], rel=1e-3)
+    assert slow["curve"][0]["paired_error"] == pytest.approx(slow["curve"][1]["paired_error"], abs=1e-6)
+    assert both["curve"][0]["paired_error"] != pytest.approx(both["curve"][1]["paired_error"], abs=1e-5)
+    assert (out / "figure.png").stat().st_size > 10_000 and "| both | 1 |" in (out / "table.md").read_text()
+    assert len(list((out / "both" / "seed-0" / "checkpoints").iterdir())) == 1  # those of the curve are gone
+
+    # Finished runs are left alone; a line cut short by a crash is not a finished run's.
+    before = (out / "results.jsonl").read_text()
+    shutil.rmtree(out / "slow" / "seed-0" / "checkpoints")
+    assert main(command) == 0
+    assert (out / "results.jsonl").read_text() == before
+    # A run whose training fails is named, and the others keep their table.
+    write(file, f"seeds: [0]\n{settings}".replace("1.0e-12", "1.0e-11"))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "slow, seed 0: exit code 2" in capsys.readouterr().err
+    assert "| both | 1 |" in (out / "table.md").read_text() and "| slow |" not in (out / "table.md").read_text()
+
+
+def test_passes_of_a_step_are_those_of_the_method():
+    from benchmark_step import needed_passes
+
+    method = load_config(BASE, []).method
+    rows = [(network, rows, gradients) for _, network, rows, gradients, _ in needed_passes(method, 64)]
+    assert sorted(rows) == [("critic", 16, False), ("critic", 64, True), ("student", 64, False), ("student", 64, True),
+                            ("student", 96, False), ("teacher", 16, False), ("teacher", 48, False)]  # fmt: skip
+    method.prediction_fraction = 1.0
+    assert {network for _, network, *_ in needed_passes(method, 64)} == {"student", "teacher"}
+
+
+def test_benchmark_counts_the_networks_calls(monkeypatch, tmp_path):
+    """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
+    import benchmark_step
+
+    config = load_config(BASE, ["train.batch_size=8"])
+    trainer = benchmark_step.make_trainer(config, str(tmp_path))
+    calls: list[tuple[str, int, bool]] = []
+
+    def count(name: str):
+        def hook(module, args, output):
+            calls.append((name, len(args[0]), output[0].requires_grad))
+
+        return hook
+
+    trainer.method.teacher.network.backbone.register_forward_hook(count("teacher"))
+    for name, role in trainer.roles.items():
+        role.network.velocity.backbone.register_forward_hook(count(name))
+    trainer.train_step()
+    needed = benchmark_step.needed_passes(config.method, 8)
+    assert sorted(calls) == sorted((network, rows, grads) for _, network, rows, grads, n in needed for _ in range(n))
+
+
+def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, capsys, monkeypatch):
+    import benchmark_step
+
+    monkeypatch.setattr(benchmark_step, "SAMPLING_BATCHES", 1)
+    target = tmp_path / "out.json"
+    assert benchmark_step.main([BASE, "train.batch_size=8", "--rounds", "2", "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    assert result["step_ratio"] == pytest.approx(result["step"] / result["bare"])
+    assert result["step_ratio"] > result["step_ratio_with_updates"] > 0
+    assert "target 1.10" in capsys.readouterr().out
+    assert benchmark_step.main([BASE, "method.derivative=jvp"]) == 2
+    assert "finite_difference" in capsys.readouterr().err
