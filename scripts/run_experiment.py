@@ -119,6 +119,14 @@ def read_results(experiment: Experiment, out: Path) -> dict[tuple[str, int], Lin
     return found
 
 
+def append_line(file: Path, line: Line) -> None:
+    """Add a line to a file whose last one may have been cut short."""
+    with open(file, "a+b") as output:
+        output.seek(0)
+        broken = output.read()[-1:] not in (b"", b"\n")
+        output.write(b"\n" * broken + json.dumps(line).encode() + b"\n")
+
+
 class Runner:
     """Starts training processes and measures what they leave; one object an experiment."""
 
@@ -142,6 +150,8 @@ class Runner:
         with open(log, "ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **threads})
             self.running.append(process)
+            if self.stopping:
+                process.terminate()
             code = process.wait()
         if code:
             last = (log.read_text(errors="replace").splitlines() or [""])[-1]
@@ -151,8 +161,7 @@ class Runner:
         with self._lock:
             line = {"label": label, "seed": seed, **self.experiment.asked(label, seed), "jobs": self.jobs}
             line |= {"threads": self.threads, **measure(folder, self.experiment.curve, self.threads)}
-            with open(self.out / RESULTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.out / RESULTS, line)
         from flowdistill.training.checkpoint import checkpoints
 
         for _, old in checkpoints(folder / "checkpoints")[:-1] if self.experiment.curve else ():

@@ -109,7 +109,7 @@ def test_docs_table_is_replaced_between_its_markers_only(tmp_path):
         write_docs(page, "c", "new\n")
 
 
-def test_an_experiment_runs_resumes_and_measures(tmp_path, capsys):
+def test_an_experiment_runs_measures_and_leaves_finished_runs_alone(tmp_path):
     from run_experiment import main
 
     settings = (
@@ -119,17 +119,14 @@ def test_an_experiment_runs_resumes_and_measures(tmp_path, capsys):
     )
     file, out = write(tmp_path / "a.yaml", f"seeds: [0]\n{settings}"), tmp_path / "out"
     command = [str(file), "--out", str(out), "--jobs", "2"]
-    assert main([*command, "--only", "slow"]) == 0
-    assert [path.name for path in sorted(out.iterdir()) if path.is_dir()] == ["slow"]
     assert main(command) == 0
-    lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
-    assert [(one["label"], one["seed"]) for one in lines] == [("slow", 0), ("both", 0)]
-    for one in lines:
+    lines = {one["label"]: one for one in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+    both, slow = lines["both"], lines["slow"]
+    for one in (both, slow):
         assert [point["step"] for point in one["curve"]] == [1, 2]
         assert 0 < one["curve"][0]["seconds"] < one["curve"][1]["seconds"]
         assert one["curve"][-1]["paired_error"] == pytest.approx(one["paired_error"], abs=1e-6)
         assert 0.05 < one["paired_error"] < 1.0
-    slow, both = lines
     # Untrained, the student is its teacher's one Euler step: the same figures up to the learning rate.
     teacher, student = slow["rows"]
     assert (teacher["model"], student["model"]) == ("teacher", "student")
@@ -139,17 +136,45 @@ def test_an_experiment_runs_resumes_and_measures(tmp_path, capsys):
     assert (out / "figure.png").stat().st_size > 10_000 and "| both | 1 |" in (out / "table.md").read_text()
     assert len(list((out / "both" / "seed-0" / "checkpoints").iterdir())) == 1  # those of the curve are gone
 
-    # Finished runs are left alone; a line cut short by a crash is not a finished run's.
     before = (out / "results.jsonl").read_text()
     shutil.rmtree(out / "slow" / "seed-0" / "checkpoints")
     assert main(command) == 0
     assert (out / "results.jsonl").read_text() == before
-    # A run whose training fails is named, and the others keep their table.
-    write(file, f"seeds: [0]\n{settings}".replace("1.0e-12", "1.0e-11"))
+
+
+def test_only_what_is_missing_is_started_and_a_failure_is_named(tmp_path, capsys, monkeypatch):
+    """Training is replaced by a program that says what it was asked and fails."""
+    import run_experiment
+
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\necho "no space left"\nexit 2\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(run_experiment.sys, "executable", str(program))
+    file, out = write(tmp_path / "a.yaml", "seeds: [0, 1]\nruns: {one: [], two: [train.steps=7]}\n"), tmp_path / "out"
+    experiment = run_experiment.read_experiment(file)
+    done = [line("one", seed, 10.0, **experiment.asked("one", seed)) for seed in (0, 1)]
+    stale = line("two", 0, 99.0, **experiment.asked("two", 0)) | {"base": "another.yaml"}
+    for one in (*done, stale):
+        folder = out / one["label"] / f"seed-{one['seed']}"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text("{}")
+    (out / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*done, stale)) + '{"label": "tw')
+
+    assert run_experiment.main([str(file), "--out", str(out), "--only", "one"]) == 0
+    assert not (tmp_path / "python.calls").exists()
     capsys.readouterr()
-    assert main(command) == 2
-    assert "slow, seed 0: exit code 2" in capsys.readouterr().err
-    assert "| both | 1 |" in (out / "table.md").read_text() and "| slow |" not in (out / "table.md").read_text()
+    assert run_experiment.main([str(file), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "two, seed 0: exit code 2" in error and "no space left" in error and "2 of 2 runs failed" in error
+    calls = (tmp_path / "python.calls").read_text().splitlines()
+    assert [call.split()[-1] for call in calls] == [f"output_dir={out}/two/seed-{seed}" for seed in (0, 1)]
+    assert all(f"distill {BASE} train.steps=7 seed=" in call for call in calls)
+    table = (out / "table.md").read_text()
+    assert "| one | 1 | 10.00 ± 0.00 |" in table and "| two |" not in table
+
+    # A line after one that a crash cut short is not lost with it.
+    run_experiment.append_line(out / "results.jsonl", line("two", 0, 30.0, **experiment.asked("two", 0)))
+    assert run_experiment.read_results(experiment, out).keys() == {("one", 0), ("one", 1), ("two", 0)}
 
 
 def test_passes_of_a_step_are_those_of_the_method():
