@@ -10,7 +10,7 @@ from flowdistill.teacher import load_teacher
 
 
 def test_blocks_start_from_the_same_noise(tmp_path):
-    """An untrained student is the teacher's single Euler step, so the last two blocks are equal and the first is not."""
+    """An untrained student is the teacher's single Euler step, so the last two blocks are equal."""
     teacher = load_teacher(asset_path("digits-flow"))
     student = FlowMap.from_teacher(teacher, StudentInfo())
     save_comparison(teacher, student, tmp_path / "c.png", teacher_steps=(4, 1), rows_each=2, columns=5)

@@ -146,7 +146,8 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     )
     if accelerator.device.type != kind:
         raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # nccl complains when it is left open; gloo sometimes aborts the process when it is closed.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return accelerator
 
