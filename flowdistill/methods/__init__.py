@@ -1,6 +1,7 @@
 """Methods, by name. A new method is one file and one line here."""
 
 METHODS: dict[str, str] = {
+    "data_flow_map": "flowdistill.methods.data_flow_map:DataFlowMap",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
 }
 """Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""
