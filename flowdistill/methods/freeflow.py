@@ -27,8 +27,7 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
-from flowdistill.teacher.lora import add_lora
-from flowdistill.teacher.velocity import ExtendedVelocity
+from flowdistill.teacher.critic import make_critic
 
 
 @dataclass
@@ -107,7 +106,7 @@ class FreeFlow:
         student_network: nn.Module | None = None,
         critic_network: nn.Module | None = None,
     ) -> None:
-        """Networks of one's own (for teachers without a backbone) take the signatures of :class:`ExtendedVelocity`."""
+        """Networks of one's own (for teachers without a backbone) take the signatures of ``ExtendedVelocity``."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
         self.guided = (config.guidance_min, config.guidance_max) != (1.0, 1.0)
@@ -124,17 +123,8 @@ class FreeFlow:
         self._student = FlowMap.from_teacher(teacher, info, student_network)
         self.critic = None
         if config.prediction_fraction < 1:
-            self.critic = critic_network or self._make_critic()
-
-    def _make_critic(self) -> ExtendedVelocity:
-        scalars = ("guidance",) if self.guidance_input else ()
-        if self.config.critic == "full":
-            return ExtendedVelocity(self.teacher.network.trainable_copy(), scalars)
-        critic = ExtendedVelocity(self.teacher.network.frozen_copy(), scalars)
-        add_lora(critic.velocity.backbone, self.config.critic_lora_rank)
-        return critic
-
-    # --- what the trainer asks for
+            scalars = ("guidance",) if self.guidance_input else ()
+            self.critic = critic_network or make_critic(teacher, config.critic, config.critic_lora_rank, scalars)
 
     def roles(self) -> dict[str, Role]:
         roles = {"student": Role(self._student.network, self.config.optimizer, ema=True)}
@@ -190,9 +180,7 @@ class FreeFlow:
         return fm.velocity_matching_loss(velocity, torch.cat(parts)).mean(), metrics
 
     @torch.no_grad()
-    def _target(
-        self, student: Callable[..., Tensor], prior: Prior, duration: Tensor
-    ) -> Callable[[Tensor], Tensor]:
+    def _target(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Callable[[Tensor], Tensor]:
         """Delta_G as a function of the student's own velocity V(n, d), known only after its pass with gradients."""
         t_max, interval, step = self.teacher.t_max, self.config.guidance_interval, self.config.finite_difference_step
         if self.config.derivative == "discrete":
@@ -229,7 +217,7 @@ class FreeFlow:
         time = self._noise_levels(draw, count, "logit_normal")
         state = dm.noised(sample, draw.normal(self.teacher.shape, rows=count), time)
         teacher = self._teacher_velocity(state, time, prior, self.config.correction_guidance_interval)
-        return dm.noising_residual(self._critic_velocity(critic, state, time, prior), teacher)
+        return dm.noising_residual(critic(state, time, prior.condition, **self._scalars(prior)), teacher)
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         rows = max(1, round(self.config.critic_fraction * draw.rows / draw.world)) * draw.world
@@ -239,7 +227,7 @@ class FreeFlow:
             sample = prior.start - self.teacher.t_max * self._average_velocity(networks["student"], prior, whole)
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
         noise = draw.normal(self.teacher.shape, rows=rows)
-        velocity = self._critic_velocity(networks["critic"], dm.noised(sample, noise, time), time, prior)
+        velocity = networks["critic"](dm.noised(sample, noise, time), time, prior.condition, **self._scalars(prior))
         return dm.flow_matching_loss(velocity, sample, noise).mean(), {}
 
     # --- passes
@@ -248,9 +236,6 @@ class FreeFlow:
         # float64: an epsilon teacher divides by 1 - t_max
         time = torch.full((len(prior.start),), self.teacher.t_max, dtype=torch.float64, device=prior.start.device)
         return student(prior.start, time, prior.condition, **self._scalars(prior), duration=duration)
-
-    def _critic_velocity(self, critic: Callable[..., Tensor], x: Tensor, t: Tensor, prior: Prior) -> Tensor:
-        return critic(x, t, prior.condition, **self._scalars(prior))
 
     def _scalars(self, prior: Prior) -> dict[str, Tensor]:
         return {"guidance": prior.guidance} if self.guidance_input and prior.guidance is not None else {}
@@ -276,12 +261,10 @@ class FreeFlow:
         if self.config.duration_sampling == "uniform":
             share = 1 - draw.uniform()  # in (0, 1]: duration 0 teaches nothing but the boundary, which holds already
         else:
-            share = torch.sigmoid(self.config.duration_mean + self.config.duration_std * draw.normal(()))
+            share = draw.logit_normal(self.config.duration_mean, self.config.duration_std)
         return self.teacher.t_max * share
 
     def _noise_levels(self, draw: Draw, rows: int, sampling: str) -> Tensor:
-        if sampling == "uniform":
-            share = draw.uniform(rows=rows)
-        else:
-            share = torch.sigmoid(self.config.noising_mean + self.config.noising_std * draw.normal((), rows=rows))
+        mean, std = self.config.noising_mean, self.config.noising_std
+        share = draw.uniform(rows=rows) if sampling == "uniform" else draw.logit_normal(mean, std, rows)
         return self.teacher.t_min + (self.teacher.t_max - self.teacher.t_min) * share

@@ -67,6 +67,10 @@ class Draw:
         count = self.rows if rows is None else rows
         return self._mine(low + (high - low) * torch.rand(count, generator=self._generator()))
 
+    def logit_normal(self, mean: float, std: float, rows: int | None = None) -> Tensor:
+        """sigmoid(mean + std * normal): numbers in (0, 1), float32 (local rows,)."""
+        return torch.sigmoid(mean + std * self.normal((), rows))
+
     def integers(self, high: int, rows: int | None = None) -> Tensor:
         """Integers in [0, high), int64 (local rows,)."""
         count = self.rows if rows is None else rows
