@@ -105,10 +105,10 @@ class FlowMap(nn.Module):
         Returns:
             Latents (B, *shape) at time t_max - duration.
         """
-        batch = noise.shape[0]
 
         def column(value: Tensor | float) -> Tensor:
-            return torch.as_tensor(value, dtype=torch.float32, device=noise.device).expand(batch)
+            # One value for the whole batch stays one row: it is embedded once and broadcast.
+            return torch.as_tensor(value, dtype=torch.float32, device=noise.device).reshape(-1)
 
         length = column(self.t_max if duration is None else duration)
         scalars = {"duration": length}
@@ -118,7 +118,7 @@ class FlowMap(nn.Module):
             self._guidance(guidance_scale)
         start = self.t_max * noise
         # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
-        time = torch.full((batch,), self.t_max, dtype=torch.float64, device=noise.device)
+        time = torch.full((noise.shape[0],), self.t_max, dtype=torch.float64, device=noise.device)
         velocity = self.network(start, time, condition, **scalars)
         return end_point(start, length, velocity)
 
