@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig, Prior
@@ -204,6 +205,21 @@ def test_critic_loss_trains_the_critic_only():
     assert networks["student"].offset.grad is None
     assert networks["critic"].scale.grad is not None
     assert method.schedule(0) == ("student", "critic")
+
+
+def test_critic_of_an_epsilon_teacher_learns_by_the_epsilon_loss():
+    """v - (n - x) = (epsilon - n) / (1 - t), so the weight (1 - t)^2 leaves the plain DDPM loss."""
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), null_label=3)
+    method = FreeFlow(FreeFlowConfig(), teacher)
+    networks = {name: role.network for name, role in method.roles().items()}
+    seen = {}
+    backbone = networks["critic"].velocity.backbone
+    backbone.register_forward_hook(lambda module, args, output: seen.update(epsilon=output[0]))
+    loss, _ = method.loss("critic", networks, Draw(0, 0, rows=16))
+    draw = Draw(0, 0, rows=16)
+    draw.normal(teacher.shape), draw.integers(3), draw.uniform()
+    noise = draw.normal(teacher.shape)
+    assert torch.allclose(loss, (seen["epsilon"] - noise).square().mean(), rtol=1e-3)
 
 
 def test_two_halves_of_the_batch_are_the_whole():
