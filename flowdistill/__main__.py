@@ -1,8 +1,6 @@
 """``python -m flowdistill`` is the ``flowdistill`` command."""
 
-import sys
-
-from flowdistill.cli import main
+from flowdistill.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

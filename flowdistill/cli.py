@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from flowdistill import __version__
 from flowdistill.errors import UserError
+from flowdistill.leave import leave
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -24,6 +25,11 @@ PLACE_ERRORS = frozenset(
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
     if hasattr(errno, name)
 )
+
+
+def command() -> NoReturn:
+    """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
+    leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,19 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"evaluate_fid: error: {error}", file=sys.stderr)
         return 2
-    finally:
-        leave()
     if report is not None:
         print(report, report.protocol_text(), sep="\n\n")
     return 0
-
-
-def leave() -> None:
-    """Leave the process group, if one was joined."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def run(options: argparse.Namespace) -> Report | None:
@@ -271,4 +261,6 @@ def read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from flowdistill.leave import leave
+
+    leave(main())

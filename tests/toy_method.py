@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.leave import leave
 from flowdistill.methods.base import Role
 from flowdistill.training import checkpoint
 from flowdistill.training.loop import Trainer
@@ -182,3 +183,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave(0)

@@ -147,7 +147,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     if accelerator.device.type != kind:
         raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # nccl complains when it is left open; gloo sometimes aborts the process when it is closed.
+        # nccl complains when it is left open; for gloo see leave.py.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return accelerator
 
