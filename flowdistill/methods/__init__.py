@@ -1,6 +1,7 @@
 """Methods, by name. A new method is one file and one line here."""
 
 METHODS: dict[str, str] = {
+    "boot": "flowdistill.methods.boot:Boot",
     "data_flow_map": "flowdistill.methods.data_flow_map:DataFlowMap",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
 }

@@ -1,0 +1,203 @@
+"""BOOT: data-free distillation by bootstrapping (Gu, Zhai, Zhang, Liu, Susskind; arXiv 2306.05544).
+
+From the noise n and a target time, the student predicts the teacher's trajectory there. Each step, for s = t - h:
+
+    y_t  = student(n, t), no gradient                        the trajectory a little earlier
+    f    = teacher's denoised estimate at x_t = (1 - t) y_t + t n        [Heun: averaged with the one at s]
+    y*   = y_t + rho (f - y_t),  rho = 1 - exp(lambda_s - lambda_t)      a DDIM step
+    loss = min(1 / rho^2, cap) || student(n, s) - sg(y*) ||^2 + beta || student(n, t_max) - f(n, t_max) ||^2
+
+The student is FreeFlow's flow map, y = n - V, so the same loss reads V(d) - V* in velocities (``form``): no division by
+the data's share 1 - t. Where t_max < 1 the two weigh the times differently.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditions import Condition
+from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.errors import UserError
+from flowdistill.methods.base import Draw, Role
+from flowdistill.objectives import bootstrap as bs
+from flowdistill.objectives import flow_map as fm
+from flowdistill.student import FlowMap, StudentInfo
+from flowdistill.teacher import Teacher
+from flowdistill.teacher.codec import PixelCodec
+from flowdistill.teacher.velocity import per_sample
+
+
+@dataclass
+class BootConfig:
+    """Settings of BOOT. No readable source has the paper's values: every default is ours."""
+
+    name: str = "boot"
+    form: str = option("velocity", "what the loss compares", choices=("velocity", "signal"))
+    solver: str = option("euler", "teacher step of the target (euler is DDIM)", choices=("euler", "heun"))
+    step_size: float = option(0.04, "h, as a share of the teacher's range", above=0, at_most=1)
+    weight: str = option("one", "of the bootstrapping loss", choices=("one", "inverse_rho_squared"))
+    weight_cap: float = option(100.0, "largest 1 / rho^2", above=0)
+    boundary_weight: float = option(1.0, "beta of the boundary loss; 0 leaves it out", at_least=0)
+    guidance_scale: float = option(1.0, "classifier-free guidance that is distilled in", at_least=0)
+    threshold: str = option("none", "of the teacher's estimate (pixels only)", choices=("none", "static", "dynamic"))
+    threshold_percentile: float = option(0.995, "of the dynamic threshold", above=0, at_most=1)
+    metric: str = option("l2", "l2, or 'package.module:factory' of a module called as metric(signal, target), "
+                               "both (B, *shape), that returns (B,) or (B, ...)")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
+
+
+class Prior(NamedTuple):
+    """Unit noise, the start state t_max n, and the condition."""
+
+    noise: Tensor
+    start: Tensor
+    condition: Condition | None
+
+
+class Boot:
+    """One network, one bootstrapping loss, one boundary loss."""
+
+    name = "boot"
+    Config = BootConfig
+
+    def __init__(
+        self, config: BootConfig, teacher: Teacher, student_network: nn.Module | None = None,
+        metric: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """``metric``: a module of one's own instead of ``config.metric``; it must be frozen."""
+        validate(config, prefix="method.")
+        self.config, self.teacher = config, teacher
+        if config.guidance_scale != 1 and teacher.null_label is None:
+            raise UserError(f"method.guidance_scale is {config.guidance_scale}, but the teacher has no null label; "
+                            "set it to 1, or teacher.null_label")
+        if config.threshold != "none" and not isinstance(teacher.codec, PixelCodec):
+            raise UserError(f"method.threshold is '{config.threshold}', but the teacher's samples are latents, which "
+                            "have no range; set it to none")
+        self.metric = metric or _metric(config.metric)
+        if isinstance(self.metric, nn.Module):
+            self.metric.requires_grad_(False)
+        info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
+        self._student = FlowMap.from_teacher(teacher, info, student_network)
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(self._student.network, self.config.optimizer, ema=True)}
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def student(self, network: nn.Module | None = None) -> FlowMap:
+        return self._student if network is None else self._student.with_network(network)
+
+    def to(self, device: torch.device | str) -> Boot:
+        self.teacher.to(device)
+        self._student.to(device)
+        if isinstance(self.metric, nn.Module):
+            self.metric.to(device)
+        return self
+
+    # --- the algorithm
+
+    def loss(
+        self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        student, t_max = networks["student"], self.teacher.t_max
+        prior = self._prior(draw)
+        h = self.config.step_size * t_max
+        # Of the prediction at s: uniform, not from the noise downwards; float64, as every time (t_max - d) needs it.
+        duration = h + (t_max - h) * draw.uniform().double()
+        before = (duration - h).clamp(min=0)
+        with torch.no_grad():
+            goal = self._target(student, prior, before, duration)
+        bounded = self.config.boundary_weight > 0
+        # The boundary's rows ride in the same pass, so that the networks are called once with gradients.
+        both, lengths = prior, duration
+        if bounded:
+            condition = None if prior.condition is None else Condition.cat([prior.condition] * 2)
+            both = Prior(prior.noise.repeat(2, *[1] * (prior.noise.ndim - 1)),
+                         prior.start.repeat(2, *[1] * (prior.start.ndim - 1)), condition)
+            lengths = torch.cat([duration, torch.zeros_like(duration)])
+        own = self._velocity(student, both, lengths)
+        velocity, boundary = own.chunk(2) if bounded else (own, None)
+
+        rho = bs.step_share(t_max - before, t_max - duration)
+        error = self._error(velocity, goal, prior, duration)
+        if self.config.weight == "inverse_rho_squared":
+            error = bs.step_weight(rho, self.config.weight_cap).to(error.dtype) * error
+        loss, metrics = error.mean(), {"bootstrap_error": (velocity - goal).detach().square().mean()}
+        if boundary is not None:
+            # t_max (V(0) - v) is the difference of the two estimates of the signal at the prior.
+            with torch.no_grad():
+                first = self._teacher_velocity(prior, prior.start, torch.full_like(duration, t_max))
+            off = (t_max * (boundary - first)).square().mean()
+            metrics["boundary_error"] = off.detach()
+            loss = loss + self.config.boundary_weight * off
+        return loss, metrics
+
+    def _target(self, student: Callable[..., Tensor], prior: Prior, before: Tensor, duration: Tensor) -> Tensor:
+        """V*(d): one step of the teacher's solver from the student's own state after ``before``."""
+        t, s = self.teacher.t_max - before, self.teacher.t_max - duration
+        shorter = self._velocity(student, prior, before)
+        state = fm.end_point(prior.start, before, shorter)
+        slope = self._teacher_velocity(prior, state, t)
+        step = duration - before
+        if self.config.solver == "heun":
+            # Averaged in the denoised estimates, as in the Signal-ODE: f = x - t v, and back by v = (x - f) / t. At
+            # s = 0 the second estimate is the state itself, so the pair stays meaningful at the end of the range.
+            ahead = state - per_sample(step, state) * slope
+            first = state - per_sample(t, state) * slope
+            late = self._teacher_velocity(prior, ahead, s.clamp(min=self.teacher.t_min))
+            second = ahead - per_sample(s, state) * late
+            slope = (state - (first + second) / 2) / per_sample(t, state)
+        return fm.discrete_target(shorter, slope, duration, step)
+
+    def _error(self, velocity: Tensor, goal: Tensor, prior: Prior, duration: Tensor) -> Tensor:
+        """Per sample (B,)."""
+        if self.config.form == "velocity" and self.metric is None:
+            return (velocity - goal).square().flatten(1).mean(dim=1)
+        s = self.teacher.t_max - duration
+        own, wanted = (
+            bs.signal(fm.end_point(prior.start, duration, v), prior.noise, s) for v in (velocity, goal)
+        )
+        if self.metric is None:
+            return (own - wanted).square().flatten(1).mean(dim=1)
+        return self.metric(own, wanted).reshape(len(own), -1).mean(dim=1)
+
+    # --- passes and draws
+
+    def _velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+        # float64: an epsilon teacher divides by 1 - t_max
+        time = torch.full((len(prior.start),), self.teacher.t_max, dtype=torch.float64, device=prior.start.device)
+        return student(prior.start, time, prior.condition, duration=duration)
+
+    def _teacher_velocity(self, prior: Prior, x: Tensor, t: Tensor) -> Tensor:
+        """The teacher's guided velocity, through its thresholded estimate of the data when that is asked for."""
+        velocity = self.teacher.velocity(x, t, prior.condition, self.config.guidance_scale)
+        if self.config.threshold == "none":
+            return velocity
+        time = per_sample(t, x)
+        clean = bs.threshold(x - time * velocity, self.config.threshold, self.config.threshold_percentile)
+        return (x - clean) / time.clamp(min=1e-6)
+
+    def _prior(self, draw: Draw) -> Prior:
+        noise = draw.normal(self.teacher.shape)
+        classes = self.teacher.classes
+        condition = None if classes is None else classes.wrap(draw.integers(classes.num_classes))
+        return Prior(noise, self.teacher.t_max * noise, condition)
+
+
+def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """None for ``l2``, else what the named factory makes."""
+    if name == "l2":
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"method.metric is '{name}'; it must be l2 or 'package.module:factory', and this one could not "
+                        f"be made: {error}") from error
