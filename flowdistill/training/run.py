@@ -147,7 +147,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     if accelerator.device.type != kind:
         raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
     if accelerator.num_processes > 1:
-        # For callers from Python: nccl complains when it is left open, and gloo aborts more often. Commands end by leave.
+        # For callers from Python (commands end by leave): nccl complains when it is left open, gloo aborts more often.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return accelerator
 
