@@ -131,10 +131,10 @@ def test_local_order_of_the_targets(solver, order):
     for h in (0.02, 0.01):
         method, networks = toy(solver=solver)
         n, duration = noise(), column(0.6)
-        from flowdistill.methods.boot import Prior
+        from flowdistill.methods.prior import Prior
 
         with torch.no_grad():
-            goal = method._target(networks["student"], Prior(n, n, None), duration - h, duration)
+            goal = method._target(networks["student"], Prior(n, None), duration - h, duration)
         exact = FIELD.average_velocity(n, duration)
         errors.append((0.6 * (goal - exact)).abs().max().item())
     assert 2**order * 0.85 < errors[0] / errors[1] < 2**order * 1.15

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig, Prior
+from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.methods.prior import Prior
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.teacher import load_teacher

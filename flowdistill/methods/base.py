@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.draw import Draw
 
-__all__ = ["Draw", "Method", "Role"]
+__all__ = ["Draw", "Method", "Role", "SingleStudent"]
 
 
 @dataclass
@@ -73,3 +73,29 @@ class Method(Protocol):
 
     def to(self, device: torch.device | str) -> Any:
         """Move the frozen parts and the networks to ``device``."""
+
+
+class SingleStudent:
+    """What of :class:`Method` does not depend on the algorithm where one student trains at every step.
+
+    A subclass sets ``teacher``, ``config`` (with ``optimizer``) and ``_student`` and has ``loss``; one with more
+    networks extends the others.
+    """
+
+    teacher: Any
+    config: Any
+    _student: Any
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(self._student.network, self.config.optimizer, ema=True)}
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def student(self, network: nn.Module | None = None) -> Any:
+        return self._student if network is None else self._student.with_network(network)
+
+    def to(self, device: torch.device | str) -> Any:
+        self.teacher.to(device)
+        self._student.to(device)
+        return self

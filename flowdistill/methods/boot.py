@@ -16,15 +16,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Role
+from flowdistill.methods.base import Draw, SingleStudent
+from flowdistill.methods.prior import Prior, at_t_max, draw_prior
 from flowdistill.objectives import bootstrap as bs
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
@@ -52,15 +51,7 @@ class BootConfig:
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
 
 
-class Prior(NamedTuple):
-    """Unit noise, the start state t_max n, and the condition."""
-
-    noise: Tensor
-    start: Tensor
-    condition: Condition | None
-
-
-class Boot:
+class Boot(SingleStudent):
     """One network, one bootstrapping loss, one boundary loss."""
 
     name = "boot"
@@ -85,21 +76,10 @@ class Boot:
         info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
         self._student = FlowMap.from_teacher(teacher, info, student_network)
 
-    def roles(self) -> dict[str, Role]:
-        return {"student": Role(self._student.network, self.config.optimizer, ema=True)}
-
-    def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",)
-
-    def student(self, network: nn.Module | None = None) -> FlowMap:
-        return self._student if network is None else self._student.with_network(network)
-
     def to(self, device: torch.device | str) -> Boot:
-        self.teacher.to(device)
-        self._student.to(device)
         if isinstance(self.metric, nn.Module):
             self.metric.to(device)
-        return self
+        return super().to(device)
 
     # --- the algorithm
 
@@ -107,7 +87,7 @@ class Boot:
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:
         student, t_max = networks["student"], self.teacher.t_max
-        prior = self._prior(draw)
+        prior = draw_prior(self.teacher, draw)
         h = self.config.step_size * t_max
         # Of the prediction at s: uniform, not from the noise downwards; float64, as every time (t_max - d) needs it.
         duration = h + (t_max - h) * draw.uniform().double()
@@ -118,9 +98,7 @@ class Boot:
         # The boundary's rows ride in the same pass, so that the networks are called once with gradients.
         both, lengths = prior, duration
         if bounded:
-            condition = None if prior.condition is None else Condition.cat([prior.condition] * 2)
-            both = Prior(prior.noise.repeat(2, *[1] * (prior.noise.ndim - 1)),
-                         prior.start.repeat(2, *[1] * (prior.start.ndim - 1)), condition)
+            both = prior.twice()
             lengths = torch.cat([duration, torch.zeros_like(duration)])
         own = self._velocity(student, both, lengths)
         velocity, boundary = own.chunk(2) if bounded else (own, None)
@@ -161,9 +139,8 @@ class Boot:
         if self.config.form == "velocity" and self.metric is None:
             return (velocity - goal).square().flatten(1).mean(dim=1)
         s = self.teacher.t_max - duration
-        own, wanted = (
-            bs.signal(fm.end_point(prior.start, duration, v), prior.noise, s) for v in (velocity, goal)
-        )
+        noise = prior.start / self.teacher.t_max
+        own, wanted = (bs.signal(fm.end_point(prior.start, duration, v), noise, s) for v in (velocity, goal))
         if self.metric is None:
             return (own - wanted).square().flatten(1).mean(dim=1)
         return self.metric(own, wanted).reshape(len(own), -1).mean(dim=1)
@@ -171,9 +148,7 @@ class Boot:
     # --- passes and draws
 
     def _velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
-        # float64: an epsilon teacher divides by 1 - t_max
-        time = torch.full((len(prior.start),), self.teacher.t_max, dtype=torch.float64, device=prior.start.device)
-        return student(prior.start, time, prior.condition, duration=duration)
+        return student(prior.start, at_t_max(self.teacher, prior.start), prior.condition, duration=duration)
 
     def _teacher_velocity(self, prior: Prior, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's guided velocity, through its thresholded estimate of the data when that is asked for."""
@@ -183,12 +158,6 @@ class Boot:
         time = per_sample(t, x)
         clean = bs.threshold(x - time * velocity, self.config.threshold, self.config.threshold_percentile)
         return (x - clean) / time.clamp(min=1e-6)
-
-    def _prior(self, draw: Draw) -> Prior:
-        noise = draw.normal(self.teacher.shape)
-        classes = self.teacher.classes
-        condition = None if classes is None else classes.wrap(draw.integers(classes.num_classes))
-        return Prior(noise, self.teacher.t_max * noise, condition)
 
 
 def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -21,7 +21,7 @@ from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.data import load_images
 from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Role
+from flowdistill.methods.base import Draw, SingleStudent
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
@@ -42,7 +42,7 @@ class DataFlowMapConfig:
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
 
 
-class DataFlowMap:
+class DataFlowMap(SingleStudent):
     """One network, one objective, states from data."""
 
     name = "data_flow_map"
@@ -62,20 +62,6 @@ class DataFlowMap:
                             f"the teacher models {tuple(teacher.shape)}")
         info = StudentInfo(method=self.name, base_model=teacher.source)
         self._student = FlowMap.from_teacher(teacher, info, student_network)
-
-    def roles(self) -> dict[str, Role]:
-        return {"student": Role(self._student.network, self.config.optimizer, ema=True)}
-
-    def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",)
-
-    def student(self, network: nn.Module | None = None) -> FlowMap:
-        return self._student if network is None else self._student.with_network(network)
-
-    def to(self, device: torch.device | str) -> DataFlowMap:
-        self.teacher.to(device)
-        self._student.to(device)
-        return self
 
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw

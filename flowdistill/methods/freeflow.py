@@ -14,15 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Role
+from flowdistill.methods.base import Draw, Role, SingleStudent
+from flowdistill.methods.prior import Prior, at_t_max, draw_prior
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
@@ -74,26 +73,10 @@ class FreeFlowConfig:
                 raise UserError(f"method.{key} is [{low}, {high}]; the first must be below the second")
 
 
-class Prior(NamedTuple):
-    """Rows of start states with their conditions; guidance is None when the student learns scale 1 only."""
-
-    start: Tensor
-    condition: Condition | None
-    guidance: Tensor | None
-
-    def rows(self, part: slice) -> Prior:
-        return Prior(*(None if value is None else value[part] for value in self))
-
-    def twice(self) -> Prior:
-        condition = None if self.condition is None else Condition.cat([self.condition, self.condition])
-        guidance = None if self.guidance is None else torch.cat([self.guidance, self.guidance])
-        return Prior(torch.cat([self.start, self.start]), condition, guidance)
-
-
 Networks = Mapping[str, Callable[..., Tensor]]
 
 
-class FreeFlow:
+class FreeFlow(SingleStudent):
     """The method: which networks train, in which order, on which objective."""
 
     name = "freeflow"
@@ -127,23 +110,16 @@ class FreeFlow:
             self.critic = critic_network or make_critic(teacher, config.critic, config.critic_lora_rank, scalars)
 
     def roles(self) -> dict[str, Role]:
-        roles = {"student": Role(self._student.network, self.config.optimizer, ema=True)}
-        if self.critic is not None:
-            roles["critic"] = Role(self.critic, self.config.critic_optimizer)
-        return roles
+        critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}
+        return super().roles() | critic
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) + ("critic",) * (self.config.critic_updates if self.critic is not None else 0)
 
-    def student(self, network: nn.Module | None = None) -> FlowMap:
-        return self._student if network is None else self._student.with_network(network)
-
     def to(self, device: torch.device | str) -> FreeFlow:
-        self.teacher.to(device)
-        self._student.to(device)
         if self.critic is not None:
             self.critic.to(device)
-        return self
+        return super().to(device)
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
@@ -236,8 +212,7 @@ class FreeFlow:
     # --- passes
 
     def _average_velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
-        # float64: an epsilon teacher divides by 1 - t_max
-        time = torch.full((len(prior.start),), self.teacher.t_max, dtype=torch.float64, device=prior.start.device)
+        time = at_t_max(self.teacher, prior.start)
         return student(prior.start, time, prior.condition, **self._scalars(prior), duration=duration)
 
     def _scalars(self, prior: Prior) -> dict[str, Tensor]:
@@ -252,13 +227,8 @@ class FreeFlow:
     # --- draws
 
     def _prior(self, draw: Draw, rows: int) -> Prior:
-        start = self.teacher.t_max * draw.normal(self.teacher.shape, rows=rows)
-        classes = self.teacher.classes
-        condition = None if classes is None else classes.wrap(draw.integers(classes.num_classes, rows=rows))
-        guidance = None
-        if self.guided:
-            guidance = draw.uniform(self.config.guidance_min, self.config.guidance_max, rows=rows)
-        return Prior(start, condition, guidance)
+        scales = (self.config.guidance_min, self.config.guidance_max) if self.guided else None
+        return draw_prior(self.teacher, draw, rows, scales)
 
     def _durations(self, draw: Draw) -> Tensor:
         if self.config.duration_sampling == "uniform":

@@ -88,6 +88,15 @@ class Teacher:
             raise UserError(f"the model needs labels, 0 to {self.classes.num_classes - 1}")
         return self.classes.encode(labels).to(self.device)
 
+    def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
+        """Conditions of a training batch, uniform over the classes; None for an unconditional teacher.
+
+        Args:
+            draw: the source of randomness, a :class:`flowdistill.training.draw.Draw`.
+            rows: over all processes; all of the draw's by default.
+        """
+        return None if self.classes is None else self.classes.wrap(draw.integers(self.classes.num_classes, rows=rows))
+
     def velocity(
         self,
         x: Tensor,

@@ -1,0 +1,46 @@
+"""Where every data-free method starts: rows of the prior with their conditions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowdistill.conditions import Condition
+from flowdistill.teacher import Teacher
+from flowdistill.training.draw import Draw
+
+
+class Prior(NamedTuple):
+    """Start states t_max n (B, *shape), their conditions, and guidance scales (B,); None where there are none."""
+
+    start: Tensor
+    condition: Condition | None
+    guidance: Tensor | None = None
+
+    def rows(self, part: slice) -> Prior:
+        return Prior(*(None if value is None else value[part] for value in self))
+
+    def twice(self) -> Prior:
+        condition = None if self.condition is None else Condition.cat([self.condition, self.condition])
+        guidance = None if self.guidance is None else torch.cat([self.guidance, self.guidance])
+        return Prior(torch.cat([self.start, self.start]), condition, guidance)
+
+
+def draw_prior(
+    teacher: Teacher, draw: Draw, rows: int | None = None, guidance: tuple[float, float] | None = None
+) -> Prior:
+    """``rows`` (over all processes; all of the micro-batch by default) of the prior.
+
+    Args:
+        guidance: range of uniform guidance scales; None for none.
+    """
+    start = teacher.t_max * draw.normal(teacher.shape, rows=rows)
+    condition = teacher.draw_condition(draw, rows)
+    return Prior(start, condition, None if guidance is None else draw.uniform(*guidance, rows=rows))
+
+
+def at_t_max(teacher: Teacher, start: Tensor) -> Tensor:
+    """t_max for each row (B,), in float64: an epsilon teacher divides by 1 - t_max."""
+    return torch.full((len(start),), teacher.t_max, dtype=torch.float64, device=start.device)
