@@ -12,9 +12,9 @@ _STRIDE = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: consecutive seeds l
 
 def indexed_noise(shape: tuple[int, ...], seed: int, indices: Iterable[int]) -> Tensor:
     """Unit normal noise (N, *shape), float32 on the CPU; row i depends on ``seed`` and ``indices[i]`` only."""
-    generator = torch.Generator()
-    rows = []
-    for index in indices:
+    generator, indices = torch.Generator(), list(indices)
+    noise = torch.empty(len(indices), *shape)
+    for index, row in zip(indices, noise.unbind(), strict=True):
         generator.manual_seed(((seed + 1) * _STRIDE + index) & 0x7FFFFFFFFFFFFFFF)
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows) if rows else torch.empty(0, *shape)
+        row.normal_(generator=generator)
+    return noise

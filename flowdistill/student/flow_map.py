@@ -187,10 +187,13 @@ class FlowMap(nn.Module):
         count = num_images if num_images is not None else len(labels) if labels is not None else 1
         if count < 1 or batch_size < 1:
             raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
+        conditions = None
+        if labels is not None:  # once for all batches
+            conditions = self.encode([labels[i % len(labels)] for i in range(count)])
         for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            noise = indexed_noise(self.shape, seed, indices).to(self.device)
-            condition = None if labels is None else self.encode([labels[i % len(labels)] for i in indices])
+            rows = slice(start, min(start + batch_size, count))
+            noise = indexed_noise(self.shape, seed, range(rows.start, rows.stop)).to(self.device)
+            condition = None if conditions is None else conditions[rows]
             yield self.decode(self(noise, condition, guidance_scale)).cpu()
 
     def save(self, folder: Any) -> None:
