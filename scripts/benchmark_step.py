@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What flowdistill adds to the bare networks: one FreeFlow training step, and one-step sampling.
+"""What flowdistill adds to the bare networks: one training step of FreeFlow or BOOT, and one-step sampling.
 
     python scripts/benchmark_step.py
+    python scripts/benchmark_step.py configs/digits/boot.yaml
     python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
 
-A training step of the real loop (draws, both losses, backward passes, clipping, optimisers, moving average) against the
+A training step of the real loop (draws, all losses, backward passes, clipping, optimisers, moving average) against the
 sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
 gradients, and forward and backward passes. ``generate`` against a loop over the bare network at batch 64. Everything
 alternates in one run and medians are compared, but other work on the machine still shows: run it alone.
@@ -35,6 +36,7 @@ def make_trainer(config: Any, folder: str) -> Any:
     import torch
 
     from flowdistill import load_teacher
+    from flowdistill.methods.boot import Boot
     from flowdistill.methods.freeflow import FreeFlow
     from flowdistill.training.loop import Trainer
     from flowdistill.training.run import make_accelerator
@@ -44,26 +46,43 @@ def make_trainer(config: Any, folder: str) -> Any:
     settings = config.teacher
     teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
     torch.manual_seed(config.seed)
-    return Trainer(FreeFlow(config.method, teacher), config, folder, accelerator)
+    method = {"boot": Boot, "freeflow": FreeFlow}[config.method.name]
+    return Trainer(method(config.method, teacher), config, folder, accelerator)
 
 
 def check(config: Any) -> None:
     """Refuse configurations whose step is not the sum counted here."""
     method, train = config.method, config.train
-    if method.name != "freeflow":
-        raise UserError(f"the benchmark counts FreeFlow's passes, and method.name is '{method.name}'")
-    if method.critic != "full":
-        raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
-    if method.derivative == "jvp":
-        raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
-    if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
-        raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max to 1")
+    if method.name == "freeflow":
+        if method.critic != "full":
+            raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
+        if method.derivative == "jvp":
+            raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
+        if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
+            raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
+                            "to 1")
+    elif method.name == "boot":
+        if method.metric != "l2":
+            raise UserError(f"method.metric is '{method.metric}', whose passes the benchmark does not count; use l2")
+        if method.guidance_scale != 1:
+            raise UserError("the benchmark counts passes without guidance; set method.guidance_scale to 1")
+    else:
+        raise UserError(f"the benchmark counts the passes of freeflow and boot, and method.name is '{method.name}'")
     if train.gradient_accumulation != 1 or train.precision not in (None, "fp32"):
         raise UserError("the benchmark needs train.gradient_accumulation=1 and train.precision=fp32")
 
 
 def needed_passes(method: Any, batch: int) -> list[tuple[str, str, int, bool, int]]:
     """(what for, network, rows, with gradients, how many) of one step."""
+    if method.name == "boot":
+        bounded = method.boundary_weight > 0
+        passes = [
+            ("student, a step earlier", "student", batch, False, 1),
+            ("teacher, target", "teacher", batch, False, 2 if method.solver == "heun" else 1),
+            ("student, trained", "student", 2 * batch if bounded else batch, True, 1),
+            ("teacher, boundary", "teacher", batch, False, int(bounded)),
+        ]
+        return [one for one in passes if one[4]]
     predicted = round(method.prediction_fraction * batch)
     corrected = batch - predicted
     rows = max(1, round(method.critic_fraction * batch))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""FID and KID of a folder of images, or of what a pipeline, a run or a student generates.
+"""FID, KID, precision and recall of a folder of images, or of what a pipeline, a run or a student generates.
 
     python scripts/evaluate_fid.py IMAGES --reference digits
     python scripts/evaluate_fid.py PIPELINE --reference REAL_IMAGES --features inception --num-images 50000 --steps 50
@@ -91,6 +91,7 @@ def run(options: argparse.Namespace) -> Report | None:
         options.seed,
         options.batch_size,
         kid=not options.no_kid,
+        manifold=not options.no_kid,
         device=options.device,
         weights=options.weights,
         cache_dir=options.cache,

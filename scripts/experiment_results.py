@@ -48,7 +48,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         return figures
     settings = config.evaluation
     evaluator = Evaluator(settings.features, settings.reference, curve["num_images"], 0, settings.batch_size,
-                          kid=False, per_class=False, progress=False)  # fmt: skip
+                          kid=False, per_class=False, manifold=False, progress=False)  # fmt: skip
     for step, path in saved:
         odd = student.network.load_state_dict(read_tensors(path, "student.average"), strict=False).unexpected_keys
         if odd:
@@ -81,10 +81,18 @@ def _pairs(teacher_settings: tuple[Any, ...], guidance_scale: float) -> tuple[An
 
 
 def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
-    """Markdown: the teacher's rows once, then a row a label with mean and standard deviation over seeds."""
-    text = ["| model | network calls | FID | label accuracy | paired error | training |", "|---|---|---|---|---|---|"]
+    """Markdown: the teacher's rows once, then a row a label with mean and standard deviation over seeds.
+
+    Precision and recall have columns when a row has them.
+    """
+    rows = [row for line in lines for row in line["rows"]]
+    more = [name for name in ("precision", "recall") if any(row.get(name) is not None for row in rows)]
+    head = ["model", "network calls", "FID", *more, "label accuracy", "paired error", "training"]
+    text = [_cells(head), "|" + "---|" * len(head)]
     for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
-        text.append(f"| teacher | {row['calls']} | {row['fid']:.2f} | {_percent([row['accuracy']])} | | |")
+        shares = [_share([row.get(name)]) for name in more]
+        accuracy = _percent([row["accuracy"]])
+        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, "", ""]))
     for label in labels:
         mine = [line for line in lines if line["label"] == label]
         if not mine:
@@ -94,9 +102,11 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         error = _spread([line["paired_error"] for line in mine], ".4f")
         fid = _spread([row["fid"] for row in students], ".2f")
         accuracy = _percent([row["accuracy"] for row in students])
-        text.append(f"| {label} | 1 | {fid} | {accuracy} | {error} | {minutes} min |")
+        shares = [_share([row.get(name) for row in students]) for name in more]
+        text.append(_cells([label, 1, fid, *shares, accuracy, error, f"{minutes} min"]))
     if lines[0]["fid_floor"] is not None:
-        text.append(f"| two random halves of the real images | | {lines[0]['fid_floor']:.2f} | | | |")
+        floor = ["two random halves of the real images", "", f"{lines[0]['fid_floor']:.2f}"]
+        text.append(_cells(floor + [""] * (len(head) - len(floor))))
     seeds = sorted({line["seed"] for line in lines})
     text += ["", f"{lines[0]['num_images']:,} images a row; seeds {', '.join(map(str, seeds))}: mean ± standard "
              f"deviation. Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}."]  # fmt: skip
@@ -164,6 +174,14 @@ def _spread(values: Sequence[float | None], form: str) -> str:
         return "diverged" if len(finite) < len(values) else "-"
     mean = format(statistics.fmean(finite), form)
     return mean if len(finite) == 1 else f"{mean} ± {format(statistics.stdev(finite), form)}"
+
+
+def _cells(values: Sequence[Any]) -> str:
+    return "|" + "|".join(f" {value} " if value != "" else " " for value in values) + "|"
+
+
+def _share(values: Sequence[float | None]) -> str:
+    return "" if None in values else _spread(values, ".3f")
 
 
 def _percent(shares: Sequence[float | None]) -> str:

@@ -101,9 +101,10 @@ def test_two_processes_equal_one(tmp_path):
         assert two["row"].fid == pytest.approx(one["row"].fid, rel=1e-6)
         assert two["row"].kid == pytest.approx(one["row"].kid, abs=1e-6)
         assert two["row"].accuracy == one["row"].accuracy
+        assert (two["row"].precision, two["row"].recall) == (one["row"].precision, one["row"].recall)
         assert two["alone"].fid is None and two["alone"].kid is None and two["alone"].accuracy in (0.0, 1.0)
     assert both[0]["row"] == both[1]["row"]
-    assert one["row"].fid > 0.1
+    assert one["row"].fid > 0.1 and 0 < one["row"].recall < 1
     # A tie would prove little: the accuracy is neither none nor all, and the two processes wrote one cache file.
     assert 0 < one["row"].accuracy < 1
     assert len(list((tmp_path / "two" / "cache").iterdir())) == 1

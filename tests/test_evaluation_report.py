@@ -88,12 +88,16 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     # The same noise and labels, hence the same images and figures.
     assert (last.fid, last.kid, last.accuracy) == (twenty.fid, twenty.kid, twenty.accuracy)
     assert twenty.accuracy > 0.95 and twenty.images_per_second > 0
+    assert (last.precision, last.recall) == (twenty.precision, twenty.recall)
+    assert one.precision < 0.5 < twenty.precision and one.recall < 0.5 < twenty.recall
     assert set(twenty.per_class_fid) == {str(label) for label in range(10)} and min(twenty.per_class_fid.values()) > 0
     assert report.fid_floor == pytest.approx(sum(report.protocol["fid_floors"]) / 3)
 
     written = json.loads(path.read_text())
     assert set(written) == {"rows", "num_images", "features", "reference", "seed", "fid_floor", "protocol"}
-    columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"}
+    columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"} | {
+        "precision", "recall"
+    }
     assert all(set(row) == columns for row in written["rows"])
     assert (written["num_images"], written["features"], written["reference"], written["seed"]) == (
         700,
@@ -121,9 +125,10 @@ def test_what_is_not_measured_is_null(tmp_path):
     assert report.rows[0].per_class_fid is None and report.rows[0].fid > 0
     assert "note" in report.protocol
     plain = load_features(lambda images: images.flatten(1)[:, :10], device="cpu")
-    evaluator = Evaluator(plain, "digits", 50, kid=False, progress=False)
+    evaluator = Evaluator(plain, "digits", 50, kid=False, manifold=False, progress=False)
     row = evaluator.measure(lambda noise, labels: noise, (1, 8, 8))
     assert row.accuracy is None and row.kid is None and row.fid > 0 and row.per_class_fid is None
+    assert row.precision is None and row.recall is None and evaluator.protocol()["precision_recall"] is None
     assert evaluator.report([row]).protocol["features_sha256"] is None
 
 
@@ -147,14 +152,31 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert Report.read_json(path).rows[0].fid == 2.0 and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_older_report_without_a_figure_is_read(tmp_path):
+    path = tmp_path / "report.json"
+    report = Report([Row("student", 1, 2.0, precision=0.5, recall=0.25)], 10, "digits", "digits", 0)
+    values = report.to_dict()
+    path.write_text(json.dumps(values))
+    assert Report.read_json(path) == report
+    del values["rows"][0]["precision"], values["rows"][0]["recall"]
+    path.write_text(json.dumps(values))
+    assert Report.read_json(path).rows == [Row("student", 1, 2.0)]
+    assert str(Report.read_json(path)).splitlines()[2].split() == ["student", "1", "2.000", "-", "-", "-", "-", "-"]
+
+
 def test_the_table_shows_every_row():
     report = Report(
-        [Row("teacher", 50, 8.7, 0.0012, 0.991, 1234.5), Row("student", 1)], 10, "digits", "digits", 3, 1.25
+        [Row("teacher", 50, 8.7, 0.0012, 0.991, 1234.5, None, 0.75, 0.5), Row("student", 1)],
+        10,
+        "digits",
+        "digits",
+        3,
+        1.25,
     )
     lines = str(report).splitlines()
-    assert lines[0].split() == ["model", "calls", "FID", "KID", "x", "1000", "accuracy", "images/s"]
-    assert lines[2].split() == ["teacher", "50", "8.700", "1.200", "99.10%", "1234.5"]
-    assert lines[3].split() == ["student", "1", "-", "-", "-", "-"]
+    assert lines[0].split() == "model calls FID KID x 1000 precision recall accuracy images/s".split()
+    assert lines[2].split() == ["teacher", "50", "8.700", "1.200", "0.750", "0.500", "99.10%", "1234.5"]
+    assert lines[3].split() == ["student", "1", "-", "-", "-", "-", "-", "-"]
     assert "10 images" in lines[4] and "seed 3" in lines[4] and lines[5].endswith("1.250")
     assert len({len(line) for line in lines[:4]}) == 1
 

@@ -89,6 +89,21 @@ def test_table_has_the_teacher_once_and_mean_and_spread():
     assert "| two random halves of the real images | | 1.50 |" in text
 
 
+def test_precision_and_recall_have_columns_where_they_were_measured():
+    from experiment_results import table
+
+    lines = [line("one", 0, 10.0), line("one", 1, 12.0), line("two", 0, 20.0)]
+    assert "recall" not in table(["one", "two"], lines)
+    for one, recall in zip(lines[:2], (0.5, 0.6), strict=True):
+        one["rows"][1] |= {"precision": 0.9, "recall": recall}
+    text = table(["one", "two"], lines)
+    assert "| model | network calls | FID | precision | recall | label accuracy | paired error | training |" in text
+    assert "| teacher | 50 | 8.00 | | | 99.00 % | | |" in text
+    assert "| one | 1 | 11.00 ± 1.41 | 0.900 ± 0.000 | 0.550 ± 0.071 | 91.00 ± 1.41 % | 0.1000 ± 0.0000 |" in text
+    assert "| two | 1 | 20.00 | | | 90.00 % | 0.1000 | 2.0 min |" in text
+    assert "| two random halves of the real images | | 1.50 | | | | | |" in text
+
+
 def test_a_diverged_run_is_not_averaged_away():
     from experiment_results import table
 
@@ -188,11 +203,17 @@ def test_passes_of_a_step_are_those_of_the_method():
     assert {network for _, network, *_ in needed_passes(method, 64)} == {"student", "teacher"}
 
 
-def test_benchmark_counts_the_networks_calls(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("base", "overrides"), [
+    (BASE, []),
+    ("configs/digits/boot.yaml", []),
+    ("configs/digits/boot.yaml", ["method.solver=heun", "method.boundary_weight=0"]),
+], ids=["freeflow", "boot", "boot heun without boundary"])
+def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
     import benchmark_step
 
-    config = load_config(BASE, ["train.batch_size=8"])
+    config = load_config(base, ["train.batch_size=8", *overrides])
+    benchmark_step.check(config)
     trainer = benchmark_step.make_trainer(config, str(tmp_path))
     calls: list[tuple[str, int, bool]] = []
 
@@ -222,3 +243,10 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert "target 1.10" in capsys.readouterr().out
     assert benchmark_step.main([BASE, "method.derivative=jvp"]) == 2
     assert "finite_difference" in capsys.readouterr().err
+    boot = "configs/digits/boot.yaml"
+    assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
+    assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
+    for override, part in (("method.guidance_scale=2", "without guidance"), ("method.metric=a:b", "use l2"),
+                           ("method.name=data_flow_map", "of freeflow and boot")):
+        assert benchmark_step.main([boot, override]) == 2
+        assert part in capsys.readouterr().err

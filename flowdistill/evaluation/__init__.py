@@ -1,4 +1,4 @@
-"""Measuring generated images: seeded generation, features, Fréchet and kernel distances, reports."""
+"""Measuring generated images: seeded generation, features, distances, precision and recall, reports."""
 
 from flowdistill.evaluation.evaluate import evaluate, student_sampler, teacher_sampler
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
@@ -6,6 +6,7 @@ from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.frechet import Moments, frechet_distance
 from flowdistill.evaluation.generation import generate
 from flowdistill.evaluation.kernel import kernel_distance
+from flowdistill.evaluation.manifold import precision_recall
 from flowdistill.evaluation.reference import Reference, load_reference
 from flowdistill.evaluation.report import Report, Row
 
@@ -23,6 +24,7 @@ __all__ = [
     "kernel_distance",
     "load_features",
     "load_reference",
+    "precision_recall",
     "student_sampler",
     "teacher_sampler",
 ]

@@ -18,6 +18,7 @@ from flowdistill.evaluation.frechet import frechet_distance
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate, to_uint8
 from flowdistill.evaluation.images import ImageSet
 from flowdistill.evaluation.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
+from flowdistill.evaluation.manifold import MOST_SAMPLES, NEIGHBOURS, precision_recall
 from flowdistill.evaluation.processes import Processes
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor, moments_of
 from flowdistill.evaluation.report import Report, Row
@@ -30,9 +31,10 @@ class Evaluator:
         features: see ``load_features``.
         reference: see ``load_reference``.
         num_images: images of every measured model, over all processes.
-        seed: of the noise and of KID's subsets.
+        seed: of the noise, of KID's subsets, and of the samples that precision and recall take.
         batch_size: images in one call of the sampler and of the features; the figures do not depend on it.
-        kid, per_class: False skips the figure (a quick measurement during training).
+        kid, per_class, manifold: False skips the figure (a quick measurement during training); ``manifold`` is
+            precision and recall.
         device: of the feature network; default: the GPU when there is one.
         weights: local Inception weights, see ``load_features``.
         cache_dir: of reference statistics, see ``load_reference``.
@@ -51,6 +53,7 @@ class Evaluator:
         *,
         kid: bool = True,
         per_class: bool = True,
+        manifold: bool = True,
         device: torch.device | str | None = None,
         weights: str | os.PathLike | None = None,
         cache_dir: str | os.PathLike | None = None,
@@ -60,7 +63,7 @@ class Evaluator:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
-        self.kid, self.per_class, self.progress = kid, per_class, progress
+        self.kid, self.per_class, self.manifold, self.progress = kid, per_class, manifold, progress
         self.extractor = load_features(features, device, weights)
         self.reference = load_reference(reference, self.extractor, cache_dir, batch_size)
 
@@ -163,6 +166,8 @@ class Evaluator:
             "reference_hash": reference.source_hash,
             "fid": "float64 moments, unbiased covariances",
             "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3" if self.kid else None,
+            "precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"
+            if self.manifold else None,
             "seed": self.seed,
             "processes": Processes.current().world,
             "batch_size": self.batch_size,
@@ -183,6 +188,9 @@ class Evaluator:
             row.fid = frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
         if self.kid and reference.features is not None:
             row.kid = kernel_distance(collected.features, reference.features, self.seed)
+        if self.manifold and reference.features is not None:
+            found = precision_recall(collected.features, reference.features, seed=self.seed)
+            row.precision, row.recall = found or (None, None)
         if collected.matches is not None:
             row.accuracy = collected.matches / moments.count
         if self.per_class and labels is not None and collected.complete and reference.labelled is not None:

@@ -18,6 +18,7 @@ class Row:
 
     ``fid``, ``kid``: lower is better. ``accuracy``: share of images, in [0, 1], that the classifier takes for the
     class asked for. ``images_per_second``: sampling only, over all processes. ``per_class_fid``: by class label.
+    ``precision``, ``recall``: in [0, 1], higher is better; see ``precision_recall``.
     """
 
     model: str
@@ -27,6 +28,8 @@ class Row:
     accuracy: float | None = None
     images_per_second: float | None = None
     per_class_fid: dict[str, float | None] | None = None
+    precision: float | None = None
+    recall: float | None = None
 
 
 @dataclass
@@ -66,13 +69,15 @@ class Report:
 
     def table(self) -> str:
         """The rows as aligned text, one line a row, ``-`` for what was not measured, then the floor."""
-        header = ["model", "calls", "FID", "KID x 1000", "accuracy", "images/s"]
+        header = ["model", "calls", "FID", "KID x 1000", "precision", "recall", "accuracy", "images/s"]
         lines = [
             [
                 row.model,
                 _cell(row.calls, "d"),
                 _cell(row.fid, ".3f"),
                 _cell(None if row.kid is None else 1000.0 * row.kid, ".3f"),
+                _cell(row.precision, ".3f"),
+                _cell(row.recall, ".3f"),
                 _cell(row.accuracy, ".2%"),
                 _cell(row.images_per_second, ".1f"),
             ]

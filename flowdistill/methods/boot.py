@@ -43,6 +43,9 @@ class BootConfig:
     weight: str = option("one", "of the bootstrapping loss", choices=("one", "inverse_rho_squared"))
     weight_cap: float = option(100.0, "largest 1 / rho^2", above=0)
     boundary_weight: float = option(1.0, "beta of the boundary loss; 0 leaves it out", at_least=0)
+    target_time: str = option("separate", "how the student is told the target time: an embedding of its own that "
+                                          "starts at zero, or the teacher's own time channel",
+                              choices=("separate", "reuse"))
     guidance_scale: float = option(1.0, "classifier-free guidance that is distilled in", at_least=0)
     threshold: str = option("none", "of the teacher's estimate (pixels only)", choices=("none", "static", "dynamic"))
     threshold_percentile: float = option(0.995, "of the dynamic threshold", above=0, at_most=1)
@@ -61,7 +64,11 @@ class Boot(SingleStudent):
         self, config: BootConfig, teacher: Teacher, student_network: nn.Module | None = None,
         metric: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """``metric``: a module of one's own instead of ``config.metric``; it must be frozen."""
+        """``metric``: a module of one's own instead of ``config.metric``; it must be frozen.
+
+        ``student_network``: of one's own, called as ``ExtendedVelocity`` is; it takes the duration as it likes, so
+        ``config.target_time`` must stay at its default.
+        """
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
         if config.guidance_scale != 1 and teacher.null_label is None:
@@ -72,9 +79,12 @@ class Boot(SingleStudent):
                             "have no range; set it to none")
         self.metric = metric or _metric(config.metric)
         if isinstance(self.metric, nn.Module):
-            self.metric.requires_grad_(False)
+            self.metric.requires_grad_(False).eval()
+        if config.target_time != "separate" and student_network is not None:
+            raise UserError(f"method.target_time is '{config.target_time}', but the student's network was given, and "
+                            "that decides its wiring; leave it at separate")
         info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
-        self._student = FlowMap.from_teacher(teacher, info, student_network)
+        self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time)
 
     def to(self, device: torch.device | str) -> Boot:
         if isinstance(self.metric, nn.Module):

@@ -40,7 +40,8 @@ class FlowMap(nn.Module):
     """A prior-anchored flow map: f(n, d) = t_max n - d V(n, d), with V the average velocity over duration d.
 
     At d = 0 it is the identity on the start state and at d = t_max a one-step generator, for every V. Before training
-    V(n, d) = v_teacher(t_max n, t_max) for all d, so that f is the teacher's single Euler step (FreeFlow, section 2).
+    V(n, d) = v_teacher(t_max n, t_max) for all d, so that f is the teacher's single Euler step (FreeFlow, section 2);
+    a network with ``target_time="reuse"`` starts so at d = 0 only.
 
     Args:
         network: ``(start, t, condition, duration=, [guidance=]) -> V``; usually an :class:`ExtendedVelocity`.
@@ -68,11 +69,16 @@ class FlowMap(nn.Module):
         self.scheduler = scheduler
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None) -> FlowMap:
-        """A student that starts as its teacher's Euler step (``network`` None), or around a network of one's own."""
+    def from_teacher(
+        cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None, target_time: str = "separate"
+    ) -> FlowMap:
+        """A student that starts as its teacher (``network`` None), or around a network of one's own.
+
+        ``target_time``: how the teacher's copy learns the duration, see :class:`ExtendedVelocity`.
+        """
         if network is None:
             scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
-            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars)
+            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
         return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler)
 
     def with_network(self, network: nn.Module) -> FlowMap:

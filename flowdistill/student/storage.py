@@ -20,7 +20,7 @@ from flowdistill.student.flow_map import FlowMap, StudentInfo
 from flowdistill.teacher.adapters import ADAPTERS, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
 from flowdistill.teacher.loading import SIDECAR, load_scheduler
-from flowdistill.teacher.velocity import ExtendedVelocity, VelocityNetwork
+from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -63,6 +63,7 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
         "t_max": student.t_max,
         "shape": list(student.shape),
         "scalars": list(network.embeddings),
+        "target_time": network.target_time,
         "guidance_range": None if info.guidance_range is None else list(info.guidance_range),
         "guidance_scale": info.guidance_scale,
         "num_classes": student.num_classes,
@@ -139,7 +140,10 @@ def _load_flow_map(folder: Path) -> FlowMap:
     if description["t_max"] < native.t_max:
         native = native.with_t_max(description["t_max"])
     adapter = adapter_for(backbone)
-    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter), tuple(description["scalars"]))
+    wiring = description.get("target_time", "separate")
+    if wiring not in TARGET_TIMES:
+        raise UserError(f"{folder / SIDECAR} has target_time '{wiring}'; this version knows {', '.join(TARGET_TIMES)}")
+    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter), tuple(description["scalars"]), wiring)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from flowdistill.path import NativePath
 from flowdistill.teacher.adapters import Adapter
 
 EMBEDDING_FREQUENCIES = 256
+TARGET_TIMES = ("separate", "reuse")
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -35,11 +36,15 @@ class VelocityNetwork(nn.Module):
         self.path = path
         self.adapter = adapter
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Condition | None = None, asked_at: Tensor | None = None
+    ) -> Tensor:
+        """``asked_at`` (B,): time that the backbone is told instead of ``t``; every scale stays that of ``t``."""
         c = self.path.coefficients(t)  # float64: these divide by 1 - t, and half precision loses exactly that
+        timestep = c.timestep if asked_at is None else self.path.coefficients(asked_at).timestep
         dtype = self.backbone.dtype
         native = (x * per_sample(c.input_scale, x)).to(dtype)
-        prediction = self.adapter.call(self.backbone, native, c.timestep.float(), condition)
+        prediction = self.adapter.call(self.backbone, native, timestep.float(), condition)
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
@@ -109,12 +114,23 @@ class ExtendedVelocity(nn.Module):
     With ``scalars=("duration", "guidance")`` it is a flow map's average velocity, with ``("guidance",)`` a critic that
     knows which guidance scale made the sample it looks at. Before training it equals the velocity network bit for bit.
 
+    With ``target_time="reuse"`` a duration d has no embedding: the backbone is told the time t - d through its own time
+    channel, while the input and output scales stay those of t (BOOT's other wiring). Before training that equals the
+    velocity network at d = 0.
+
     ``forward(x, t, condition, **scalars)``: x (B, C, H, W), t (B,), each scalar (B,); returns (B, C, H, W).
     """
 
-    def __init__(self, velocity: VelocityNetwork, scalars: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, velocity: VelocityNetwork, scalars: tuple[str, ...] = (), target_time: str = "separate"
+    ) -> None:
         super().__init__()
+        if target_time not in TARGET_TIMES:
+            raise ValueError(f"target_time is '{target_time}'; it must be one of {', '.join(TARGET_TIMES)}")
         self.velocity = velocity
+        self.target_time = target_time
+        if target_time == "reuse":
+            scalars = tuple(name for name in scalars if name != "duration")
         size = velocity.adapter.embedding_size(velocity.backbone)
         self.embeddings = nn.ModuleDict({name: ScalarEmbedding(size) for name in scalars})
         self._extra = _AddToTimeEmbedding()
@@ -122,8 +138,9 @@ class ExtendedVelocity(nn.Module):
             module.register_forward_hook(self._extra)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None, **scalars: Tensor) -> Tensor:
+        asked_at = t.double() - scalars.pop("duration").double() if self.target_time == "reuse" else None
         self._extra.value = self.extra_embedding(**scalars)
-        return self.velocity(x, t, condition)
+        return self.velocity(x, t, condition, asked_at)
 
     def extra_embedding(self, **scalars: Tensor) -> Tensor | None:
         """Sum of the extra embeddings (B, D); None when there are none."""

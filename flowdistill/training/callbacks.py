@@ -130,6 +130,7 @@ class FidCallback:
             settings.batch_size,
             kid=False,
             per_class=False,
+            manifold=False,
             device=accelerator.device,
             progress=False,
         )

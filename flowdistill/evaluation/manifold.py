@@ -1,0 +1,62 @@
+"""Precision and recall with nearest-neighbour manifolds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 3
+MOST_SAMPLES = 10_000
+CHUNK = 1_000  # rows of distances in memory at a time: 80 MB against 10,000 samples
+
+
+def precision_recall(
+    features: Tensor, reference: Tensor, neighbours: int = NEIGHBOURS, seed: int = 0
+) -> tuple[float, float] | None:
+    """Share of the samples on the reference's manifold, and share of the reference on the samples' manifold.
+
+    Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models": the manifold of a
+    set is the union of balls around its points, each as wide as the distance to the k-th nearest other point; the edge
+    counts as inside. Both figures depend on the sizes of the sets, so both sets are cut to the same number of points,
+    at most 10,000, at random.
+
+    Args:
+        features, reference: (N, D) and (M, D).
+        neighbours: k.
+        seed: of the cut; the global generator is left alone.
+
+    Returns:
+        (precision, recall) in [0, 1]; None with k or fewer points on a side.
+    """
+    size = min(len(features), len(reference), MOST_SAMPLES)
+    if size <= neighbours:
+        return None
+    ours, theirs = (_cut(points, size, seed) for points in (features, reference))
+    # Equal points differ by rounding when the distance is |a|^2 + |b|^2 - 2 a.b; this much does not count.
+    slack = 1e-12 * float(torch.cat([ours, theirs]).square().sum(dim=1).max())
+    return _inside(ours, theirs, neighbours, slack), _inside(theirs, ours, neighbours, slack)
+
+
+def _cut(points: Tensor, size: int, seed: int) -> Tensor:
+    points = points.detach().cpu()
+    if len(points) > size:
+        points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:size]]
+    return points.double()
+
+
+def _inside(points: Tensor, others: Tensor, neighbours: int, slack: float) -> float:
+    """Share of ``points`` within the manifold of ``others``."""
+    # A point is its own nearest, hence k + 1.
+    radii = torch.cat([
+        _squared_distances(chunk, others).kthvalue(neighbours + 1, dim=1).values for chunk in others.split(CHUNK)
+    ])
+    found = sum(
+        int((_squared_distances(chunk, others) <= radii + slack).any(dim=1).sum()) for chunk in points.split(CHUNK)
+    )
+    return found / len(points)
+
+
+def _squared_distances(points: Tensor, others: Tensor) -> Tensor:
+    """(N, M); float64, in which a product of matrices is exact enough and much faster than differences."""
+    lengths = points.square().sum(dim=1, keepdim=True) + others.square().sum(dim=1)
+    return torch.addmm(lengths, points, others.T, alpha=-2)
