@@ -1,13 +1,18 @@
 """BOOT against closed forms, float64 (BOOT digest, section 10)."""
 
+import os
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flowdistill.errors import UserError
 from flowdistill.methods.boot import Boot, BootConfig
+from flowdistill.methods.prior import Prior
 from flowdistill.objectives import bootstrap as bs
+from flowdistill.student import load_student
 from flowdistill.teacher import load_teacher
 from flowdistill.teacher.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.draw import Draw
@@ -131,8 +136,6 @@ def test_local_order_of_the_targets(solver, order):
     for h in (0.02, 0.01):
         method, networks = toy(solver=solver)
         n, duration = noise(), column(0.6)
-        from flowdistill.methods.prior import Prior
-
         with torch.no_grad():
             goal = method._target(networks["student"], Prior(n, None), duration - h, duration)
         exact = FIELD.average_velocity(n, duration)
@@ -206,6 +209,46 @@ def test_each_setting_changes_the_loss_and_trains(settings):
     assert all(p.grad is None for p in teacher.network.parameters())
 
 
+PATHS = {
+    "flow": (FlowMatchEulerDiscreteScheduler(), None),
+    "linear epsilon": (DDPMScheduler(), 0.97),
+    "scaled linear epsilon": (DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), None),
+    "cosine epsilon": (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), 0.97),
+    "cosine v": (DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"), None),
+    "cosine sample": (DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"), None),
+    "edm": (EDMEulerScheduler(), None),
+}
+
+
+@pytest.mark.parametrize("wiring", ["separate", "reuse"])
+@pytest.mark.parametrize("kind", ["unconditional", "classes", "guided", "guided DiT"])
+@pytest.mark.parametrize("path", PATHS)
+def test_one_step_and_the_disk_on_every_path(tmp_path, path, kind, wiring):
+    scheduler, t_max = PATHS[path]
+    if kind == "guided DiT":
+        teacher = load_teacher(tiny_dit_pipeline(scheduler), t_max=t_max)
+    else:
+        pipeline = tiny_unet_pipeline(scheduler, num_class_embeds=None if kind == "unconditional" else 4)
+        teacher = load_teacher(pipeline, null_label=3 if kind == "guided" else None, t_max=t_max)
+    scale = 2.0 if kind.startswith("guided") else 1.0
+    method = Boot(BootConfig(solver="heun", guidance_scale=scale, target_time=wiring), teacher)
+    student = method.student()
+    labels = None if kind == "unconditional" else [0, 1, 2]
+    before = student.generate(labels, num_images=3)
+    optimizer = torch.optim.AdamW(student.network.parameters(), lr=1e-4)
+    loss, metrics = method.loss("student", {"student": student.network}, Draw(0, 0, rows=8))
+    loss.backward()
+    assert all(value.isfinite() for value in (loss, *metrics.values())) and loss > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.network.parameters())
+    optimizer.step()
+    after = student.generate(labels, num_images=3)
+    assert after.isfinite().all() and not torch.equal(before, after)
+    student.save(tmp_path / "student")
+    again = load_student(tmp_path / "student")
+    assert torch.equal(again.generate(labels, num_images=3), after)
+    assert again.info.guidance_scale == scale and again.network.target_time == wiring
+
+
 def blurred():
     pool = nn.AvgPool2d(2)
     return lambda one, other: (pool(one) - pool(other)).square()
@@ -218,6 +261,71 @@ def test_any_module_is_a_metric_and_sees_signals():
     assert 0 < one < other
     with pytest.raises(UserError, match=r"method.metric is 'lpips'; it must be l2 or"):
         toy(metric="lpips")
+    mean, networks = toy(metric="torch.nn:MSELoss")
+    with pytest.raises(UserError, match=r"returned the shape \(\) for 16 samples; it must return one figure a sample"):
+        mean.loss("student", networks, DoubleDraw(0, 0, rows=16))
+
+
+class Perceptual(nn.Module):
+    """A distance of features, one figure a sample, and a layer that behaves otherwise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 3))
+
+    def forward(self, one, other):
+        return (self.layers(one) - self.layers(other)).square().flatten(1).mean(dim=1)
+
+
+def perceptual():
+    module = Perceptual()
+    module.load_state_dict(load_file(os.environ["PERCEPTUAL_WEIGHTS"]))
+    return module
+
+
+def test_a_perceptual_module_with_weights_of_its_own(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    own = Perceptual()
+    save_file(own.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setenv("PERCEPTUAL_WEIGHTS", str(tmp_path / "weights.safetensors"))
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), t_max=0.97)
+    named = Boot(BootConfig(metric="tests.test_boot:perceptual", boundary_weight=0.0), teacher)
+    given = Boot(BootConfig(boundary_weight=0.0), teacher, metric=own)
+    network = named.student().network
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    losses = [method.loss("student", {"student": network}, Draw(0, 0, rows=8))[0] for method in (named, given)]
+    assert torch.equal(*losses) and losses[0] > 0  # frozen and in evaluation mode: no dropout
+    losses[0].backward()
+    assert network.velocity.backbone.conv_out.weight.grad.abs().max() > 0
+    assert all(p.grad is None and not p.requires_grad for p in named.metric.parameters())
+    named.to("meta")
+    assert next(named.metric.parameters()).is_meta
+    monkeypatch.setenv("PERCEPTUAL_WEIGHTS", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="this one could not be made"):
+        Boot(BootConfig(metric="tests.test_boot:perceptual"), teacher)
+
+
+def test_a_metric_of_squares_is_the_signal_form():
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), t_max=0.97)
+    signal = Boot(BootConfig(form="signal"), teacher)
+    squares = Boot(BootConfig(), teacher, metric=lambda one, other: (one - other).square())
+    network = signal.student().network
+    losses = [method.loss("student", {"student": network}, Draw(0, 0, rows=8))[0] for method in (signal, squares)]
+    assert torch.equal(*losses) and losses[0] > 0
+
+
+def test_the_dynamic_threshold_keeps_the_denoised_estimate_in_range():
+    teacher = load_teacher(tiny_unet_pipeline(), null_label=3)
+    method = Boot(BootConfig(threshold="dynamic", threshold_percentile=0.9, guidance_scale=4.0), teacher)
+    plain = Boot(BootConfig(guidance_scale=4.0), teacher)
+    x = 3 * torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    time, prior = torch.full((6,), 0.4, dtype=torch.float64), Prior(x, teacher.encode([0, 1, 2, 0, 1, 2]))
+    free, kept = ((x - 0.4 * one._teacher_velocity(prior, x, time)).flatten(1) for one in (plain, method))
+    level = free.abs().quantile(0.9, dim=1, keepdim=True).clamp(min=1)
+    assert (level > 1.2).all()
+    assert torch.allclose(kept, (torch.clamp(free / level, -1, 1)), atol=1e-5)
 
 
 def test_settings_the_teacher_cannot_serve_are_refused():
@@ -225,3 +333,5 @@ def test_settings_the_teacher_cannot_serve_are_refused():
         toy(guidance_scale=2.0)
     with pytest.raises(UserError, match="the teacher's samples are latents"):
         Boot(BootConfig(threshold="static"), load_teacher(tiny_dit_pipeline()))
+    with pytest.raises(UserError, match="target_time is 'reuse', but the student's network was given"):
+        toy(target_time="reuse")

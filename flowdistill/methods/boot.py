@@ -153,7 +153,11 @@ class Boot(SingleStudent):
         own, wanted = (bs.signal(fm.end_point(prior.start, duration, v), noise, s) for v in (velocity, goal))
         if self.metric is None:
             return (own - wanted).square().flatten(1).mean(dim=1)
-        return self.metric(own, wanted).reshape(len(own), -1).mean(dim=1)
+        found = self.metric(own, wanted)
+        if found.ndim == 0 or len(found) != len(own):
+            raise UserError(f"method.metric returned the shape {tuple(found.shape)} for {len(own)} samples; it must "
+                            "return one figure a sample, (B,) or (B, ...), not their mean")
+        return found.reshape(len(own), -1).mean(dim=1)
 
     # --- passes and draws
 
@@ -177,6 +181,6 @@ def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(f"method.metric is '{name}'; it must be l2 or 'package.module:factory', and this one could not "
                         f"be made: {error}") from error
