@@ -115,10 +115,17 @@ def _sample(args: argparse.Namespace) -> int:
     if is_grid and not processes.is_main:
         return 0  # one file needs one process; a folder's files are shared among all
     model, sampler = _model_and_sampler(args)
-    labels = args.labels
-    if labels is None and model.num_classes is not None:
+    labels, prompts = args.labels, None
+    if args.prompts is not None:
+        from flowdistill.teacher.prompts import read_prompts
+
+        prompts = read_prompts(args.prompts).prompts
+    elif labels is None and model.num_classes is not None:
         labels = list(range(model.num_classes))
-    model.encode(labels)  # refuses a label out of range before anything is made
+    # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.
+    listed = None
+    if labels is not None or prompts is not None:
+        listed = model.encode(labels, prompts)
     share = Processes() if is_grid else processes
     batches = generate(
         sampler,
@@ -128,10 +135,14 @@ def _sample(args: argparse.Namespace) -> int:
         args.batch_size,
         share.rank,
         share.world,
-        condition=lambda indices: None if labels is None else torch.tensor([labels[i % len(labels)] for i in indices]),
+        condition=lambda indices: (
+            model.examples(indices)
+            if listed is None
+            else listed[torch.tensor([i % len(listed) for i in indices], device=model.device)]
+        ),
     )
     if is_grid:
-        columns = len(labels) if labels is not None and 1 < len(labels) <= min(WIDEST_ROW, args.num_images) else None
+        columns = len(listed) if listed is not None and 1 < len(listed) <= min(WIDEST_ROW, args.num_images) else None
         save_grid(torch.cat([batch.images.cpu() for batch in batches]), out, columns)
     else:
         for batch in batches:
@@ -158,7 +169,7 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
         model = load_teacher(args.model, device=device)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
-    if args.prompts is not None:
+    if args.prompts is not None and model.prompts is None:
         takes = "nothing" if model.num_classes is None else f"class labels 0 to {model.num_classes - 1} (--labels)"
         raise UserError(f"--prompts needs a text-to-image model, and {args.model} takes {takes}")
     return model, sampler
@@ -304,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
     what = sample.add_mutually_exclusive_group()
     what.add_argument("--labels", metavar="0,1,2", type=_integers(0), help="labels to cycle through (default: all)")
-    what.add_argument("--prompts", metavar="FILE", help="text file, a prompt a line (text-to-image models)")
+    what.add_argument("--prompts", metavar="FILE", help="text-to-image models: a prompt a line, or .jsonl")
     sample.add_argument("--seed", type=_at_least(0), default=0, help="seed of the noise (default: 0)")
     sample.add_argument("--steps", metavar="N", type=_at_least(1), help="steps of a pipeline (default: 50)")
     sample.add_argument("--guidance-scale", metavar="G", type=float, help="default: the student's own, or 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,14 @@ from flowdistill.errors import UserError
 class Condition:
     """A batch of conditions.
 
-    ``tensors`` maps a name (``class_labels``; later ``prompt_embeds``, ``pooled_embeds``, ...) to a tensor whose first
+    ``tensors`` maps a name (``class_labels``, ``prompt_embeds``, ``pooled_embeds``, ...) to a tensor whose first
     dimension is the batch. Keeping names instead of one class per kind lets teachers, students and methods slice, join
-    and move conditions without knowing what they are.
+    and move conditions without knowing what they are. ``negative`` has the same rows for the other side of guidance,
+    where each sample has its own; None: the teacher's one null condition.
     """
 
     tensors: dict[str, Tensor]
+    negative: Condition | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: tensor.shape[0] for name, tensor in self.tensors.items()}
@@ -32,16 +34,31 @@ class Condition:
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 
-    def __getitem__(self, rows: slice) -> Condition:
-        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Condition:
-        return Condition({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def expand(self, rows: int) -> Condition:
+        """One row, repeated without a copy."""
+        return self._each(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+
+    def replace(self, **tensors: Tensor) -> Condition:
+        """The same with these tensors set."""
+        return Condition(self.tensors | tensors, self.negative)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
+        """Rows below each other; negatives stay when all have them."""
         names = conditions[0].tensors.keys()
-        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names})
+        negatives = [c.negative for c in conditions if c.negative is not None]
+        negative = Condition.cat(negatives) if len(negatives) == len(conditions) else None
+        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names}, negative)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        negative = None if self.negative is None else self.negative._each(change)
+        return Condition({name: change(tensor) for name, tensor in self.tensors.items()}, negative)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,10 @@ class NativePath:
             return torch.ones_like(t), t / (1 - t)
         return 1 - t, t
 
+    def with_grid(self, own: Callable[[int], Tensor]) -> NativePath:
+        """The same path with another :meth:`time_grid`: ``own(steps)`` gives ``steps`` falling times, the first 1."""
+        return replace(self, _grid=lambda steps, t_min, t_max: own(steps).to(torch.float64) * t_max)
+
     def with_t_max(self, t_max: float) -> NativePath:
         """The same path started later, at ``t_max`` (for epsilon teachers whose last steps carry no signal)."""
         if not self.t_min < t_max <= self.t_max:

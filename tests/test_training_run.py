@@ -30,8 +30,8 @@ def measured(monkeypatch):
         return Report([Row("student", 1, fid=2.5)], 10, "digits", "digits", 0)
 
     monkeypatch.setitem(METHODS, "toy", "tests.toy_method:ToyMethod")
-    teacher = SimpleNamespace(disagreement=lambda: None)
-    monkeypatch.setattr(flowdistill, "load_teacher", lambda *arguments: teacher, raising=False)
+    teacher = SimpleNamespace(disagreement=lambda: None, prompts=None)
+    monkeypatch.setattr(flowdistill, "load_teacher", lambda **settings: teacher, raising=False)
     monkeypatch.setattr("flowdistill.evaluation.comparison.save_comparison", lambda *arguments: None)
     monkeypatch.setattr("flowdistill.evaluation.evaluate", evaluate)
     return calls

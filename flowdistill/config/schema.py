@@ -47,6 +47,9 @@ class TeacherConfig:
     source: str = option(MISSING, "pipeline folder or hub id")
     null_label: int | None = option(None, "class label that means 'unconditional'; null: detected", at_least=0)
     t_max: float | None = option(None, "start of the path; null: from the scheduler", above=0, at_most=1)
+    prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl with prompt and weight")
+    negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
+    image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
 
 

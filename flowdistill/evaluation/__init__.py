@@ -1,6 +1,6 @@
 """Measuring generated images: seeded generation, features, distances, precision and recall, reports."""
 
-from flowdistill.evaluation.evaluate import evaluate, student_sampler, teacher_sampler
+from flowdistill.evaluation.evaluate import evaluate, prompt_conditions, student_sampler, teacher_sampler
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.frechet import Moments, frechet_distance
@@ -25,6 +25,7 @@ __all__ = [
     "load_features",
     "load_reference",
     "precision_recall",
+    "prompt_conditions",
     "student_sampler",
     "teacher_sampler",
 ]

@@ -24,13 +24,12 @@ def save_comparison(
 ) -> None:
     """Write a PNG of stacked blocks: the teacher at each number of Euler steps, then the student at one call.
 
-    Every block starts from the same noise and labels (cycling through the classes), so a column can be compared from
+    Every block starts from the same noise and labels or prompts (in turn), so a column can be compared from
     block to block; a blank row lies between blocks.
     """
     count = rows_each * columns
     noise = indexed_noise(student.shape, seed, range(count)).to(student.device)
-    classes = student.num_classes
-    condition = None if classes is None else student.encode([i % classes for i in range(count)])
+    condition = student.examples(range(count))
     blocks = [teacher.decode(teacher.sample(noise, condition, steps=steps)).cpu() for steps in teacher_steps]
     blocks.append(student.decode(student(noise, condition)).cpu())
     blank = torch.ones(columns, *blocks[0].shape[1:])

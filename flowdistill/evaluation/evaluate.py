@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.features import FeatureExtractor
@@ -120,6 +121,7 @@ def evaluate(
         tuple(model.shape),
         model.num_classes,
         evaluator,
+        condition=prompt_conditions(model),
         model=subject.name,
         solver=settings["solver"] if subject.teacher is not None else None,
         guidance_scale=settings["guidance_scale"],
@@ -135,8 +137,8 @@ def evaluate(
 def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_scale: float = 1.0) -> Sampler:
     """A sampler for ``generate`` from a teacher's ODE."""
 
-    def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
-        condition = None if labels is None else teacher.encode(labels=labels)
+    def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
+        condition = _condition(teacher, given)
         noise = noise.to(teacher.device)
         latents = teacher.sample(noise, condition, steps=steps, solver=solver, guidance_scale=guidance_scale)
         return teacher.decode(latents)
@@ -147,11 +149,20 @@ def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_sc
 def student_sampler(student: Any, guidance_scale: float | None = None) -> Sampler:
     """A sampler for ``generate`` from a student's one call."""
 
-    def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
-        condition = None if labels is None else student.encode(labels=labels)
+    def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
+        condition = _condition(student, given)
         return student.decode(student(noise.to(student.device), condition, guidance_scale))
 
     return sample
+
+
+def _condition(model: Any, given: Tensor | Condition | None) -> Condition | None:
+    return model.encode(labels=given) if isinstance(given, Tensor) else given
+
+
+def prompt_conditions(model: Any) -> Callable[[range], Condition | None] | None:
+    """What ``generate`` takes as ``condition``: the model's prompts in turn; None for a model without prompts."""
+    return model.examples if getattr(model, "prompts", None) is not None else None
 
 
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
@@ -213,8 +224,7 @@ def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
 
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
-    options = {key: section[key] for key in ("null_label", "t_max", "dtype") if section.get(key) is not None}
-    return load_teacher(section["source"], device=device, **options)
+    return load_teacher(**{key: value for key, value in section.items() if value is not None}, device=device)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -221,8 +221,12 @@ def evaluate_models(
     shape: Sequence[int],
     num_classes: int | None,
     evaluator: Evaluator,
+    condition: Callable[[range], Any] | None = None,
     **protocol: Any,
 ) -> Report:
-    """Measure several (name, network calls, sampler) on the same noise and labels."""
-    rows = [evaluator.measure(sampler, shape, num_classes, name, calls) for name, calls, sampler in models]
+    """Measure several (name, network calls, sampler) on the same noise and labels or conditions."""
+    rows = [
+        evaluator.measure(sampler, shape, num_classes, name, calls, condition=condition)
+        for name, calls, sampler in models
+    ]
     return evaluator.report(rows, **protocol)

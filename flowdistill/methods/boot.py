@@ -71,7 +71,7 @@ class Boot(SingleStudent):
         """
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
-        if config.guidance_scale != 1 and teacher.null_label is None:
+        if config.guidance_scale != 1 and not teacher.can_guide:
             raise UserError(f"method.guidance_scale is {config.guidance_scale}, but the teacher has no null label; "
                             "set it to 1, or teacher.null_label")
         if config.threshold != "none" and not isinstance(teacher.codec, PixelCodec):

@@ -94,7 +94,7 @@ class FreeFlow(SingleStudent):
         self.config, self.teacher = config, teacher
         self.guided = (config.guidance_min, config.guidance_max) != (1.0, 1.0)
         self.guidance_input = config.guidance_min < config.guidance_max
-        if self.guided and teacher.null_label is None:
+        if self.guided and not teacher.can_guide:
             raise UserError("method.guidance_min and method.guidance_max ask for classifier-free guidance, but the "
                             "teacher has no null label; set both to 1, or teacher.null_label")
         info = StudentInfo(

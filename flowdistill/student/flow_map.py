@@ -13,6 +13,7 @@ from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
 from flowdistill.objectives.flow_map import end_point
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.prompts import PromptConditions, encode
 from flowdistill.teacher.teacher import Teacher
 from flowdistill.teacher.velocity import ExtendedVelocity
 
@@ -45,7 +46,7 @@ class FlowMap(nn.Module):
 
     Args:
         network: ``(start, t, condition, duration=, [guidance=]) -> V``; usually an :class:`ExtendedVelocity`.
-        shape, t_max, codec, classes, scheduler: as of its teacher.
+        shape, t_max, codec, classes, scheduler, prompts: as of its teacher.
         info: see :class:`StudentInfo`.
     """
 
@@ -58,6 +59,7 @@ class FlowMap(nn.Module):
         classes: ClassLabels | None,
         info: StudentInfo,
         scheduler: Any = None,
+        prompts: PromptConditions | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -67,6 +69,7 @@ class FlowMap(nn.Module):
         self.classes = classes
         self.info = info
         self.scheduler = scheduler
+        self.prompts = prompts
 
     @classmethod
     def from_teacher(
@@ -79,11 +82,13 @@ class FlowMap(nn.Module):
         if network is None:
             scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
             network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
-        return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler)
+        return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler,
+                   teacher.prompts)
 
     def with_network(self, network: nn.Module) -> FlowMap:
         """The same student around another network (an EMA copy)."""
-        return FlowMap(network, self.shape, self.t_max, self.codec, self.classes, self.info, self.scheduler)
+        return FlowMap(network, self.shape, self.t_max, self.codec, self.classes, self.info, self.scheduler,
+                       self.prompts)
 
     @property
     def num_classes(self) -> int | None:
@@ -137,15 +142,19 @@ class FlowMap(nn.Module):
             raise UserError(f"guidance_scale is {scale}; this student was distilled for {allowed}")
         return scale
 
-    def encode(self, labels: Sequence[int] | Tensor | None = None) -> Condition | None:
-        """Labels (B,) as a condition; raises :class:`UserError` for labels out of range, missing or not taken."""
-        if self.classes is None:
-            if labels is not None:
-                raise UserError("labels were given, but this student takes none")
-            return None
-        if labels is None:
-            raise UserError(f"this student needs labels, 0 to {self.classes.num_classes - 1}")
-        return self.classes.encode(labels).to(self.device)
+    def encode(
+        self, labels: Sequence[int] | Tensor | None = None, prompts: Sequence[str] | None = None
+    ) -> Condition | None:
+        """Labels (B,) or prompts (B) as a condition; raises :class:`UserError` for what this student does not take."""
+        condition = encode(self.classes, self.prompts, labels, prompts, None, self.device)
+        return None if condition is None else condition.to(self.device)
+
+    def examples(self, indices: Sequence[int]) -> Condition | None:
+        """Conditions of samples with these indices: the classes, or the prompts it was trained on, in turn."""
+        if self.prompts is not None:
+            return self.prompts.examples(indices).to(self.device)
+        classes = self.num_classes
+        return None if classes is None else self.encode([i % classes for i in indices])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
@@ -159,22 +168,24 @@ class FlowMap(nn.Module):
         seed: int = 0,
         batch_size: int = 64,
         guidance_scale: float | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Tensor:
         """Images (N, C, H, W) in [0, 1], one network call an image, on the CPU.
 
-        Image i depends on ``seed``, i and its label only, not on the batch size.
+        Image i depends on ``seed``, i and its label or prompt only, not on the batch size.
 
         Args:
             labels: one an image; None cycles through the classes of a conditional student.
-            num_images: N; may be omitted when labels are given, which are cycled to N.
+            num_images: N; may be omitted when labels or prompts are given, which are cycled to N.
             seed: any integer.
             batch_size: images in one network call.
             guidance_scale: see :meth:`forward`.
+            prompts: one an image; None cycles through those a text-to-image student was trained on.
 
         Raises:
             UserError: N < 1, a label out of range, or a guidance scale outside the student's range.
         """
-        return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale)))
+        return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale, prompts)))
 
     @torch.no_grad()
     def batches(
@@ -184,22 +195,28 @@ class FlowMap(nn.Module):
         seed: int = 0,
         batch_size: int = 64,
         guidance_scale: float | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
         from flowdistill.noise import indexed_noise
 
-        if labels is None and self.num_classes is not None:
-            labels = range(self.num_classes)
-        count = num_images if num_images is not None else len(labels) if labels is not None else 1
+        given = labels if labels is not None else prompts
+        count = num_images if num_images is not None else len(given) if given is not None else self.num_classes or 1
         if count < 1 or batch_size < 1:
             raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
-        conditions = None
-        if labels is not None:  # once for all batches
-            conditions = self.encode([labels[i % len(labels)] for i in range(count)])
+        # Encoded once for all batches.
+        listed = None
+        if given is not None:
+            listed = self.encode(labels, prompts)
+        elif self.num_classes is not None:
+            listed = self.examples(range(self.num_classes))
         for start in range(0, count, batch_size):
-            rows = slice(start, min(start + batch_size, count))
-            noise = indexed_noise(self.shape, seed, range(rows.start, rows.stop)).to(self.device)
-            condition = None if conditions is None else conditions[rows]
+            indices = range(start, min(start + batch_size, count))
+            noise = indexed_noise(self.shape, seed, indices).to(self.device)
+            if listed is None:
+                condition = self.examples(indices)
+            else:
+                condition = listed[torch.arange(start, indices.stop, device=self.device) % len(listed)]
             yield self.decode(self(noise, condition, guidance_scale)).cpu()
 
     def save(self, folder: Any) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowdistill.errors import UserError
 from flowdistill.path import path_from_scheduler
 from flowdistill.student.flow_map import FlowMap, StudentInfo
-from flowdistill.teacher.adapters import ADAPTERS, adapter_for
+from flowdistill.teacher.adapters import ADAPTERS, Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
 from flowdistill.teacher.loading import SIDECAR, load_scheduler
+from flowdistill.teacher.prompts import PromptConditions, PromptList
+from flowdistill.teacher.text_encoders import TextEncoders
 from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 
 FORMAT = 1
@@ -68,6 +69,7 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
         "guidance_scale": info.guidance_scale,
         "num_classes": student.num_classes,
         "null_label": None if student.classes is None else student.classes.null_label,
+        "text": None if student.prompts is None else _describe_prompts(student.prompts),
         "settings": info.settings,
     }
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
@@ -77,6 +79,8 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
     student.scheduler.save_pretrained(partial / "scheduler")
     if isinstance(student.codec, VaeCodec):
         student.codec.vae.save_pretrained(partial / "vae")
+    if student.prompts is not None:
+        student.prompts.text.save(partial / "text")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -85,6 +89,29 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
+    return {
+        "dtype": str(prompts.text.dtype).removeprefix("torch."),
+        "image_size": list(prompts.image_size),
+        "negative": prompts.negative,
+        "prompts": prompts.prompts,
+        "weights": prompts.weights,
+    }
+
+
+def _load_prompts(folder: Path, adapter: Adapter, text: dict[str, Any]) -> PromptConditions:
+    encoders = TextEncoders(folder / "text", getattr(torch, text["dtype"]))
+    prompts = PromptConditions(encoders, adapter, tuple(text["image_size"]), text["negative"])
+    if text["prompts"] is not None:
+        prompts.use(PromptList(text["prompts"], text["weights"]))
+    return prompts
+
+
+def _load_vae(folder: Path) -> VaeCodec:
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    return VaeCodec(getattr(diffusers, name).from_pretrained(folder))
 
 
 def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> FlowMap:
@@ -149,7 +176,7 @@ def _load_flow_map(folder: Path) -> FlowMap:
     except RuntimeError as error:
         raise UserError(f"the weights in {folder / WEIGHTS} do not fit {folder / 'backbone'}: "
                         f"{' '.join(str(error).split())[:300]}") from error
-    codec = VaeCodec(AutoencoderKL.from_pretrained(folder / "vae")) if (folder / "vae").is_dir() else PixelCodec()
+    codec = _load_vae(folder / "vae") if (folder / "vae").is_dir() else PixelCodec()
     guidance = description["guidance_range"]
     info = StudentInfo(
         method=description["method"],
@@ -159,5 +186,7 @@ def _load_flow_map(folder: Path) -> FlowMap:
         settings=description["settings"],
     )
     classes = adapter.labels(backbone, description["null_label"])
-    student = FlowMap(network, tuple(description["shape"]), native.t_max, codec, classes, info, scheduler)
+    text = description.get("text")
+    prompts = None if text is None else _load_prompts(folder, adapter, text)
+    student = FlowMap(network, tuple(description["shape"]), native.t_max, codec, classes, info, scheduler, prompts)
     return student.requires_grad_(False).eval()

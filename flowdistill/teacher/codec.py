@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class PixelCodec(nn.Module):
     """The identity codec: latents are pixels in [-1, 1], images are in [0, 1]."""
 
+    factor = 1
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, C, H, W) in [0, 1]."""
         return (latents.float() / 2 + 0.5).clamp(0, 1)
@@ -19,13 +21,18 @@ class PixelCodec(nn.Module):
 
 
 class VaeCodec(nn.Module):
-    """A diffusers KL autoencoder with its scaling and shift factors."""
+    """A diffusers autoencoder with its scaling and shift factors.
+
+    Attributes:
+        factor: pixels along one side of a latent's element.
+    """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

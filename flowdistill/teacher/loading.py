@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -21,10 +18,14 @@ from flowdistill.errors import UserError
 from flowdistill.path import NativePath, path_from_scheduler
 from flowdistill.teacher.adapters import Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.prompts import PromptConditions, PromptList, read_prompts
+from flowdistill.teacher.quiet import quietly
 from flowdistill.teacher.teacher import Teacher
+from flowdistill.teacher.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.teacher.velocity import VelocityNetwork
 
 SIDECAR = "flowdistill.json"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +35,9 @@ def load_teacher(
     t_max: float | None = None,
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    negative_prompt: str | None = None,
+    image_size: int | None = None,
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
@@ -44,17 +48,25 @@ def load_teacher(
         t_max: start later than the network's own last time (linear time).
         dtype: weights of the frozen network; coefficients are computed in float64 whatever it is.
         device: where to put it; the CPU by default.
+        prompts: of a text-to-image teacher: the prompts to train on and to show, a list or a file
+            (:func:`flowdistill.teacher.prompts.read_prompts`). They are encoded here, before the network moves to
+            ``device``.
+        negative_prompt: the other side of guidance; None for the pipeline's default, mostly the empty prompt.
+        image_size: width and height of a text-to-image teacher's images in pixels; None for the pipeline's default.
 
     Raises:
-        UserError: no pipeline there, a damaged weight file, or an unsupported backbone, scheduler or prediction type.
+        UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
+            settings that this pipeline has no use for.
     """
     dtype = _dtype(dtype)
     if isinstance(source, DiffusionPipeline):
         pipeline, name, scheduler = source, source.config.get("_name_or_path") or type(source).__name__, None
         recorded: dict[str, Any] = {}
+        folder: Path | None = None
     else:
         name = os.fspath(source)
-        pipeline, scheduler, recorded = _load_pipeline(name, dtype)
+        folder = _folder_of(name)
+        pipeline, scheduler, recorded = _load_pipeline(name, folder, dtype)
     scheduler = scheduler or pipeline.scheduler
     backbone, codec = _backbone(pipeline), _codec(pipeline)
     adapter = adapter_for(backbone)
@@ -66,8 +78,64 @@ def load_teacher(
         null_label = recorded.get("null_label")
     network = VelocityNetwork(backbone if backbone.dtype == dtype else backbone.to(dtype), path, adapter)
     classes = adapter.labels(backbone, null_label)
-    teacher = Teacher(network, path, adapter.shape(backbone), codec, classes, name, scheduler)
+    shape, texts = adapter.shape(backbone), None
+    if adapter.pipelines:
+        shape = _resized(shape, codec, image_size)
+        pixels = shape[1] * codec.factor, shape[2] * codec.factor
+        texts = _prompts(pipeline, folder, adapter, pixels, negative_prompt, dtype)
+        if path.kind == "flow":
+            path = path.with_grid(lambda steps: _own_times(adapter, scheduler, steps, shape))
+    elif prompts is not None or negative_prompt is not None or image_size is not None:
+        raise UserError(f"teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
+                        f"pipelines, and {name} is none")
+    if texts is not None and prompts is not None:
+        texts.device = torch.device(device or "cpu")
+        texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
+        texts.prepare()
+    teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
     return teacher if device is None else teacher.to(device)
+
+
+def _equal(prompts: Sequence[str]) -> PromptList:
+    return PromptList(list(prompts), [1 / len(prompts)] * len(prompts))
+
+
+def _resized(
+    shape: tuple[int, int, int], codec: PixelCodec | VaeCodec, image_size: int | None
+) -> tuple[int, int, int]:
+    if image_size is None:
+        return shape
+    if image_size % (2 * codec.factor):
+        raise UserError(f"teacher.image_size is {image_size}; for this pipeline it must be a multiple of "
+                        f"{2 * codec.factor}")
+    return shape[0], image_size // codec.factor, image_size // codec.factor
+
+
+def _prompts(
+    pipeline: DiffusionPipeline,
+    folder: Path | None,
+    adapter: Adapter,
+    image_size: tuple[int, int],
+    negative: str | None,
+    dtype: torch.dtype,
+) -> PromptConditions:
+    kind = type(pipeline).__name__
+    if kind not in adapter.pipelines:
+        raise UserError(f"the pipeline {kind} is not supported; supported with a {adapter.family} are "
+                        f"{', '.join(adapter.pipelines)}")
+    text = TextEncoders(folder or pipeline, dtype)
+    if not text.components:
+        raise UserError(f"the pipeline {kind} has no text encoder, so no prompt can be encoded")
+    return PromptConditions(text, adapter, image_size, negative)
+
+
+def _own_times(adapter: Adapter, scheduler: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The times (steps,) at which the family's pipeline asks its network."""
+    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=float(scheduler.config.get("flow_shift") or 1.0))
+    scheduler = type(scheduler).from_config(scheduler.config)
+    adapter.set_timesteps(scheduler, steps, shape)
+    return scheduler.sigmas[:steps].double().cpu()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -78,42 +146,46 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_pipeline(source: str, dtype: torch.dtype) -> tuple[DiffusionPipeline, Any, dict[str, Any]]:
+LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError)
+
+
+def _folder_of(source: str) -> Path:
+    """The folder that ``source`` is, or into which the hub's files of it go."""
     folder = Path(source)
-    scheduler, recorded = None, {}
     if folder.exists():
-        index = folder / "model_index.json"
-        if not index.is_file():
+        if not (folder / INDEX).is_file():
             raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
-        _read_json(index)
-        check_weights(folder)
-        # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
-        scheduler = load_scheduler(folder / "scheduler")
-        if (folder / SIDECAR).is_file():
-            recorded = _read_json(folder / SIDECAR)
-    elif source.count("/") > 1 or source.startswith((".", "/", "~")):
+        return folder
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id (owner/name)")
     try:
-        with _quietly():
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-    except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
+        return Path(DiffusionPipeline.download(source))
+    except LOADING_ERRORS as error:
+        raise _not_loaded(source, error) from error
+
+
+def _load_pipeline(
+    source: str, folder: Path, dtype: torch.dtype
+) -> tuple[DiffusionPipeline, Any, dict[str, Any]]:
+    index = _read_json(folder / INDEX)
+    check_weights(folder)
+    # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
+    scheduler = load_scheduler(folder / "scheduler")
+    recorded = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    # What encodes texts is loaded when there is a text; what looks at finished images is not needed at all.
+    absent = {name: None for name, value in index.items()
+              if isinstance(value, list) and (is_text(name) or name in UNUSED)}
+    try:
+        with quietly():
+            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent)
+    except LOADING_ERRORS as error:
+        raise _not_loaded(source, error) from error
     return pipeline, scheduler, recorded
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without diffusers' bar over a few files, and without its warning of torch_dtype, the name every version knows."""
-    shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            yield
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()
+def _not_loaded(source: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}")
 
 
 def load_scheduler(folder: Path) -> Any:

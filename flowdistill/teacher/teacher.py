@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
 from flowdistill.path import NativePath
+from flowdistill.teacher.adapters import Adapter
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.prompts import PromptConditions, encode
 from flowdistill.teacher.solver import integrate
 from flowdistill.teacher.velocity import per_sample
 
@@ -24,7 +26,8 @@ class Teacher:
         path: the native path (ranges, sampling times, coefficients).
         shape: shape of one latent, e.g. (C, H, W).
         codec: latents <-> images.
-        classes: how labels become conditions; None for an unconditional teacher.
+        classes: how labels become conditions; None for a teacher without classes.
+        prompts: how prompts become conditions; None for a teacher without prompts.
         source: where it was loaded from, for messages and for the student's config.
         scheduler: the diffusers scheduler it came with; None for an exact teacher.
     """
@@ -38,6 +41,7 @@ class Teacher:
         classes: ClassLabels | None = None,
         source: str = "",
         scheduler: Any = None,
+        prompts: PromptConditions | None = None,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
         self.path = path
@@ -46,6 +50,7 @@ class Teacher:
         self.classes = classes
         self.source = source
         self.scheduler = scheduler
+        self.prompts = prompts
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters
 
     @property
@@ -74,27 +79,62 @@ class Teacher:
         self._anchor = self._anchor.to(device)
         return self
 
-    def encode(self, labels: Sequence[int] | Tensor | None = None) -> Condition | None:
-        """Labels (B,) as a condition on the teacher's device.
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the network: guidance then costs no second pass."""
+        adapter = getattr(self.network, "adapter", None)
+        return adapter is not None and adapter.takes_guidance(self.network.backbone)
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether a guidance scale other than 1 is possible."""
+        return self.null_label is not None or self.prompts is not None or self.takes_guidance
+
+    def encode(
+        self,
+        labels: Sequence[int] | Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
+    ) -> Condition | None:
+        """Labels (B,) or prompts (B) as a condition on the teacher's device.
+
+        Args:
+            negative_prompts: the other side of guidance, one a prompt; None: the teacher's one negative prompt.
 
         Raises:
-            UserError: a label is out of range; labels for an unconditional teacher; none for a conditional one.
+            UserError: a label is out of range, or what is given is not what the model takes.
         """
+        condition = encode(self.classes, self.prompts, labels, prompts, negative_prompts, self.device)
+        return None if condition is None else condition.to(self.device)
+
+    def null(self, condition: Condition) -> Condition:
+        """The other side of guidance for the rows of ``condition``."""
+        if condition.negative is not None:
+            return condition.negative
+        if self.prompts is not None:
+            return self.prompts.null(condition)
         if self.classes is None:
-            if labels is not None:
-                raise UserError(f"labels were given, but the model {self.source} takes none".replace("  ", " "))
-            return None
-        if labels is None:
-            raise UserError(f"the model needs labels, 0 to {self.classes.num_classes - 1}")
-        return self.classes.encode(labels).to(self.device)
+            raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
+        return self.classes.null(condition)
+
+    def examples(self, indices: Sequence[int]) -> Condition | None:
+        """Conditions of samples with these indices: the classes, or the list of prompts, in turn."""
+        if self.prompts is not None:
+            return self.prompts.examples(indices).to(self.device)
+        classes = self.num_classes
+        return None if classes is None else self.encode([i % classes for i in indices])
 
     def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
-        """Conditions of a training batch, uniform over the classes; None for an unconditional teacher.
+        """Conditions of a training batch; None for an unconditional teacher.
+
+        Uniform over the classes, or prompts of ``teacher.prompts`` by their weights.
 
         Args:
             draw: the source of randomness, a :class:`flowdistill.training.draw.Draw`.
             rows: over all processes; all of the draw's by default.
         """
+        if self.prompts is not None:
+            return self.prompts.draw(draw, rows).to(self.device)
         return None if self.classes is None else self.classes.wrap(draw.integers(self.classes.num_classes, rows=rows))
 
     def velocity(
@@ -106,6 +146,8 @@ class Teacher:
         guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """Guided velocity v = v_null + g (v_cond - v_null), conditional and null parts in one batched forward.
+
+        A network with guidance as an input is asked once, with g.
 
         Args:
             x: states on the linear path (B, *shape).
@@ -122,15 +164,18 @@ class Teacher:
             inside = guidance_interval is None or not _is_number(t) or guidance_interval[0] <= t <= guidance_interval[1]
             if guidance_scale == 1 or not inside:
                 return self.network(x, times, condition)
-        if condition is None or self.classes is None:
+        if condition is None:
             raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
-        both = Condition.cat([condition, self.classes.null(condition)])
-        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
         scale = torch.as_tensor(guidance_scale, dtype=x.dtype, device=x.device).expand(x.shape[0])
         if guidance_interval is not None:
             low, high = guidance_interval
             scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))
-        return null + per_sample(scale, x) * (conditional - null)
+        if self.takes_guidance:
+            return self.network(x, times, condition.replace(guidance=scale))
+        both = Condition.cat([condition, self.null(condition)])
+        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+        guide = self.network.adapter.guide if hasattr(self.network, "adapter") else Adapter.guide
+        return guide(conditional, null, per_sample(scale, x))
 
     def denoise(
         self,
@@ -177,17 +222,17 @@ class Teacher:
         return self.codec.decode(latents)
 
     @torch.no_grad()
-    def disagreement(self, seed: int = 0, batch_size: int = 32) -> str | None:
+    def disagreement(self, seed: int = 0, batch_size: int | None = None) -> str | None:
         """A sentence when the network and the scheduler seem to disagree (wrong prediction type or schedule).
 
         At high noise a denoiser that reads its network rightly returns something of the data's size that is not the
         noise turned round. Reading epsilon as v or flow as epsilon breaks one of the two.
         """
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(batch_size, *self.shape, generator=generator).to(self.device)
-        labels = None if self.num_classes is None else [i % self.num_classes for i in range(batch_size)]
+        count = batch_size or (32 if self.prompts is None else 2)  # text-to-image networks are large
+        noise = torch.randn(count, *self.shape, generator=generator).to(self.device)
         t = min(self.t_max, 0.9)
-        clean = self.denoise(t * noise, t, self.encode(labels)).float()
+        clean = self.denoise(t * noise, t, self.examples(range(count))).float()
         size = clean.std().item()
         alignment = torch.nn.functional.cosine_similarity(clean.flatten(1), noise.flatten(1)).mean().item()
         if size > 3.0 or alignment < -0.5:
@@ -202,7 +247,7 @@ class Teacher:
         kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)", "flow": "flow matching"}
         parameters = sum(p.numel() for p in network.parameters())
         sample = " x ".join(map(str, self.shape))
-        latents = "latents of a KL autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
+        latents = "latents of an autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
         lines = [
             f"source        {self.source or 'in memory'}",
             f"backbone      {type(network).__name__}, {parameters / 1e6:.2f} M parameters, "
@@ -212,7 +257,10 @@ class Teacher:
             f"times         t = sigma / (alpha + sigma) from {path.t_max:.4f} (prior) to {path.t_min:.4f} (data)",
             "timesteps     continuous: the network's sinusoidal embedding takes non-integer timesteps",
         ]
-        if self.classes is None:
+        if self.prompts is not None:
+            guidance = "guidance is an input of the network" if self.takes_guidance else "classifier-free guidance"
+            lines.append(f"conditions    prompts, by {self.prompts.describe()}; {guidance}")
+        elif self.classes is None:
             lines.append("conditions    none (unconditional); guidance is not possible")
         else:
             guidance = "no null label, so no classifier-free guidance"

@@ -102,7 +102,7 @@ class Reporter:
 
 
 def save_samples(student: Any, path: Path, count: int) -> None:
-    """A grid of ``count`` images, always of the same noise and labels; a column a class when there are few classes."""
+    """A grid of ``count`` images, always of the same noise and labels or prompts; a column a class of a few."""
     from flowdistill.images import save_grid
 
     classes = student.num_classes
@@ -137,9 +137,11 @@ class FidCallback:
 
     def __call__(self, student: Any) -> dict[str, Any]:
         """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""
-        from flowdistill.evaluation import student_sampler
+        from flowdistill.evaluation import prompt_conditions, student_sampler
 
-        row = self.evaluator.measure(student_sampler(student), tuple(student.shape), student.num_classes)
+        row = self.evaluator.measure(
+            student_sampler(student), tuple(student.shape), student.num_classes, condition=prompt_conditions(student)
+        )
         return {"fid": row.fid, "accuracy": row.accuracy}
 
 

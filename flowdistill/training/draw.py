@@ -76,6 +76,13 @@ class Draw:
         count = self.rows if rows is None else rows
         return self._mine(torch.randint(high, (count,), generator=self._generator()))
 
+    def choice(self, cumulative: Tensor, rows: int | None = None) -> Tensor:
+        """Indices with probabilities given by their running sum (N,) to 1; int64 (local rows,), always on the CPU."""
+        count = self.rows if rows is None else rows
+        self._check(count)
+        values = torch.rand(count, generator=self._generator(), dtype=torch.float64)[self.rank :: self.world]
+        return torch.searchsorted(cumulative, values, right=True).clamp(max=len(cumulative) - 1)
+
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a tensor over its elements and over the processes (of equal rows): 0-d, detached, no host sync."""
         value = x.detach().mean()

@@ -87,7 +87,9 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     from flowdistill import load_teacher
 
     settings = config.teacher
-    teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
+    teacher = load_teacher(**dataclasses.asdict(settings), device=accelerator.device)
+    if teacher.prompts is not None and settings.prompts is None:
+        raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     problem = teacher.disagreement()
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)

@@ -1,0 +1,40 @@
+"""One small adapter a backbone family. A new family is a file here and a line in ``ADAPTERS``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flowdistill.errors import UserError
+from flowdistill.teacher.adapters.base import Adapter, last_linear
+from flowdistill.teacher.adapters.dit import DiTAdapter
+from flowdistill.teacher.adapters.stable_diffusion import StableDiffusionAdapter
+from flowdistill.teacher.adapters.unet2d import UNet2DAdapter
+
+__all__ = ["ADAPTERS", "Adapter", "adapter_for", "last_linear"]
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.family: adapter
+    for adapter in (
+        DiTAdapter(),
+        StableDiffusionAdapter(),
+        UNet2DAdapter(),
+    )
+}
+
+
+def adapter_for(network: nn.Module) -> Adapter:
+    """The adapter of a backbone's class.
+
+    Raises:
+        UserError: no adapter knows the class, or its output does not fit its input.
+    """
+    name = type(network).__name__
+    if name not in ADAPTERS:
+        raise UserError(f"the backbone {name} is not supported; supported are {', '.join(sorted(ADAPTERS))}")
+    adapter = ADAPTERS[name]
+    channels, extra = adapter.shape(network)[0], adapter.learned_variance_channels(network)
+    if extra not in (0, channels):
+        raise UserError(f"the backbone {name} takes {channels} channels and returns "
+                        f"{adapter.output_channels(network)}; a teacher returns {channels}, "
+                        f"or {2 * channels} with a learned variance")
+    return adapter

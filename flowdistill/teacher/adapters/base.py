@@ -1,0 +1,119 @@
+"""What flowdistill must know of a backbone family; a family is one small subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.errors import UserError
+
+
+class Adapter:
+    """How to call a backbone and where its time embedding is made. Nothing per schedule.
+
+    Attributes:
+        family: class name of the backbone in diffusers.
+        pipelines: class names of the text-to-image pipelines whose prompts :meth:`encode` encodes; empty for families
+            without prompts.
+    """
+
+    family: str
+    pipelines: tuple[str, ...] = ()
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        """Raw prediction (B, C, H, W) for scaled native input x (B, C, H, W) at native timesteps (B,)."""
+        raise NotImplementedError
+
+    def shape(self, network: nn.Module) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        size = network.config.sample_size
+        if size is None:
+            raise UserError(f"the {self.family}'s config has no sample_size, so the image size is unknown; set it in "
+                            "its config.json")
+        height, width = (size, size) if isinstance(size, int) else size
+        return network.config.in_channels, height, width
+
+    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+        """The class labels the network takes; None when it takes none.
+
+        Raises:
+            UserError: a null label for such a network, or a variant of the network that is not supported.
+        """
+        if null_label is not None:
+            raise UserError(f"teacher.null_label is {null_label}, but a {self.family} takes no class labels")
+        return None
+
+    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        """The modules whose output is the time embedding; constants fold into each one's last linear layer."""
+        raise NotImplementedError
+
+    def constant_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        """The embeddings that are constant in a one-step student: those of time, and of guidance where it has one."""
+        return self.time_embeddings(network)
+
+    def embedding_size(self, network: nn.Module) -> int:
+        """Width of a time embedding."""
+        return last_linear(self.time_embeddings(network)[0]).out_features
+
+    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
+        raise NotImplementedError
+
+    def output_channels(self, network: nn.Module) -> int:
+        """Channels the network returns; twice those of a sample when it also predicts a variance."""
+        return network.config.out_channels or network.config.in_channels
+
+    def learned_variance_channels(self, network: nn.Module) -> int:
+        """Channels of :meth:`output_channels` that are a learned variance, dropped by :meth:`call`."""
+        return self.output_channels(network) - self.shape(network)[0]
+
+    # --- text to image
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of a :class:`Condition` for ``prompts``, by the pipeline's own ``encode_prompt``.
+
+        Args:
+            pipeline: one of :attr:`pipelines`, with its text encoders and tokenizers and nothing else.
+            image_size: (height, width) in pixels, for networks that are told.
+        """
+        raise NotImplementedError
+
+    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
+        return self.encode(pipeline, [negative or ""], image_size)
+
+    def takes_guidance(self, network: nn.Module) -> bool:
+        """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""
+        return False
+
+    @staticmethod
+    def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance of velocities (B, C, H, W) at ``scale`` (B, 1, 1, 1)."""
+        return null + scale * (conditional - null)
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        """Prepare a flow-matching scheduler as the family's pipeline does for latents of ``shape`` (C, H, W)."""
+        scheduler.set_timesteps(steps)
+
+
+def last_linear(embedding: nn.Module) -> nn.Linear:
+    """The layer that an embedding ends in."""
+    return [module for module in embedding.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def tensors(condition: Condition | None, x: Tensor, family: str) -> dict[str, Tensor]:
+    """A condition's tensors, those of floating point in x's type."""
+    if condition is None:
+        raise UserError(f"{family} needs prompts")
+    return {name: value.to(x.dtype) if value.is_floating_point() else value
+            for name, value in condition.tensors.items()}
+
+
+def guidance_of(condition: Condition | None, x: Tensor) -> Tensor:
+    """The guidance scale that is an input (B,), float32; 1 where none was given."""
+    given = None if condition is None else condition.tensors.get("guidance")
+    return torch.ones(len(x), device=x.device) if given is None else given.float()

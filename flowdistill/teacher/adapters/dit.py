@@ -1,0 +1,33 @@
+"""``DiTTransformer2DModel``: class-conditional latent transformers, with or without learned sigma."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.errors import UserError
+from flowdistill.teacher.adapters.base import Adapter
+
+
+class DiTAdapter(Adapter):
+    family = "DiTTransformer2DModel"
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        if condition is None:
+            raise UserError("DiTTransformer2DModel needs class labels")
+        out = network(x, timestep=timestep, class_labels=condition.tensors["class_labels"], return_dict=False)[0]
+        return out[:, : x.shape[1]]  # learned-sigma networks return twice the channels; the rest is a variance
+
+    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+        classes = network.config.num_embeds_ada_norm
+        if null_label is not None and null_label != classes:
+            raise UserError(f"teacher.null_label is {null_label}; a DiTTransformer2DModel with {classes} classes has "
+                            f"its null label at {classes}")
+        return ClassLabels(classes, classes)
+
+    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        # Every block owns its embedder; the first block's also feeds the output layer.
+        return [block.norm1.emb.timestep_embedder for block in network.transformer_blocks]
+
+    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return network.pos_embed.proj, network.proj_out_2

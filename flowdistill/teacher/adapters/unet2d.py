@@ -1,0 +1,41 @@
+"""``UNet2DModel``: pixel or latent UNets, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.errors import UserError
+from flowdistill.teacher.adapters.base import Adapter
+
+
+class UNet2DAdapter(Adapter):
+    family = "UNet2DModel"
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        labels = None if condition is None else condition.tensors["class_labels"]
+        out = network(x, timestep, class_labels=labels, return_dict=False)[0]
+        return out[:, : x.shape[1]]
+
+    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+        config = network.config
+        if config.time_embedding_type != "positional":
+            raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported is "
+                            "'positional', which takes continuous timesteps")
+        if config.class_embed_type is not None:
+            raise UserError(f"the UNet2DModel has class_embed_type '{config.class_embed_type}'; supported are class "
+                            "labels through num_class_embeds, or none")
+        if config.num_class_embeds is None:
+            return super().labels(network, null_label)
+        if null_label is None:
+            return ClassLabels(config.num_class_embeds, None)
+        if null_label != config.num_class_embeds - 1:
+            raise UserError(f"teacher.null_label is {null_label}; for this network with {config.num_class_embeds} "
+                            f"class embeddings it can only be the last one, {config.num_class_embeds - 1}")
+        return ClassLabels(config.num_class_embeds - 1, null_label)
+
+    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        return [network.time_embedding]
+
+    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return network.conv_in, network.conv_out
