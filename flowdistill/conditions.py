@@ -50,15 +50,26 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """Rows below each other; negatives stay when all have them."""
+        """Rows below each other; negatives stay when all have them.
+
+        Sequences (B, L, ...) of different lengths are padded with zeros, and so are their masks (B, L).
+        """
         names = conditions[0].tensors.keys()
         negatives = [c.negative for c in conditions if c.negative is not None]
         negative = Condition.cat(negatives) if len(negatives) == len(conditions) else None
-        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names}, negative)
+        return Condition({name: _joined([c.tensors[name] for c in conditions]) for name in names}, negative)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Condition:
         negative = None if self.negative is None else self.negative._each(change)
         return Condition({name: change(tensor) for name, tensor in self.tensors.items()}, negative)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].ndim > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]))
+                 if part.shape[1] < longest else part for part in parts]
+    return torch.cat(list(parts))
 
 
 @dataclass(frozen=True)

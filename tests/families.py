@@ -9,9 +9,30 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 PROMPTS = ["a red cat", "two birds", "the sea at night"]
 NEGATIVE = "ugly"
@@ -30,6 +51,7 @@ class Family:
         scale_argument: name and value of the pipeline's argument for a guidance scale in flowdistill's sense.
         pack, unpack: latents (B, C, H, W) to and from what the pipeline's call takes and returns.
         negative: whether the pipeline's call takes a negative prompt.
+        image_size: of the teacher, where the network has no size of its own.
     """
 
     make: Callable[[], Any]
@@ -40,6 +62,7 @@ class Family:
     pack: Callable[[Tensor], Tensor] = lambda latents: latents
     unpack: Callable[[Tensor], Tensor] = lambda latents: latents
     negative: bool = True
+    image_size: int | None = None
 
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -104,6 +127,145 @@ def sdxl(scheduler: Any = None, zeros: bool = True) -> diffusers.StableDiffusion
     )
 
 
+def t5_tokenizer() -> T5Tokenizer:
+    tokens = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    scores = [(token, 0.0 if i < 3 else -float(i)) for i, token in enumerate(tokens)]
+    tokenizer = T5Tokenizer(vocab=scores, extra_ids=0)
+    tokenizer.chat_template = "{% for m in messages %}say {{ m.content }}{% endfor %} now"
+    return tokenizer
+
+
+def t5_encoder(width: int = 32) -> T5EncoderModel:
+    return lively(T5EncoderModel(T5Config(
+        vocab_size=30, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=1,
+    )), 3)
+
+
+def gemma() -> Gemma2Model:
+    return lively(Gemma2Model(Gemma2Config(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )), 4)
+
+
+def sd3() -> diffusers.StableDiffusion3Pipeline:
+    transformer = lively(diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16, qk_norm="rms_norm",
+    ))
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.06),
+        text_encoder=clip_encoder(1, projected=True), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(2, projected=True), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(), tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux(guidance: bool = True) -> diffusers.FluxPipeline:
+    transformer = lively(diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
+    ))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance, base_shift=0.5, max_shift=1.15,
+        base_image_seq_len=4, max_image_seq_len=32,
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer, scheduler=scheduler, vae=vae(shift_factor=0.1), text_encoder=clip_encoder(1),
+        tokenizer=clip_tokenizer(), text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
+    )
+
+
+def pixart(alpha: bool = False) -> diffusers.PixArtSigmaPipeline | diffusers.PixArtAlphaPipeline:
+    # The pipeline of PixArt-alpha tells networks with 128 x 128 latents, and no others, their resolution.
+    size = {"sample_size": 128, "patch_size": 16} if alpha else {"sample_size": 8, "patch_size": 2}
+    transformer = lively(diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=24, caption_channels=32, use_additional_conditions=alpha, **size,
+    ))
+    kind = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
+    return kind(tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae(), transformer=transformer,
+                scheduler=DPMSolverMultistepScheduler(**VP))
+
+
+def sana() -> diffusers.SanaPipeline:
+    transformer = lively(diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=8, patch_size=1,
+    ))
+    blocks = {"block_types": ("ResBlock",) * 3, "block_out_channels": (8, 8, 8), "layers_per_block": (1, 1, 1),
+              "qkv_multiscales": ((), (), ())}
+    autoencoder = lively(diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, downsample_block_type="conv", upsample_block_type="interpolate",
+        scaling_factor=0.41, **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+                                blocks.items()},
+    ))
+    return diffusers.SanaPipeline(
+        tokenizer=t5_tokenizer(), text_encoder=gemma(), vae=autoencoder, transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+    )
+
+
+def lumina2() -> diffusers.Lumina2Pipeline:
+    transformer = lively(diffusers.Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), cap_feat_dim=16,
+    ))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+                                                base_image_seq_len=2, max_image_seq_len=8)
+    return diffusers.Lumina2Pipeline(transformer=transformer, scheduler=scheduler, vae=vae(shift_factor=0.1),
+                                     text_encoder=gemma(), tokenizer=t5_tokenizer())
+
+
+def qwen_image() -> diffusers.QwenImagePipeline:
+    transformer = lively(diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    ))
+    autoencoder = lively(diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0],
+    ))
+    text = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 10000.0,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), 5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=4, max_image_seq_len=32,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )
+    return diffusers.QwenImagePipeline(transformer=transformer, scheduler=scheduler, vae=autoencoder,
+                                       text_encoder=encoder, tokenizer=t5_tokenizer())
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    transformer = lively(diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    ))
+    encoder = lively(Qwen3Model(Qwen3Config(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1,
+    )), 6)
+    return diffusers.ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.1),
+                                    text_encoder=encoder, tokenizer=t5_tokenizer(), transformer=transformer)
+
+
+def flow_euler(pipeline: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def tokens(latents: Tensor) -> Tensor:
+    return diffusers.FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def image(tokens: Tensor) -> Tensor:
+    return diffusers.FluxPipeline._unpack_latents(tokens, 16, 16, 2)
+
+
 def trailing_euler(pipeline: Any) -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
 
@@ -115,6 +277,24 @@ FAMILIES: dict[str, Family] = {
     "sd-turbo": Family(lambda: stable_diffusion(EulerDiscreteScheduler(**VP, timestep_spacing="trailing"))),
     "lcm": Family(lambda: stable_diffusion(time_cond_proj_dim=8), trailing_euler, guidance=7.5, negative=False),
     "sdxl": Family(sdxl, trailing_euler),
+    "pixart-sigma": Family(pixart, trailing_euler, guidance=1.5, call={"use_resolution_binning": False}),
+    "pixart-alpha": Family(lambda: pixart(alpha=True), trailing_euler, call={"use_resolution_binning": False}),
+    "sd3": Family(sd3),
+    "flux-dev": Family(
+        flux, pack=tokens, unpack=image, image_size=16, call={"height": 16, "width": 16}, negative=False,
+    ),
+    "flux-schnell": Family(
+        lambda: flux(guidance=False), pack=tokens, unpack=image, image_size=16, call={"height": 16, "width": 16},
+        scale_argument=lambda scale: {"true_cfg_scale": scale, "negative_prompt": [""] * 2},
+    ),
+    "sana": Family(sana, flow_euler, call={"height": 32, "width": 32, "use_resolution_binning": False}),
+    "lumina2": Family(lumina2, call={"height": 64, "width": 64}),
+    "qwen-image": Family(
+        qwen_image, pack=tokens, unpack=image, image_size=32, call={"height": 32, "width": 32},
+        scale_argument=lambda scale: {"true_cfg_scale": scale, "negative_prompt": [""] * 2},
+    ),
+    "z-image": Family(z_image, image_size=16, call={"height": 16, "width": 16},
+                      scale_argument=lambda scale: {"guidance_scale": scale - 1}),
 }
 
 
@@ -126,7 +306,7 @@ def pipeline_latents(
     if family.scheduler is not None:
         pipeline.scheduler = family.scheduler(pipeline)
     prompts = PROMPTS[: len(noise)]
-    given = {} if negative is None else {"negative_prompt": [negative] * len(noise)}
+    given = family.scale_argument(scale) | ({} if negative is None else {"negative_prompt": [negative] * len(noise)})
     out = pipeline(prompt=prompts, latents=family.pack(noise.clone()), num_inference_steps=steps, output_type="latent",
-                   **given, **family.scale_argument(scale), **family.call)
+                   **given, **family.call)
     return family.unpack(out.images)

@@ -28,6 +28,9 @@ from torch import nn
 
 from flowdistill.errors import UserError
 from flowdistill.student.flow_map import FlowMap
+from flowdistill.student.folding import fold_scales
+from flowdistill.student.prompt_export import prompt_pipeline
+from flowdistill.teacher.adapters import last_linear
 from flowdistill.teacher.codec import VaeCodec
 from flowdistill.teacher.velocity import ExtendedVelocity
 
@@ -36,7 +39,8 @@ def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: flo
     """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
-    ``guidance_scale=1``); both sample with ``num_inference_steps=1``.
+    ``guidance_scale=1``), a text-to-image student a pipeline of its teacher's class; all sample with
+    ``num_inference_steps=1``. The folder's README.md says how to call it.
 
     Args:
         student: a flow map on a diffusers backbone.
@@ -55,7 +59,9 @@ def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: flo
     c = student.network.velocity.path.coefficients(torch.tensor([student.t_max], dtype=torch.float64))
     t, state, output = student.t_max, c.state.item(), c.output.item()
     k_input, k_noise, k_output = t * c.input_scale.item(), t * (1 - t * state), -t * output
-    if student.network.velocity.adapter.family == "UNet2DModel":
+    if student.prompts is not None:
+        pipeline, call = prompt_pipeline(student, backbone, k_input, k_noise, k_output)
+    elif student.network.velocity.adapter.family == "UNet2DModel":
         pipeline = _consistency_pipeline(student, backbone, k_input, k_noise, k_output)
         call = "pipe(batch_size=4, num_inference_steps=1)"
         if student.num_classes is not None:
@@ -78,7 +84,7 @@ def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Mo
     elif guidance_scale is not None:
         student._guidance(guidance_scale)
     captured: dict[int, torch.Tensor] = {}
-    modules = network.velocity.adapter.time_embeddings(network.velocity.backbone)
+    modules = network.velocity.adapter.constant_embeddings(network.velocity.backbone)
     handles = [
         module.register_forward_hook(lambda m, args, out, i=i: captured.__setitem__(i, out[0].clone()))
         for i, module in enumerate(modules)
@@ -86,31 +92,19 @@ def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Mo
     try:
         device = student.device
         noise = torch.zeros(1, *student.shape, device=device)
-        condition = None if student.classes is None else student.encode([0])
+        condition = student.examples([0])
         columns = {name: torch.full((1,), float(value), device=device) for name, value in scalars.items()}
         network(noise, torch.full((1,), student.t_max, dtype=torch.float64, device=device), condition, **columns)
     finally:
         for handle in handles:
             handle.remove()
     backbone = copy.deepcopy(network.velocity.backbone).cpu()
-    for i, module in enumerate(network.velocity.adapter.time_embeddings(backbone)):
+    for i, module in enumerate(network.velocity.adapter.constant_embeddings(backbone)):
         module._forward_hooks.clear()  # the hook that adds the extra embedding: it is in the constant now
-        module.linear_2.weight.zero_()
-        module.linear_2.bias.copy_(captured[i])
+        layer = last_linear(module)
+        layer.weight.zero_()
+        layer.bias.copy_(captured[i])
     return backbone
-
-
-@torch.no_grad()
-def _fold_scales(student: FlowMap, backbone: nn.Module, k_input: float, k_output: float) -> None:
-    if getattr(backbone.config, "center_input_sample", False):
-        raise UserError("the UNet2DModel centres its input (center_input_sample), so no input scale folds into it")
-    if any(hasattr(block, "skip_conv") for block in getattr(backbone, "up_blocks", ())):
-        raise UserError("the UNet2DModel has skip blocks that bypass its last layer, which an output scale cannot fold "
-                        "into")
-    first, last = student.network.velocity.adapter.projections(backbone)
-    first.weight.mul_(k_input)
-    last.weight.mul_(k_output)
-    last.bias.mul_(k_output)
 
 
 def _consistency_pipeline(
@@ -127,7 +121,7 @@ def _consistency_pipeline(
     else:
         sigma, sigma_min, data = 1.0, 2.0**-10, 1e-5
     root = (sigma**2 + data**2) ** 0.5
-    _fold_scales(student, backbone, k_input * root / sigma, k_output * root / ((sigma - sigma_min) * data))
+    fold_scales(student, backbone, k_input * root / sigma, k_output * root / ((sigma - sigma_min) * data))
     scheduler = CMStochasticIterativeScheduler(
         num_train_timesteps=2, sigma_min=sigma_min, sigma_max=sigma, sigma_data=data, clip_denoised=False
     )
@@ -142,7 +136,7 @@ def _dit_pipeline(
     scheduler: Any
     if abs(k_noise - 1) < 1e-9:  # flow matching: n - network
         scheduler = FlowMapEulerDiscreteScheduler()
-        _fold_scales(student, backbone, k_input, -k_output)
+        fold_scales(student, backbone, k_input, -k_output)
     else:
         # A one-entry DDIM schedule: x_0 = (n - sigma network) / alpha (epsilon) for k_noise > 1, and
         # x_0 = alpha n - sigma network (v_prediction) below.
@@ -155,7 +149,7 @@ def _dit_pipeline(
             clip_sample=False,
         )
         gain = sigma / alpha if k_noise > 1 else sigma
-        _fold_scales(student, backbone, k_input, -k_output / gain)
+        fold_scales(student, backbone, k_input, -k_output / gain)
     return DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
 
 

@@ -30,20 +30,34 @@ class VaeCodec(nn.Module):
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.get("shift_factor") or 0.0)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        config = vae.config
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+        blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        self.factor = 2 ** (len(blocks) - 1 if blocks else len(config.temperal_downsample))
+        self.channels = int(config.get("latent_channels") or config.z_dim)
+        # Of video autoencoders, which images pass as one frame.
+        self.frames = config.get("temperal_downsample") is not None
+        each = [config.get(name) for name in ("latents_mean", "latents_std")]
+        for name, values, otherwise in zip(("mean", "std"), each, (0.0, 1.0), strict=True):
+            given = torch.tensor(otherwise if None in each else values, dtype=torch.float32)
+            self.register_buffer(name, given.reshape(1, -1, 1, 1), persistent=False)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1]."""
         dtype = next(self.vae.parameters()).dtype
-        images = self.vae.decode((latents / self.scale + self.shift).to(dtype), return_dict=False)[0]
+        native = (latents * (self.std / self.scale) + self.shift + self.mean).to(dtype)
+        images = self.vae.decode(native[:, :, None] if self.frames else native, return_dict=False)[0]
+        images = images[:, :, 0] if self.frames else images
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to the mean latents."""
         dtype = next(self.vae.parameters()).dtype
-        posterior = self.vae.encode((images * 2 - 1).to(dtype)).latent_dist
-        return (posterior.mean.float() - self.shift) * self.scale
+        pixels = (images * 2 - 1).to(dtype)
+        out = self.vae.encode(pixels[:, :, None] if self.frames else pixels)
+        native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent).float()
+        native = native[:, :, 0] if self.frames else native
+        return (native - self.mean - self.shift) * (self.scale / self.std)

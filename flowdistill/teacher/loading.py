@@ -242,9 +242,9 @@ def _check_agreement(
     if learned and not adapter.learned_variance_channels(backbone):
         raise UserError(f"the scheduler has variance_type '{scheduler.config.variance_type}', but the network "
                         f"returns no variance channels ({channels} in, {channels} out); scheduler and network disagree")
-    if isinstance(codec, VaeCodec) and codec.vae.config.latent_channels != channels:
+    if isinstance(codec, VaeCodec) and codec.channels != channels:
         raise UserError(f"the network takes {channels} latent channels, but the pipeline's autoencoder has "
-                        f"{codec.vae.config.latent_channels}; they do not belong together")
+                        f"{codec.channels}; they do not belong together")
     steps, trained = scheduler.config.get("num_train_timesteps"), backbone.config.get("num_train_timesteps")
     if path.kind == "vp" and steps and trained and steps != trained:
         raise UserError(f"the scheduler has {steps} training timesteps, but the network was made for {trained}; "

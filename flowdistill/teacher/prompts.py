@@ -99,7 +99,7 @@ class PromptConditions:
     @cached_property
     def _bank(self) -> tuple[Condition, Tensor]:
         cumulative = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
-        return Condition(self._tensors(self.prompts or [])), cumulative / cumulative[-1]
+        return self._encoded(self.prompts), cumulative / cumulative[-1]
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Condition:
         """Prompts (B) as a condition on the CPU, with their own negative prompts where these are given."""
@@ -107,14 +107,14 @@ class PromptConditions:
             raise UserError("prompts must be a list of at least one text")
         if negatives is not None and (isinstance(negatives, str) or len(negatives) != len(prompts)):
             raise UserError(f"negative_prompts must be a list of {len(prompts)} texts, one a prompt")
-        negative = None if negatives is None else Condition(self._tensors(negatives))
-        return Condition(self._tensors(prompts), negative)
+        negative = None if negatives is None else self._encoded(negatives, negative=True)
+        return Condition(self._encoded(prompts).tensors, negative)
 
     def null(self, condition: Condition) -> Condition:
         """The other side of guidance, in as many rows as ``condition`` and on its device."""
         device = next(iter(condition.tensors.values())).device
         if device not in self._null:
-            self._null[device] = Condition(self._tensors(None)).to(device)
+            self._null[device] = self._encoded(None).to(device)
         return self._null[device].expand(len(condition))
 
     def draw(self, draw: Any, rows: int | None = None) -> Condition:
@@ -127,7 +127,7 @@ class PromptConditions:
     def examples(self, indices: Sequence[int]) -> Condition:
         """The prompts of the list in turn, on the CPU; the empty or negative prompt where there is no list."""
         if self.prompts is None:
-            return Condition(self._tensors(None)).expand(len(indices))
+            return self._encoded(None).expand(len(indices))
         return self._bank[0][torch.tensor([i % len(self.prompts) for i in indices])]
 
     def prepare(self) -> None:
@@ -142,37 +142,37 @@ class PromptConditions:
 
     # --- encoding
 
-    def _tensors(self, prompts: Sequence[str] | None) -> dict[str, Tensor]:
-        """CPU tensors of the prompts, or one row for the null condition (None); from disk where they are there."""
+    def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:
+        """The prompts, or one row for the null condition (None), on the CPU; from disk where they are there."""
         from flowdistill.evaluation.files import atomic_write, cache_folder
 
         wanted = None if prompts is None else list(prompts)
         # The versions count: a tokenizer's or an encoder's code may change what a text becomes.
         parts = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size, self.negative,
-                 wanted, diffusers.__version__, transformers.__version__]
+                 wanted, negative, diffusers.__version__, transformers.__version__]
         file = cache_folder("prompts") / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.safetensors"
         if file.is_file():
             try:
-                return load_file(file)
+                return Condition(load_file(file))
             except Exception:  # a damaged file is made again
                 file.unlink(missing_ok=True)
-        made = self._encode(wanted)
+        made = self._encode(wanted, negative)
         with atomic_write(file) as out:
-            out.write(save(made))
+            out.write(save({name: tensor.contiguous() for name, tensor in made.tensors.items()}))
         return made
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str] | None) -> dict[str, Tensor]:
+    def _encode(self, prompts: list[str] | None, negative: bool) -> Condition:
+        one = self.adapter.encode_negative if negative else self.adapter.encode
         with self.text.opened(self.device) as pipeline:
             if prompts is None:
                 parts = [self.adapter.encode_null(pipeline, self.negative, self.image_size)]
             else:
                 parts = [
-                    self.adapter.encode(pipeline, prompts[start : start + ENCODED_AT_ONCE], self.image_size)
+                    one(pipeline, prompts[start : start + ENCODED_AT_ONCE], self.image_size)
                     for start in range(0, len(prompts), ENCODED_AT_ONCE)
                 ]
-            parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
-        return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            return Condition.cat([Condition(part).to("cpu") for part in parts])
 
 
 def encode(

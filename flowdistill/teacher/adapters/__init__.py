@@ -7,8 +7,15 @@ from torch import nn
 from flowdistill.errors import UserError
 from flowdistill.teacher.adapters.base import Adapter, last_linear
 from flowdistill.teacher.adapters.dit import DiTAdapter
+from flowdistill.teacher.adapters.flux import FluxAdapter
+from flowdistill.teacher.adapters.lumina2 import Lumina2Adapter
+from flowdistill.teacher.adapters.pixart import PixArtAdapter
+from flowdistill.teacher.adapters.qwen_image import QwenImageAdapter
+from flowdistill.teacher.adapters.sana import SanaAdapter
 from flowdistill.teacher.adapters.stable_diffusion import StableDiffusionAdapter
+from flowdistill.teacher.adapters.stable_diffusion_3 import StableDiffusion3Adapter
 from flowdistill.teacher.adapters.unet2d import UNet2DAdapter
+from flowdistill.teacher.adapters.z_image import ZImageAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for", "last_linear"]
 
@@ -16,8 +23,15 @@ ADAPTERS: dict[str, Adapter] = {
     adapter.family: adapter
     for adapter in (
         DiTAdapter(),
+        FluxAdapter(),
+        Lumina2Adapter(),
+        PixArtAdapter(),
+        QwenImageAdapter(),
+        SanaAdapter(),
+        StableDiffusion3Adapter(),
         StableDiffusionAdapter(),
         UNet2DAdapter(),
+        ZImageAdapter(),
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,9 +83,13 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """The same for the other side of guidance; some pipelines treat it in another way."""
+        return self.encode(pipeline, prompts, image_size)
+
     def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
         """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
-        return self.encode(pipeline, [negative or ""], image_size)
+        return self.encode_negative(pipeline, [negative or ""], image_size)
 
     def takes_guidance(self, network: nn.Module) -> bool:
         """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""
@@ -103,6 +108,39 @@ class Adapter:
 def last_linear(embedding: nn.Module) -> nn.Linear:
     """The layer that an embedding ends in."""
     return [module for module in embedding.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def set_shifted(
+    scheduler: Any, steps: int, length: int, max_shift: float = 1.15, sigmas: bool = True
+) -> None:
+    """``set_timesteps`` with a shift that grows with the number of image tokens, where the scheduler asks for one.
+
+    Args:
+        length: image tokens.
+        max_shift: the pipeline's default at 4,096 tokens.
+        sigmas: whether the pipeline gives the scheduler evenly spaced times of its own, 1 to 1 / steps.
+    """
+    config = scheduler.config
+    settings: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()} if sigmas else {}
+    if config.get("use_dynamic_shifting"):
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+        settings["mu"] = base + (top - base) * (length - low) / (high - low)
+    scheduler.set_timesteps(steps, **settings)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens of 2 x 2 (B, H W / 4, 4 C)."""
+    rows, channels, height, width = x.shape
+    tokens = x.view(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(rows, height // 2 * (width // 2), 4 * channels)
+
+
+def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`packed` for latents of ``shape`` (..., H, W)."""
+    height, width = shape[-2:]
+    x = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(len(tokens), -1, height, width)
 
 
 def tensors(condition: Condition | None, x: Tensor, family: str) -> dict[str, Tensor]:

@@ -1,0 +1,43 @@
+"""``PixArtTransformer2DModel``: PixArt-alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor, nn
+
+from flowdistill.conditions import Condition
+from flowdistill.teacher.adapters.base import Adapter, tensors
+
+
+class PixArtAdapter(Adapter):
+    family = "PixArtTransformer2DModel"
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        given = tensors(condition, x, self.family)
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if network.use_additional_conditions:
+            size = given["image_size"]
+            added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+        out = network(x, encoder_hidden_states=given["prompt_embeds"], encoder_attention_mask=given["attention_mask"],
+                      timestep=timestep, added_cond_kwargs=added, return_dict=False)[0]
+        return out[:, : x.shape[1]]
+
+    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        return [network.adaln_single.emb.timestep_embedder]
+
+    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return network.pos_embed.proj, network.proj_out
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=pipeline.text_encoder.device,
+            clean_caption=is_bs4_available() and is_ftfy_available(),  # as the pipeline's call, but without its warning
+        )
+        size = torch.tensor([image_size], dtype=embeds.dtype).repeat(len(prompts), 1)
+        return {"prompt_embeds": embeds, "attention_mask": mask, "image_size": size}

@@ -1,0 +1,36 @@
+"""``SD3Transformer2DModel``: Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowdistill.conditions import Condition
+from flowdistill.teacher.adapters.base import Adapter, set_shifted, tensors
+
+
+class StableDiffusion3Adapter(Adapter):
+    family = "SD3Transformer2DModel"
+    pipelines = ("StableDiffusion3Pipeline",)
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        given = tensors(condition, x, self.family)
+        return network(x, timestep=timestep, encoder_hidden_states=given["prompt_embeds"],
+                       pooled_projections=given["pooled_embeds"], return_dict=False)[0]
+
+    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+        return [network.time_text_embed.timestep_embedder]
+
+    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return network.pos_embed.proj, network.proj_out
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_embeds": pooled}
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2), max_shift=1.16, sigmas=False)
