@@ -122,6 +122,8 @@ def _sample(args: argparse.Namespace) -> int:
         prompts = read_prompts(args.prompts).prompts
     elif labels is None and model.num_classes is not None:
         labels = list(range(model.num_classes))
+    elif model.prompts is not None and model.prompts.prompts is None:
+        raise UserError(f"{args.model} takes prompts; give --prompts FILE with one a line")
     # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.
     listed = None
     if labels is not None or prompts is not None:
@@ -192,6 +194,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance_scale,
         device=_device(args.device),
         weights=args.weights,
+        prompts=args.prompts,
     )
     if _is_main():
         print(report)
@@ -337,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=_integers(1), help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
+    evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
     evaluate.add_argument("--guidance-scale", metavar="G", type=float, help="default: the run's or the student's own")
     evaluate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=_at_least(1), help="images a call (default: 250)")

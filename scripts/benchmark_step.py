@@ -14,6 +14,7 @@ alternates in one run and medians are compared, but other work on the machine st
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -43,8 +44,7 @@ def make_trainer(config: Any, folder: str) -> Any:
 
     config.train.trackers = []
     accelerator = make_accelerator(config.train, folder)
-    settings = config.teacher
-    teacher = load_teacher(settings.source, settings.null_label, settings.t_max, settings.dtype, accelerator.device)
+    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=accelerator.device)
     torch.manual_seed(config.seed)
     method = {"boot": Boot, "freeflow": FreeFlow}[config.method.name]
     return Trainer(method(config.method, teacher), config, folder, accelerator)

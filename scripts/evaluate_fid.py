@@ -128,14 +128,18 @@ def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
 def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     """Generated images against the reference."""
     from flowdistill.errors import UserError
-    from flowdistill.evaluation import student_sampler, teacher_sampler
+    from flowdistill.evaluation import prompt_conditions, student_sampler, teacher_sampler
     from flowdistill.student import is_student_folder, load_student
+    from flowdistill.teacher.prompts import read_prompts as load_prompts
 
     facts: dict[str, Any] = {"model": options.source, "device": options.device}
     if is_student_folder(options.source):
         student = load_student(options.source).to(options.device)
+        if options.prompts and student.prompts is not None:
+            student.prompts.use(load_prompts(options.prompts))
         scale = student.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1)
+        row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1,
+                                condition=prompt_conditions(student))
         return evaluator.report([row], **facts, guidance_scale=scale)
     if (Path(options.source) / "config.yaml").is_file():
         raise UserError(f"the run {options.source} has no student yet; let it reach a checkpoint first")

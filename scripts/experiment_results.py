@@ -35,7 +35,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     config, student = load_config(folder / "config.yaml", []), load_student(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     saved = checkpoints(folder / "checkpoints")
-    pairs = _pairs(dataclasses.astuple(config.teacher), student.info.guidance_scale)
+    pairs = _pairs(tuple(dataclasses.asdict(config.teacher).items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],
         "fid_floor": report["fid_floor"],
@@ -73,10 +73,9 @@ def _pairs(teacher_settings: tuple[Any, ...], guidance_scale: float) -> tuple[An
     from flowdistill import load_teacher
     from flowdistill.noise import indexed_noise
 
-    teacher = load_teacher(*teacher_settings)
+    teacher = load_teacher(**dict(teacher_settings))
     noise = indexed_noise(teacher.shape, PAIR_SEED, range(PAIRS))
-    labels = None if teacher.num_classes is None else [i % teacher.num_classes for i in range(PAIRS)]
-    condition = teacher.encode(labels)
+    condition = teacher.examples(range(PAIRS))
     return noise, condition, teacher.sample(noise, condition, PAIR_STEPS, guidance_scale=guidance_scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
@@ -34,6 +36,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tests.tiny import tiny_unet
+
 PROMPTS = ["a red cat", "two birds", "the sea at night"]
 NEGATIVE = "ugly"
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -52,6 +56,8 @@ class Family:
         pack, unpack: latents (B, C, H, W) to and from what the pipeline's call takes and returns.
         negative: whether the pipeline's call takes a negative prompt.
         image_size: of the teacher, where the network has no size of its own.
+        labels: class labels of two samples, for pipelines without prompts; their calls return images only.
+        start: the pipeline's start state for unit noise in units of the teacher's, t_max times the noise.
     """
 
     make: Callable[[], Any]
@@ -63,6 +69,12 @@ class Family:
     unpack: Callable[[Tensor], Tensor] = lambda latents: latents
     negative: bool = True
     image_size: int | None = None
+    labels: list[int] | None = None
+    start: Callable[[Any], float] = lambda teacher: 1.0
+
+    @property
+    def prompts(self) -> bool:
+        return "prompt" in inspect.signature(self.make().__call__).parameters
 
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -270,13 +282,48 @@ def trailing_euler(pipeline: Any) -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
 
 
+def trailing_ddim(pipeline: Any) -> DDIMScheduler:
+    return DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+
+
+def edm_euler() -> EDMEulerScheduler:
+    return EDMEulerScheduler(sigma_min=0.02, sigma_max=20.0, prediction_type="epsilon")
+
+
+def ddim_start(teacher: Any) -> float:
+    """DDIM starts at the noise itself, not at sigma_T times it."""
+    return 1 / teacher.path.alpha_sigma(torch.tensor(teacher.t_max))[1].item()
+
+
+def edm_start(teacher: Any) -> float:
+    """EDMEulerScheduler starts at sqrt(sigma_max^2 + 1) times the noise, not at sigma_max times it."""
+    sigma = teacher.t_max / (1 - teacher.t_max)
+    return (sigma**2 + 1) ** 0.5 / sigma
+
+
+def ddim() -> diffusers.DDIMPipeline:
+    return diffusers.DDIMPipeline(lively(tiny_unet(num_class_embeds=None)), DDIMScheduler(**VP))
+
+
+def dit(**scheduler: Any) -> diffusers.DiTPipeline:
+    transformer = lively(diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ))
+    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, **scheduler), id2label={0: "zero"})
+
+
 FAMILIES: dict[str, Family] = {
+    "ddim": Family(ddim, trailing_ddim, scale_argument=lambda scale: {}, negative=False, start=ddim_start),
+    "dit": Family(dit, trailing_ddim, negative=False, labels=[3, 7], start=ddim_start),
     "sd": Family(stable_diffusion, trailing_euler),
     "sd-v": Family(lambda: stable_diffusion(DDIMScheduler(**VP, clip_sample=False, prediction_type="v_prediction",
                                                           steps_offset=1)), trailing_euler),
     "sd-turbo": Family(lambda: stable_diffusion(EulerDiscreteScheduler(**VP, timestep_spacing="trailing"))),
     "lcm": Family(lambda: stable_diffusion(time_cond_proj_dim=8), trailing_euler, guidance=7.5, negative=False),
+    "sd-ddim": Family(stable_diffusion, trailing_ddim, start=ddim_start),
     "sdxl": Family(sdxl, trailing_euler),
+    "sdxl-edm": Family(lambda: sdxl(edm_euler()), start=edm_start),
     "pixart-sigma": Family(pixart, trailing_euler, guidance=1.5, call={"use_resolution_binning": False}),
     "pixart-alpha": Family(lambda: pixart(alpha=True), trailing_euler, call={"use_resolution_binning": False}),
     "sd3": Family(sd3),
@@ -299,14 +346,20 @@ FAMILIES: dict[str, Family] = {
 
 
 def pipeline_latents(
-    pipeline: Any, family: Family, noise: Tensor, steps: int, scale: float, negative: str | None = None
+    pipeline: Any, family: Family, noise: Tensor, steps: int, scale: float, negative: str | None = None,
+    output: str = "latent",
 ) -> Tensor:
-    """Latents of the pipeline's own call from unit noise (B, C, H, W)."""
+    """What the pipeline's own call makes of unit noise (B, C, H, W), which is that of a generator with seed 1: latents,
+    or images where it takes no prompts."""
     pipeline.set_progress_bar_config(disable=True)
     if family.scheduler is not None:
         pipeline.scheduler = family.scheduler(pipeline)
+    if not family.prompts:
+        rows = {"batch_size": len(noise)} if family.labels is None else {"class_labels": family.labels}
+        return pipeline(**rows, generator=torch.Generator().manual_seed(1), num_inference_steps=steps,
+                        output_type="pt", **family.scale_argument(scale)).images
     prompts = PROMPTS[: len(noise)]
     given = family.scale_argument(scale) | ({} if negative is None else {"negative_prompt": [negative] * len(noise)})
-    out = pipeline(prompt=prompts, latents=family.pack(noise.clone()), num_inference_steps=steps, output_type="latent",
+    out = pipeline(prompt=prompts, latents=family.pack(noise.clone()), num_inference_steps=steps, output_type=output,
                    **given, **family.call)
-    return family.unpack(out.images)
+    return family.unpack(out.images) if output == "latent" else out.images

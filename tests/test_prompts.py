@@ -153,6 +153,23 @@ def test_bad_requests(folder, tmp_path):
 # --- students
 
 
+def test_evaluation_goes_through_the_prompts(folder, tmp_path):
+    from flowdistill.evaluation import prompt_conditions, student_sampler, teacher_sampler
+    from flowdistill.evaluation.generation import generate
+
+    teacher = load_teacher(folder, prompts=PROMPTS)
+    student = FlowMap.from_teacher(teacher, StudentInfo())
+    made = [
+        torch.cat([batch.images for batch in generate(
+            sampler, model.shape, 5, seed=3, batch_size=2, condition=prompt_conditions(model), progress=False)])
+        for model, sampler in ((student, student_sampler(student)), (teacher, teacher_sampler(teacher, 1)))
+    ]
+    assert torch.allclose(made[0], student.generate(num_images=5, seed=3), atol=1e-5)
+    assert torch.allclose(*made, atol=1e-5)
+    with pytest.raises(UserError, match="needs prompts"):
+        FlowMap.from_teacher(load_teacher(folder), StudentInfo()).generate(num_images=1)
+
+
 def test_student_carries_its_text_encoders(folder, tmp_path):
     teacher = load_teacher(folder, prompts=PROMPTS, negative_prompt="ugly")
     student = FlowMap.from_teacher(teacher, StudentInfo("freeflow"))
@@ -189,5 +206,9 @@ evaluation: {{at_end: false}}
         assert result.code == 0 and out.is_file(), result.err
     result = cli("distill", config, "teacher.prompts=null", f"output_dir={tmp_path / 'other'}")
     assert result.code == 2 and "set teacher.prompts to a file" in result.err
+    for command in (["sample", folder, "--num-images", 2, "--out", tmp_path / "x.png"],
+                    ["evaluate", folder, "--num-images", 4, "--teacher-steps", 1, "--reference", "digits"]):
+        result = cli(*command)
+        assert result.code == 2 and "--prompts FILE" in result.err
     result = cli("inspect", folder)
     assert "prompts, by CLIPTextModel; classifier-free guidance" in result.out

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from flowdistill.evaluation.generation import Sampler, check_num_images
 from flowdistill.evaluation.processes import Processes
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
+
+if TYPE_CHECKING:
+    from flowdistill.teacher.prompts import PromptList
 
 DEFAULTS: dict[str, Any] = {
     "num_images": 10_000,
@@ -58,6 +61,7 @@ def evaluate(
     device: torch.device | str | None = None,
     weights: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
+    prompts: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure a teacher at several step counts and its student at one call, on the same noise and labels.
@@ -77,6 +81,7 @@ def evaluate(
         device: of the models and features; default: the GPU when there is one, for live objects where they are.
         weights: local Inception weights; see ``load_features``.
         cache_dir: of reference statistics; see ``load_reference``.
+        prompts: of text-to-image models, a file that is gone through in turn; default: the prompts of the training.
 
     Returns:
         A report; ``str(report)`` is the table.
@@ -89,6 +94,12 @@ def evaluate(
     subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
     if teacher is not None:
         subject.teacher = teacher
+    if prompts is not None:
+        from flowdistill.teacher.prompts import read_prompts
+
+        for part in (subject.teacher, subject.student):
+            if part is not None:
+                _use_prompts(part, read_prompts(prompts))
     given = {
         "num_images": num_images,
         "reference": reference,
@@ -104,6 +115,8 @@ def evaluate(
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = getattr(getattr(subject.student, "info", None), "guidance_scale", 1.0)
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": ()})
+    model = subject.student if subject.student is not None else subject.teacher
+    condition = prompt_conditions(model)
     evaluator = Evaluator(
         settings["features"],
         settings["reference"],
@@ -115,13 +128,12 @@ def evaluate(
         cache_dir=cache_dir,
         progress=progress,
     )
-    model = subject.student if subject.student is not None else subject.teacher
     report = evaluate_models(
         models,
         tuple(model.shape),
         model.num_classes,
         evaluator,
-        condition=prompt_conditions(model),
+        condition=condition,
         model=subject.name,
         solver=settings["solver"] if subject.teacher is not None else None,
         guidance_scale=settings["guidance_scale"],
@@ -161,8 +173,21 @@ def _condition(model: Any, given: Tensor | Condition | None) -> Condition | None
 
 
 def prompt_conditions(model: Any) -> Callable[[range], Condition | None] | None:
-    """What ``generate`` takes as ``condition``: the model's prompts in turn; None for a model without prompts."""
-    return model.examples if getattr(model, "prompts", None) is not None else None
+    """What ``generate`` takes as ``condition``: the model's prompts in turn; None for a model without prompts.
+
+    Raises:
+        UserError: a text-to-image model without a list of prompts.
+    """
+    texts = getattr(model, "prompts", None)
+    if texts is not None and texts.prompts is None:
+        raise UserError("this model takes prompts, and no list of them is known; give prompts (--prompts FILE)")
+    return None if texts is None else model.examples
+
+
+def _use_prompts(model: Any, prompts: PromptList) -> None:
+    if getattr(model, "prompts", None) is None:
+        raise UserError("prompts were given, but this model takes none")
+    model.prompts.use(prompts)
 
 
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
@@ -224,7 +249,9 @@ def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
 
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
-    return load_teacher(**{key: value for key, value in section.items() if value is not None}, device=device)
+    keys = ("null_label", "t_max", "dtype", "prompts", "negative_prompt", "image_size")
+    options = {key: section[key] for key in keys if section.get(key) is not None}
+    return load_teacher(section["source"], device=device, **options)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

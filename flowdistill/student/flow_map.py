@@ -204,9 +204,10 @@ class FlowMap(nn.Module):
         count = num_images if num_images is not None else len(given) if given is not None else self.num_classes or 1
         if count < 1 or batch_size < 1:
             raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
-        # Encoded once for all batches.
+        # Encoded once for all batches; without prompts to show there is nothing to go through.
+        listless = self.prompts is not None and self.prompts.prompts is None
         listed = None
-        if given is not None:
+        if given is not None or listless:
             listed = self.encode(labels, prompts)
         elif self.num_classes is not None:
             listed = self.examples(range(self.num_classes))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+AT_ONCE = 4 * 1024**2  # pixels of one pass through an autoencoder
+WHOLE = 2048**2  # pixels of an image that still fits in one
+
 
 class PixelCodec(nn.Module):
     """The identity codec: latents are pixels in [-1, 1], images are in [0, 1]."""
@@ -45,7 +48,18 @@ class VaeCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1]."""
+        """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1].
+
+        At most ``AT_ONCE`` pixels are decoded in one pass, images above ``WHOLE`` pixels in overlapping tiles where the
+        autoencoder can (diffusers blends their edges, so they differ a little from an image made whole).
+        """
+        pixels = latents.shape[2] * latents.shape[3] * self.factor**2
+        if pixels > WHOLE and hasattr(self.vae, "enable_tiling"):
+            self.vae.enable_tiling()
+        rows = max(1, AT_ONCE // pixels)
+        return torch.cat([self._decode(latents[start : start + rows]) for start in range(0, len(latents), rows)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
         native = (latents * (self.std / self.scale) + self.shift + self.mean).to(dtype)
         images = self.vae.decode(native[:, :, None] if self.frames else native, return_dict=False)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -87,7 +88,9 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     from flowdistill import load_teacher
 
     settings = config.teacher
-    teacher = load_teacher(**dataclasses.asdict(settings), device=accelerator.device)
+    # One process encodes the prompts; the others then find them on disk.
+    with accelerator.main_process_first() if settings.prompts else contextlib.nullcontext():
+        teacher = load_teacher(**dataclasses.asdict(settings), device=accelerator.device)
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     problem = teacher.disagreement()
