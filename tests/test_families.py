@@ -88,12 +88,19 @@ def wrong_sign(teacher, condition, settings):
 @pytest.mark.parametrize("mistake", [no_guidance, other_conditions, wrong_schedule, wrong_sign])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_mistakes_are_seen(name, mistake):
-    if FAMILIES[name].labels is None and not FAMILIES[name].prompts and mistake in (no_guidance, other_conditions):
+    family = FAMILIES[name]
+    conditional = family.prompts or family.labels is not None
+    if not conditional and mistake in (no_guidance, other_conditions):
         pytest.skip("unconditional")
-    assert difference(name, FAMILIES[name].guidance, change=mistake) > 1e-3
+    assert difference(name, family.guidance if conditional else 1.0, change=mistake) > 1e-3
 
 
 # --- students
+
+
+def near(one, other):
+    """Equal up to the last digits: the same product of matrices may round differently at another place in memory."""
+    return (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
 
 
 def student_of(name, guidance_range=None, trained=False, **settings):
@@ -112,7 +119,7 @@ def test_a_student_starts_as_the_teachers_euler_step(name):
     _, teacher, student = student_of(name, (1.0, 2.0))
     n, condition = noise(teacher), teacher.encode(prompts=PROMPTS[:2])
     with torch.no_grad():
-        assert torch.equal(student(n, condition), teacher.sample(n, condition, times=[teacher.t_max, 0.0]))
+        assert near(student(n, condition), teacher.sample(n, condition, times=[teacher.t_max, 0.0]))
 
 
 METHODS = {
@@ -151,10 +158,12 @@ def test_disk_round_trip(tmp_path, name):
     student.save(tmp_path / "s")
     again = load_student(tmp_path / "s")
     n, condition = noise(student), teacher.encode(prompts=PROMPTS[:2])
+    saved = again.network.state_dict()
+    assert all(torch.equal(value, saved.pop(key)) for key, value in student.network.state_dict().items()) and not saved
     with torch.no_grad():
-        assert torch.equal(again(n, condition, 1.25), student(n, condition, 1.25))
+        assert near(again(n, condition, 1.25), student(n, condition, 1.25))
     images = again.generate(num_images=2)
-    assert torch.equal(images, student.generate(num_images=2)) and 0.01 < images.std() < 0.5
+    assert (images - student.generate(num_images=2)).abs().max() < 1e-5 and 0.01 < images.std() < 0.5
     reencoded = again.encode(prompts=PROMPTS[:2])
     for key, value in condition.tensors.items():
         assert torch.equal(value, reencoded.tensors[key]), key

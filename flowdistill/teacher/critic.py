@@ -27,9 +27,10 @@ def make_critic(teacher: Teacher, kind: str, lora_rank: int, scalars: tuple[str,
 def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
     """Freeze ``backbone`` and put float32 LoRA adapters of ``rank`` on all its linear and convolution layers, in place.
 
-    The adapters start at zero, so the backbone's output does not change.
+    Convolutions in groups get none. The adapters start at zero, so the backbone's output does not change.
     """
-    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    names = [name for name, module in backbone.named_modules()
+             if isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1]
     backbone.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), backbone)
     for parameter in backbone.parameters():
