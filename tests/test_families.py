@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw
@@ -202,6 +208,32 @@ def exported(name, folder):
 def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name):
     _, latents, images = exported(name, tmp_path / "out")
     assert latents < 1e-5 and images < 1e-4
+
+
+def test_a_latent_consistency_pipeline_exports_as_stable_diffusion(tmp_path):
+    """Its own pipeline noises what the first step has made."""
+    parts = FAMILIES["lcm"].make().components | {"scheduler": LCMScheduler(**VP)}
+    pipeline = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    teacher = load_teacher(pipeline)
+    assert teacher.takes_guidance and teacher.path.kind == "vp"
+    export(FlowMap.from_teacher(teacher, StudentInfo()), tmp_path / "out")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__ == "StableDiffusionPipeline"
+
+
+def test_variants_that_are_not_supported_are_named():
+    other = StableDiffusionImg2ImgPipeline(**FAMILIES["sd"].make().components, requires_safety_checker=False)
+    with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline is not supported.*StableDiffusionPipeline"):
+        load_teacher(other)
+    pipeline = FAMILIES["qwen-image"].make()
+    pipeline.transformer.register_to_config(zero_cond_t=True)
+    with pytest.raises(UserError, match="has zero_cond_t"):
+        load_teacher(pipeline)
+    pipeline = FAMILIES["sd"].make()
+    pipeline.unet.register_to_config(num_class_embeds=3)
+    with pytest.raises(UserError, match="has num_class_embeds 3"):
+        load_teacher(pipeline)
+    with pytest.raises(UserError, match="takes no class labels"):
+        load_teacher(FAMILIES["sd3"].make(), null_label=1)
 
 
 def test_a_flow_student_from_a_later_start_has_no_stock_pipeline(tmp_path):

@@ -67,7 +67,9 @@ class TextEncoders:
         except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the text encoders in {self.folder} could not be loaded: {reason}") from error
-        yield pipeline.to(device)
+        for name in self.components:
+            _move(getattr(pipeline, name), device)
+        yield pipeline
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -106,6 +108,11 @@ class TextEncoders:
         """The pipeline's index without the components that have nothing to do with text."""
         return {name: [None, None] if isinstance(value, (list, tuple)) and not is_text(name) else value
                 for name, value in self._index.items()}
+
+
+def _move(component: Any, device: torch.device) -> None:
+    if isinstance(component, nn.Module):
+        component.to(device)
 
 
 def _is_there(value: Any) -> bool:
