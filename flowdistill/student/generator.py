@@ -32,13 +32,13 @@ def start_time(teacher: Teacher, start: float | None, unit: str = "linear") -> f
     else:
         t = start if unit == "linear" else teacher.path.native_to_linear(torch.tensor(start)).item()
     if not (t > 0 and teacher.t_min <= t <= teacher.t_max):
-        raise UserError(f"method.start is {start} ({unit}), which is t = {t:.4f}; this teacher allows {teacher.t_min:.4f} "
-                        f"to {teacher.t_max:.4f}")
+        raise UserError(f"method.start is {start} ({unit}), which is t = {t:.4f}; this teacher allows "
+                        f"{teacher.t_min:.4f} to {teacher.t_max:.4f}")
     return t
 
 
 class Generator(Student):
-    """G(n) = x - t v(x, t) at x = t n and the one time t = ``t_start``; before training, E[x_0 | x_t = x] of the teacher.
+    """G(n) = x - t v(x, t) at x = t n, t = ``t_start``, one time for all: at first the teacher's E[x_0 | x_t = x].
 
     EDM's form D(sigma z; sigma) and a DDPM network at one timestep are this with another time. The input has the noise
     of its time and no signal: t n, natively sigma_t n.

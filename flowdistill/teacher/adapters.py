@@ -34,6 +34,12 @@ class Adapter(Protocol):
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
 
+    def middle(self, network: nn.Module) -> nn.Module:
+        """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input."""
+
+    def middle_channels(self, network: nn.Module) -> int:
+        """C of that output."""
+
     def output_channels(self, network: nn.Module) -> int:
         """Channels the network returns; twice those of a sample when it also predicts a variance."""
 
@@ -87,6 +93,15 @@ class UNet2DAdapter:
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out
 
+    def middle(self, network: nn.Module) -> nn.Module:
+        if network.mid_block is None:
+            raise UserError("the UNet2DModel has no middle block, whose features the adversarial term reads; set "
+                            "method.adversarial_weight to 0")
+        return network.mid_block
+
+    def middle_channels(self, network: nn.Module) -> int:
+        return network.config.block_out_channels[-1]
+
     def output_channels(self, network: nn.Module) -> int:
         return network.config.out_channels
 
@@ -124,6 +139,12 @@ class DiTAdapter:
 
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out_2
+
+    def middle(self, network: nn.Module) -> nn.Module:
+        return network.transformer_blocks[len(network.transformer_blocks) // 2]
+
+    def middle_channels(self, network: nn.Module) -> int:
+        return network.config.num_attention_heads * network.config.attention_head_dim
 
     def output_channels(self, network: nn.Module) -> int:
         return network.config.out_channels or network.config.in_channels
