@@ -3,6 +3,7 @@
 METHODS: dict[str, str] = {
     "boot": "flowdistill.methods.boot:Boot",
     "data_flow_map": "flowdistill.methods.data_flow_map:DataFlowMap",
+    "disback": "flowdistill.methods.disback:DisBack",
     "diff_instruct": "flowdistill.methods.score_distillation:DiffInstruct",
     "dmd2": "flowdistill.methods.score_distillation:Dmd2",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
