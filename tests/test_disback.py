@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flowdistill.config import EvaluationConfig, OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
 from flowdistill.errors import UserError
+from flowdistill.leave import leave
 from flowdistill.methods.disback import DisBack, DisBackConfig, Walk
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig
 from flowdistill.objectives import distribution_matching as dm
@@ -19,8 +22,9 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.nodes import Nodes
 from flowdistill.training.run import make_accelerator
 from tests.test_distribution_matching import SHIFT, SIGMA, TEACHER_MEAN, TEACHER_STD, T, quadrature
+from tests.test_training_processes import BIN, figures, run
 from tests.tiny import tiny_unet_pipeline
-from tests.toy_method import weights
+from tests.toy_method import shard, weights
 
 HOST = {
     "optimizer": OptimizerConfig(lr=1e-3, betas=[0.0, 0.99]),
@@ -37,12 +41,14 @@ def config_of(host=None, **settings):
     return DisBackConfig(**{**SHORT, **settings}, host=HostConfig(**HOST, **(host or {})))
 
 
-def trainer_of(folder, config, teacher=None, kind=DisBack, **train):
+def trainer_of(folder, config, teacher=None, kind=DisBack, fsdp2=False, **train):
     settings = {"steps": 12, "batch_size": 4, "log_every": 1, "checkpoint_every": 0, "trackers": [], "device": "cpu",
                 "precision": "fp32", "ema_decay": 0.5} | train  # fmt: skip
     run = RunConfig(output_dir=str(folder), teacher=TeacherConfig("tiny"), method=config, train=TrainConfig(**settings),
                     evaluation=EvaluationConfig())
     accelerator = make_accelerator(run.train, folder)
+    if fsdp2:
+        shard(accelerator)
     torch.manual_seed(0)
     return Trainer(kind(config, teacher or teacher_of()), run, folder, accelerator)
 
@@ -338,3 +344,42 @@ def test_checkpoint_state_is_json(tmp_path):
     trainer.train()
     state = json.loads((tmp_path / "checkpoints" / "step-000009" / "state.json").read_text())["method"]
     assert state["index"] == 2 and state["since"] == 5 and state["count"] == 1 and math.isfinite(state["total"])
+
+
+# --- several processes
+
+
+def main(folder, *flags):
+    """What one process of several runs: SiD, whose gradient goes through critic and target, with both stages."""
+    steady = {"lr": 1e-3, "eps": 1e-2}  # so that gradients that are zero but for rounding move nothing
+    host = HostConfig(weighting="sid", optimizer=OptimizerConfig(**steady), critic_optimizer=OptimizerConfig(**steady))
+    config = DisBackConfig(**SHORT | {"interval": [3]}, switch="gradient", gradient_window=1, host=host)
+    trainer = trainer_of(folder, config, fsdp2="fsdp2" in flags)
+    trainer.train()
+    average = trainer.student().network
+    if trainer.main:
+        save_file(average.state_dict(), Path(folder) / "average.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    main(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [(), ("fsdp2",)], ids=["copies", "shards"])
+def test_two_processes_train_as_one(alone, tmp_path, flags):
+    launch = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "tests.test_disback")
+    run(*launch, tmp_path, *flags)
+    one, other = ([load_file(folder / "average.safetensors"), *nodes(folder).values()] for folder in (alone, tmp_path))
+    for first, second in zip(one, other, strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    one, other = (sum(figures(folder), []) for folder in (alone, tmp_path))  # losses, gradients, targets, line by line
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    leave(0)

@@ -3,8 +3,8 @@
 METHODS: dict[str, str] = {
     "boot": "flowdistill.methods.boot:Boot",
     "data_flow_map": "flowdistill.methods.data_flow_map:DataFlowMap",
-    "disback": "flowdistill.methods.disback:DisBack",
     "diff_instruct": "flowdistill.methods.score_distillation:DiffInstruct",
+    "disback": "flowdistill.methods.disback:DisBack",
     "dmd2": "flowdistill.methods.score_distillation:Dmd2",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
     "sid": "flowdistill.methods.score_distillation:Sid",
