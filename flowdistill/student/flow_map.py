@@ -69,6 +69,11 @@ class Student(nn.Module):
         self.info = info
         self.scheduler = scheduler
 
+    @classmethod
+    def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Any:
+        """A student of ``teacher`` around ``network``."""
+        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler)
+
     def with_network(self, network: nn.Module) -> Any:
         """The same student around another network (an EMA copy)."""
         return type(self)(network, self.shape, self.t_start, self.codec, self.classes, self.info, self.scheduler)
@@ -187,7 +192,7 @@ class FlowMap(Student):
         if network is None:
             scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
             network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
-        return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler)
+        return cls.around(network, teacher, teacher.t_max, info)
 
     @property
     def t_max(self) -> float:

@@ -52,8 +52,7 @@ class Generator(Student):
     ) -> Generator:
         """A generator that starts as its teacher's denoiser (``network`` None), or around a network of one's own."""
         network = network or ExtendedVelocity(teacher.network.trainable_copy())
-        t_start = teacher.t_max if t_start is None else t_start
-        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler)
+        return cls.around(network, teacher, teacher.t_max if t_start is None else t_start, info)
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
         self._guidance(guidance_scale)
