@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from flowdistill.conditions import Condition
@@ -75,7 +75,7 @@ def _key(teacher: Teacher, *settings: float) -> str:
 
 def _read(file: Path) -> dict[str, Tensor] | None:
     try:
-        return load_file(file)
+        return load(file.read_bytes())  # not mapped: the file may be replaced while its pairs are in use
     except (OSError, SafetensorError):
         return None
 
