@@ -250,6 +250,6 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
     for override, part in (("method.guidance_scale=2", "without guidance"), ("method.metric=a:b", "use l2"),
-                           ("method.name=data_flow_map", "of freeflow and boot")):
+                           ("method.name=data_flow_map", "passes of freeflow, boot, dmd2")):
         assert benchmark_step.main([boot, override]) == 2
         assert part in capsys.readouterr().err

@@ -62,13 +62,13 @@ class DisBackConfig:
     @property
     def intervals(self) -> list[int]:
         """Steps on the targets N - 1, ..., 1, in this order."""
-        targets = max(self.nodes - 1, 0) if self.backtrack else 0
+        targets = max(self.nodes - 1, 0) if self.backtrack else 0  # without backtracking, the teacher only
         return self.interval * targets if len(self.interval) == 1 else self.interval[:targets]
 
     def validate(self) -> None:
         """UserError for a list of intervals that does not have one for each target."""
-        wanted = self.nodes - 1
-        if len(self.interval) != 1 and len(self.interval) != wanted:
+        wanted = max(self.nodes - 1, 0)
+        if len(self.interval) not in (1, wanted):
             raise UserError(f"method.interval has {len(self.interval)} values; {self.nodes} nodes have {wanted} "
                             "targets before the teacher, so it must have as many values, or one for all")
 
