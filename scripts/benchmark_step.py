@@ -124,6 +124,7 @@ def freeflow_passes(method: Any, batch: int) -> list[Pass]:
 
 PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
     "freeflow": freeflow_passes, "boot": boot_passes, "dmd2": host_passes, "diff_instruct": host_passes,
+    "sid": host_passes,
 }
 
 
