@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""What flowdistill adds to the bare networks: one training step of FreeFlow or BOOT, and one-step sampling.
+"""What flowdistill adds to the bare networks: one training step of FreeFlow, BOOT or score distillation, and sampling.
 
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py configs/digits/boot.yaml
     python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
+    python scripts/benchmark_step.py configs/digits/dmd2.yaml
 
 A training step of the real loop (draws, all losses, backward passes, clipping, optimisers, moving average) against the
 sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
@@ -37,52 +38,73 @@ def make_trainer(config: Any, folder: str) -> Any:
     import torch
 
     from flowdistill import load_teacher
-    from flowdistill.methods.boot import Boot
-    from flowdistill.methods.freeflow import FreeFlow
     from flowdistill.training.loop import Trainer
-    from flowdistill.training.run import make_accelerator
+    from flowdistill.training.run import make_accelerator, method_class
 
     config.train.trackers = []
     accelerator = make_accelerator(config.train, folder)
     teacher = load_teacher(**dataclasses.asdict(config.teacher), device=accelerator.device)
     torch.manual_seed(config.seed)
-    method = {"boot": Boot, "freeflow": FreeFlow}[config.method.name]
-    return Trainer(method(config.method, teacher), config, folder, accelerator)
+    return Trainer(method_class(config.method.name)(config.method, teacher), config, folder, accelerator)
 
 
 def check(config: Any) -> None:
     """Refuse configurations whose step is not the sum counted here."""
     method, train = config.method, config.train
+    if method.name not in PASSES:
+        raise UserError(f"the benchmark counts the passes of {', '.join(PASSES)}, and method.name is '{method.name}'")
+    if method.name != "boot" and method.critic != "full":
+        raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
     if method.name == "freeflow":
-        if method.critic != "full":
-            raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
         if method.derivative == "jvp":
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
         if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
                             "to 1")
-    elif method.name == "boot":
-        if method.metric != "l2":
-            raise UserError(f"method.metric is '{method.metric}', whose passes the benchmark does not count; use l2")
+    else:
         if method.guidance_scale != 1:
             raise UserError("the benchmark counts passes without guidance; set method.guidance_scale to 1")
-    else:
-        raise UserError(f"the benchmark counts the passes of freeflow and boot, and method.name is '{method.name}'")
+        if method.name == "boot":
+            if method.metric != "l2":
+                raise UserError(f"method.metric is '{method.metric}', whose passes the benchmark does not count; use "
+                                "l2")
+        elif method.weighting == "sid" or method.adversarial_weight or method.regression_weight:
+            raise UserError("the benchmark counts score distillation without further terms and with a weighting other "
+                            "than sid, which goes backward through the critic and the teacher")
     if train.gradient_accumulation != 1 or train.precision not in (None, "fp32"):
         raise UserError("the benchmark needs train.gradient_accumulation=1 and train.precision=fp32")
 
 
-def needed_passes(method: Any, batch: int) -> list[tuple[str, str, int, bool, int]]:
-    """(what for, network, rows, with gradients, how many) of one step."""
-    if method.name == "boot":
-        bounded = method.boundary_weight > 0
-        passes = [
-            ("student, a step earlier", "student", batch, False, 1),
-            ("teacher, target", "teacher", batch, False, 2 if method.solver == "heun" else 1),
-            ("student, trained", "student", 2 * batch if bounded else batch, True, 1),
-            ("teacher, boundary", "teacher", batch, False, int(bounded)),
-        ]
-        return [one for one in passes if one[4]]
+Pass = tuple[str, str, int, bool, int]
+"""What for, network, rows, with gradients, how many in one step."""
+
+
+def host_passes(method: Any, batch: int) -> list[Pass]:
+    """Of score distillation with a weight that needs no gradient through the teacher."""
+    updates = method.critic_updates
+    return [
+        ("student, for the critic", "student", batch, False, updates),
+        ("critic, trained", "critic", batch, True, updates),
+        ("teacher, matching", "teacher", batch, False, 1),
+        ("critic, matching", "critic", batch, False, 1),
+        ("student, trained", "student", batch, True, 1),
+    ]
+
+
+def boot_passes(method: Any, batch: int) -> list[Pass]:
+    """Of BOOT."""
+    bounded = method.boundary_weight > 0
+    passes = [
+        ("student, a step earlier", "student", batch, False, 1),
+        ("teacher, target", "teacher", batch, False, 2 if method.solver == "heun" else 1),
+        ("student, trained", "student", 2 * batch if bounded else batch, True, 1),
+        ("teacher, boundary", "teacher", batch, False, int(bounded)),
+    ]
+    return [one for one in passes if one[4]]
+
+
+def freeflow_passes(method: Any, batch: int) -> list[Pass]:
+    """Of FreeFlow."""
     predicted = round(method.prediction_fraction * batch)
     corrected = batch - predicted
     rows = max(1, round(method.critic_fraction * batch))
@@ -98,6 +120,17 @@ def needed_passes(method: Any, batch: int) -> list[tuple[str, str, int, bool, in
         ("critic, trained", "critic", rows, True, updates),
     ]
     return [one for one in passes if one[2] and one[4]]
+
+
+PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
+    "freeflow": freeflow_passes, "boot": boot_passes, "dmd2": host_passes, "diff_instruct": host_passes,
+    "sid": host_passes,
+}
+
+
+def needed_passes(method: Any, batch: int) -> list[Pass]:
+    """Of one step of a method that ``check`` lets through."""
+    return PASSES[method.name](method, batch)
 
 
 def bare_pass(trainer: Any, module: Any, rows: int, gradients: bool) -> Thunk:

@@ -207,7 +207,8 @@ def test_passes_of_a_step_are_those_of_the_method():
     (BASE, []),
     ("configs/digits/boot.yaml", []),
     ("configs/digits/boot.yaml", ["method.solver=heun", "method.boundary_weight=0"]),
-], ids=["freeflow", "boot", "boot heun without boundary"])
+    ("configs/digits/dmd2.yaml", ["method.critic_updates=2"]),
+], ids=["freeflow", "boot", "boot heun without boundary", "dmd2"])
 def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
     import benchmark_step
@@ -241,12 +242,14 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert result["step_ratio"] == pytest.approx(result["step"] / result["bare"])
     assert result["step_ratio"] > result["step_ratio_with_updates"] > 0
     assert "target 1.10" in capsys.readouterr().out
+    assert benchmark_step.main(["configs/digits/sid.yaml"]) == 2
+    assert "weighting other than sid" in capsys.readouterr().err
     assert benchmark_step.main([BASE, "method.derivative=jvp"]) == 2
     assert "finite_difference" in capsys.readouterr().err
     boot = "configs/digits/boot.yaml"
     assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
     for override, part in (("method.guidance_scale=2", "without guidance"), ("method.metric=a:b", "use l2"),
-                           ("method.name=data_flow_map", "of freeflow and boot")):
+                           ("method.name=data_flow_map", "passes of freeflow, boot, dmd2")):
         assert benchmark_step.main([boot, override]) == 2
         assert part in capsys.readouterr().err

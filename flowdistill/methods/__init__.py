@@ -3,6 +3,10 @@
 METHODS: dict[str, str] = {
     "boot": "flowdistill.methods.boot:Boot",
     "data_flow_map": "flowdistill.methods.data_flow_map:DataFlowMap",
+    "diff_instruct": "flowdistill.methods.score_distillation:DiffInstruct",
+    "disback": "flowdistill.methods.disback:DisBack",
+    "dmd2": "flowdistill.methods.score_distillation:Dmd2",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
+    "sid": "flowdistill.methods.score_distillation:Sid",
 }
 """Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""

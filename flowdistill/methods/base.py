@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.draw import Draw
 
-__all__ = ["Draw", "Method", "Role", "SingleStudent"]
+__all__ = ["Draw", "Method", "Role", "SingleStudent", "Staged"]
 
 
 @dataclass
@@ -73,6 +74,32 @@ class Method(Protocol):
 
     def to(self, device: torch.device | str) -> Any:
         """Move the frozen parts and the networks to ``device``."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """What a method with stages or with state besides its networks has on top of :class:`Method`; all of it or none."""
+
+    def begin_step(self, step: int, folder: Path) -> Sequence[str]:
+        """Called before the updates of ``step`` (from 0), by all processes together.
+
+        The same step may begin twice: once before a crash and once after the resume, with the same networks.
+
+        Args:
+            folder: the run folder, for files of the method's own.
+
+        Returns:
+            The roles whose optimisers start anew, without moments and count.
+        """
+
+    def rate(self, role: str, step: int) -> float:
+        """Factor on the learning rate of ``role`` at ``step``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the checkpoint, the same on every process."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave; the next call is ``begin_step``."""
 
 
 class SingleStudent:

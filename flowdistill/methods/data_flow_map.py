@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.data import load_images
-from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, SingleStudent
+from flowdistill.methods.real_data import RealData
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
@@ -55,11 +54,7 @@ class DataFlowMap(SingleStudent):
         """``images``: latents-to-be (N, C, H, W) in [0, 1] and labels (N,) instead of a named set."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
-        pictures, self.labels = images or load_images(config.data)
-        self.latents = teacher.codec.encode(pictures)
-        if self.latents.shape[1:] != teacher.shape:
-            raise UserError(f"method.data '{config.data}' has samples of shape {tuple(self.latents.shape[1:])}, but "
-                            f"the teacher models {tuple(teacher.shape)}")
+        self.data = RealData(teacher, config.data, images)
         info = StudentInfo(method=self.name, base_model=teacher.source)
         self._student = FlowMap.from_teacher(teacher, info, student_network)
 
@@ -88,8 +83,7 @@ class DataFlowMap(SingleStudent):
 
     def _data(self, draw: Draw) -> tuple[Tensor, Condition | None]:
         """Latents (B, *shape) of random images, translated; the border is filled with the image's own edge."""
-        index = draw.integers(len(self.latents))
-        clean = self.latents[index.cpu()].to(index.device)
+        clean, condition = self.data.draw(draw)
         if self.config.shift_pixels:
             k = self.config.shift_pixels
             rows, columns = draw.integers(2 * k + 1), draw.integers(2 * k + 1)
@@ -99,5 +93,4 @@ class DataFlowMap(SingleStudent):
             x = columns[:, None] + torch.arange(width, device=clean.device)
             batch = torch.arange(len(clean), device=clean.device)
             clean = padded[batch[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
-        classes = self.teacher.classes
-        return clean, None if classes is None else classes.wrap(self.labels[index.cpu()].to(index.device))
+        return clean, condition

@@ -26,7 +26,7 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
-from flowdistill.teacher.critic import make_critic
+from flowdistill.teacher.critic import critic_loss, make_critic
 
 
 @dataclass
@@ -204,10 +204,7 @@ class FreeFlow(SingleStudent):
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
         noise = draw.normal(self.teacher.shape, rows=rows)
         velocity = networks["critic"](dm.noised(sample, noise, time), time, prior.condition, **self._scalars(prior))
-        # In the units of what the network predicts (an epsilon network's velocity is its output over 1 - t). The
-        # minimum is the same, but otherwise the rows near t_max outweigh all others, by 1,000 for a DDPM teacher.
-        weight = self.teacher.path.coefficients(time).output.pow(-2).to(velocity.dtype)
-        return (weight * dm.flow_matching_loss(velocity, sample, noise)).mean(), {}
+        return critic_loss(velocity, sample, noise, time, self.teacher.path).mean(), {}
 
     # --- passes
 

@@ -1,7 +1,19 @@
 """Students: one-step generators initialised from their teacher, saved, loaded and exported."""
 
 from flowdistill.student.export import export
-from flowdistill.student.flow_map import FlowMap, StudentInfo
+from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
+from flowdistill.student.generator import Generator, generated, start_time
 from flowdistill.student.storage import find_student, is_student_folder, load_student
 
-__all__ = ["FlowMap", "StudentInfo", "export", "find_student", "is_student_folder", "load_student"]
+__all__ = [
+    "FlowMap",
+    "Generator",
+    "Student",
+    "StudentInfo",
+    "export",
+    "find_student",
+    "generated",
+    "is_student_folder",
+    "load_student",
+    "start_time",
+]

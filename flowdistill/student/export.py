@@ -27,7 +27,7 @@ from diffusers import (
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import FlowMap
+from flowdistill.student.flow_map import Student
 from flowdistill.student.folding import fold_scales
 from flowdistill.student.prompt_export import prompt_pipeline
 from flowdistill.teacher.adapters import last_linear
@@ -35,7 +35,7 @@ from flowdistill.teacher.codec import VaeCodec
 from flowdistill.teacher.velocity import ExtendedVelocity
 
 
-def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
+def export(student: Student, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
     """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
@@ -43,7 +43,7 @@ def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: flo
     ``num_inference_steps=1``. The folder's README.md says how to call it.
 
     Args:
-        student: a flow map on a diffusers backbone.
+        student: on a diffusers backbone.
         folder: where to write; must not exist or be empty.
         guidance_scale: the scale to freeze into the weights; None for the student's default.
 
@@ -56,8 +56,8 @@ def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: flo
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
     backbone = _with_constant_time(student, guidance_scale)
-    c = student.network.velocity.path.coefficients(torch.tensor([student.t_max], dtype=torch.float64))
-    t, state, output = student.t_max, c.state.item(), c.output.item()
+    c = student.network.velocity.path.coefficients(torch.tensor([student.t_start], dtype=torch.float64))
+    t, state, output = student.t_start, c.state.item(), c.output.item()
     k_input, k_noise, k_output = t * c.input_scale.item(), t * (1 - t * state), -t * output
     if student.prompts is not None:
         pipeline, call = prompt_pipeline(student, backbone, k_input, k_noise, k_output)
@@ -75,14 +75,10 @@ def export(student: FlowMap, folder: str | os.PathLike[str], guidance_scale: flo
 
 
 @torch.no_grad()
-def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Module:
+def _with_constant_time(student: Student, guidance_scale: float | None) -> nn.Module:
     """The backbone with its whole time embedding, extra conditions included, frozen at the student's one time."""
     network = student.network
-    scalars: dict[str, float] = {"duration": student.t_max}
-    if "guidance" in network.embeddings:
-        scalars["guidance"] = student._guidance(guidance_scale)
-    elif guidance_scale is not None:
-        student._guidance(guidance_scale)
+    scalars = student.scalars(guidance_scale)
     captured: dict[int, torch.Tensor] = {}
     modules = network.velocity.adapter.constant_embeddings(network.velocity.backbone)
     handles = [
@@ -94,7 +90,7 @@ def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Mo
         noise = torch.zeros(1, *student.shape, device=device)
         condition = student.examples([0])
         columns = {name: torch.full((1,), float(value), device=device) for name, value in scalars.items()}
-        network(noise, torch.full((1,), student.t_max, dtype=torch.float64, device=device), condition, **columns)
+        network(noise, torch.full((1,), student.t_start, dtype=torch.float64, device=device), condition, **columns)
     finally:
         for handle in handles:
             handle.remove()
@@ -108,7 +104,7 @@ def _with_constant_time(student: FlowMap, guidance_scale: float | None) -> nn.Mo
 
 
 def _consistency_pipeline(
-    student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+    student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
 ) -> ConsistencyModelPipeline:
     # One step of this scheduler is c_skip * (sigma n) + c_out * network(sigma n / root). With sigma_data equal to
     # sigma - sigma_min, c_skip is 1/2, so sigma = 2 k_noise supplies any positive k_noise. For k_noise = 0 (sample
@@ -129,7 +125,7 @@ def _consistency_pipeline(
 
 
 def _dit_pipeline(
-    student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+    student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
 ) -> DiTPipeline:
     if not isinstance(student.codec, VaeCodec):
         raise UserError("a DiTPipeline needs an autoencoder, and this student has none")
@@ -153,7 +149,7 @@ def _dit_pipeline(
     return DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
 
 
-def _card(student: FlowMap, call: str) -> str:
+def _card(student: Student, call: str) -> str:
     info = student.info
     return (
         "# A one-step generator\n\n"

@@ -1,10 +1,10 @@
-"""The flow map: the teacher's ODE from the prior to any later time, in one network call."""
+"""What all students share, and the flow map: the teacher's ODE from the prior to any later time, in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +37,25 @@ class StudentInfo:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class FlowMap(nn.Module):
-    """A prior-anchored flow map: f(n, d) = t_max n - d V(n, d), with V the average velocity over duration d.
-
-    At d = 0 it is the identity on the start state and at d = t_max a one-step generator, for every V. Before training
-    V(n, d) = v_teacher(t_max n, t_max) for all d, so that f is the teacher's single Euler step (FreeFlow, section 2);
-    a network with ``target_time="reuse"`` starts so at d = 0 only.
+class Student(nn.Module):
+    """A network called once at ``t_start``, with its conditions, its codec and how it is used; :class:`FlowMap` and
+    ``Generator`` say what map the call makes.
 
     Args:
-        network: ``(start, t, condition, duration=, [guidance=]) -> V``; usually an :class:`ExtendedVelocity`.
-        shape, t_max, codec, classes, scheduler, prompts: as of its teacher.
+        network: ``(start, t, condition, **scalars) -> velocity``; usually an :class:`ExtendedVelocity`.
+        shape, codec, classes, scheduler, prompts: as of its teacher.
+        t_start: linear time of the one call; its input is ``t_start`` times unit noise.
         info: see :class:`StudentInfo`.
     """
+
+    kind: ClassVar[str]
+    """Its name on disk."""
 
     def __init__(
         self,
         network: nn.Module,
         shape: tuple[int, ...],
-        t_max: float,
+        t_start: float,
         codec: PixelCodec | VaeCodec,
         classes: ClassLabels | None,
         info: StudentInfo,
@@ -64,7 +65,7 @@ class FlowMap(nn.Module):
         super().__init__()
         self.network = network
         self.shape = tuple(shape)
-        self.t_max = t_max
+        self.t_start = t_start
         self.codec = codec
         self.classes = classes
         self.info = info
@@ -72,23 +73,19 @@ class FlowMap(nn.Module):
         self.prompts = prompts
 
     @classmethod
-    def from_teacher(
-        cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None, target_time: str = "separate"
-    ) -> FlowMap:
-        """A student that starts as its teacher (``network`` None), or around a network of one's own.
-
-        ``target_time``: how the teacher's copy learns the duration, see :class:`ExtendedVelocity`.
-        """
-        if network is None:
-            scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
-            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
-        return cls(network, teacher.shape, teacher.t_max, teacher.codec, teacher.classes, info, teacher.scheduler,
+    def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Any:
+        """A student of ``teacher`` around ``network``."""
+        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
                    teacher.prompts)
 
-    def with_network(self, network: nn.Module) -> FlowMap:
+    def with_network(self, network: nn.Module) -> Any:
         """The same student around another network (an EMA copy)."""
-        return FlowMap(network, self.shape, self.t_max, self.codec, self.classes, self.info, self.scheduler,
-                       self.prompts)
+        return type(self)(network, self.shape, self.t_start, self.codec, self.classes, self.info, self.scheduler,
+                          self.prompts)
+
+    def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
+        """The extra conditions of the network's one call to data."""
+        raise NotImplementedError
 
     @property
     def num_classes(self) -> int | None:
@@ -97,41 +94,6 @@ class FlowMap(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
-
-    def forward(
-        self,
-        noise: Tensor,
-        condition: Condition | None = None,
-        guidance_scale: Tensor | float | None = None,
-        duration: Tensor | float | None = None,
-    ) -> Tensor:
-        """The map itself, differentiable, one network call.
-
-        Args:
-            noise: unit normal (B, *shape).
-            condition: as the teacher's.
-            guidance_scale: float or (B,), within ``info.guidance_range``; None for ``info.guidance_scale``.
-            duration: float or (B,) in [0, t_max]; None for t_max, i.e. to data.
-
-        Returns:
-            Latents (B, *shape) at time t_max - duration.
-        """
-
-        def column(value: Tensor | float) -> Tensor:
-            # One value for the whole batch stays one row: it is embedded once and broadcast.
-            return torch.as_tensor(value, dtype=torch.float32, device=noise.device).reshape(-1)
-
-        length = column(self.t_max if duration is None else duration)
-        scalars = {"duration": length}
-        if self.info.guidance_range is not None:
-            scalars["guidance"] = column(self._guidance(guidance_scale))
-        elif guidance_scale is not None:
-            self._guidance(guidance_scale)
-        start = self.t_max * noise
-        # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
-        time = torch.full((noise.shape[0],), self.t_max, dtype=torch.float64, device=noise.device)
-        velocity = self.network(start, time, condition, **scalars)
-        return end_point(start, length, velocity)
 
     def _guidance(self, scale: Tensor | float | None) -> Tensor | float:
         if scale is None or isinstance(scale, Tensor):
@@ -222,6 +184,70 @@ class FlowMap(nn.Module):
 
     def save(self, folder: Any) -> None:
         """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""
-        from flowdistill.student.storage import save_flow_map
+        from flowdistill.student.storage import save_student
 
-        save_flow_map(self, folder)
+        save_student(self, folder)
+
+
+class FlowMap(Student):
+    """A prior-anchored flow map: f(n, d) = t_max n - d V(n, d), with V the average velocity over duration d.
+
+    At d = 0 it is the identity on the start state and at d = t_max a one-step generator, for every V. Before training
+    V(n, d) = v_teacher(t_max n, t_max) for all d, so that f is the teacher's single Euler step (FreeFlow, section 2);
+    a network with ``target_time="reuse"`` starts so at d = 0 only.
+    """
+
+    kind = "flow_map"
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None, target_time: str = "separate"
+    ) -> FlowMap:
+        """A student that starts as its teacher (``network`` None), or around a network of one's own.
+
+        ``target_time``: how the teacher's copy learns the duration, see :class:`ExtendedVelocity`.
+        """
+        if network is None:
+            scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
+            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
+        return cls.around(network, teacher, teacher.t_max, info)
+
+    @property
+    def t_max(self) -> float:
+        return self.t_start
+
+    def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
+        guidance = self._guidance(guidance_scale)
+        return {"duration": self.t_max} | ({} if self.info.guidance_range is None else {"guidance": guidance})
+
+    def forward(
+        self,
+        noise: Tensor,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float | None = None,
+        duration: Tensor | float | None = None,
+    ) -> Tensor:
+        """The map itself, differentiable, one network call.
+
+        Args:
+            noise: unit normal (B, *shape).
+            condition: as the teacher's.
+            guidance_scale: float or (B,), within ``info.guidance_range``; None for ``info.guidance_scale``.
+            duration: float or (B,) in [0, t_max]; None for t_max, i.e. to data.
+
+        Returns:
+            Latents (B, *shape) at time t_max - duration.
+        """
+
+        def column(value: Tensor | float) -> Tensor:
+            # One value for the whole batch stays one row: it is embedded once and broadcast.
+            return torch.as_tensor(value, dtype=torch.float32, device=noise.device).reshape(-1)
+
+        scalars = {name: column(value) for name, value in self.scalars(guidance_scale).items()}
+        if duration is not None:
+            scalars["duration"] = column(duration)
+        start = self.t_max * noise
+        # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
+        time = torch.full((noise.shape[0],), self.t_max, dtype=torch.float64, device=noise.device)
+        velocity = self.network(start, time, condition, **scalars)
+        return end_point(start, scalars["duration"], velocity)

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import FlowMap
+from flowdistill.student.flow_map import Student
 
 
 @torch.no_grad()
-def fold_scales(student: FlowMap, backbone: nn.Module, k_input: float, k_output: float) -> None:
+def fold_scales(student: Student, backbone: nn.Module, k_input: float, k_output: float) -> None:
     """Make ``backbone``, a copy of the student's, compute ``k_output * backbone(k_input * x)``, in place.
 
     Raises:

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import FlowMap
+from flowdistill.student.flow_map import Student
 from flowdistill.student.folding import fold_scales
 from flowdistill.teacher.codec import VaeCodec
 
@@ -35,7 +35,7 @@ TAKES_SCALED_NOISE = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffu
 
 
 def prompt_pipeline(
-    student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+    student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
 ) -> tuple[Any, str]:
     """The pipeline, and the call that makes an image, for latents = k_noise n + k_output backbone(k_input n).
 
@@ -68,7 +68,7 @@ def prompt_pipeline(
 
 
 def _scheduler(
-    name: str, student: FlowMap, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+    name: str, student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
 ) -> Any:
     """The scheduler whose one step is the map, once the remaining scales are folded into ``backbone``."""
     assert isinstance(student.codec, VaeCodec)
@@ -85,7 +85,7 @@ def _scheduler(
         return DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing", steps_offset=1)
     if abs(k_noise - 1) > 1e-9:
         raise UserError(f"a {name} starts at the noise itself, so only students of a flow-matching teacher from t = 1 "
-                        f"can be exported to it; this one starts at t_max = {student.t_max:.4f} and its map has the "
+                        f"can be exported to it; this one starts at t = {student.t_start:.4f} and its map has the "
                         f"noise times {k_noise:.4f}")
     fold_scales(student, backbone, k_input, -k_output)
     return FlowMatchEulerDiscreteScheduler()

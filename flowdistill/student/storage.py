@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from flowdistill.errors import UserError
 from flowdistill.path import path_from_scheduler
-from flowdistill.student.flow_map import FlowMap, StudentInfo
+from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
+from flowdistill.student.generator import Generator
 from flowdistill.teacher.adapters import ADAPTERS, Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
 from flowdistill.teacher.loading import SIDECAR, load_scheduler
@@ -24,6 +25,7 @@ from flowdistill.teacher.text_encoders import TextEncoders
 from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 
 FORMAT = 1
+KINDS: dict[str, type[Student]] = {student.kind: student for student in (FlowMap, Generator)}
 WEIGHTS = "model.safetensors"
 
 
@@ -45,7 +47,7 @@ def is_student_folder(path: str | os.PathLike[str]) -> bool:
     return find_student(path) is not None
 
 
-def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
+def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
     """Write ``student`` to ``folder``; an older student there is replaced only once the new one is complete."""
     network = student.network
     if not isinstance(network, ExtendedVelocity):
@@ -54,14 +56,15 @@ def save_flow_map(student: FlowMap, folder: str | os.PathLike[str]) -> None:
     path, info, target = network.velocity.path, student.info, Path(folder)
     description: dict[str, Any] = {
         "format": FORMAT,
-        "kind": "flow_map",
+        "kind": student.kind,
         "method": info.method,
         "base_model": info.base_model,
         "backbone": network.velocity.adapter.family,
         "path": path.kind,
         "prediction": path.prediction,
         "t_min": path.t_min,
-        "t_max": student.t_max,
+        "t_max": path.t_max,
+        "t_start": student.t_start,
         "shape": list(student.shape),
         "scalars": list(network.embeddings),
         "target_time": network.target_time,
@@ -114,7 +117,7 @@ def _load_vae(folder: Path) -> VaeCodec:
     return VaeCodec(getattr(diffusers, name).from_pretrained(folder))
 
 
-def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> FlowMap:
+def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Student:
     """The student in a run folder, a student folder or a hub repository.
 
     Raises:
@@ -130,7 +133,7 @@ def load_student(path: str | os.PathLike[str], device: str | torch.device | None
         hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
             "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
-    student = _load_flow_map(folder)
+    student = _load(folder)
     return student if device is None else student.to(device)
 
 
@@ -144,15 +147,15 @@ def _download(repository: str) -> Path | None:
         raise UserError(f"{repository} is no folder here and could not be fetched from the hub: {reason}") from error
 
 
-def _load_flow_map(folder: Path) -> FlowMap:
+def _load(folder: Path) -> Student:
     try:
         description = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         kind, version = description["kind"], description["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
-    if kind != "flow_map" or version > FORMAT:
-        raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads flow_map students "
-                        f"up to format {FORMAT}")
+    if kind not in KINDS or version > FORMAT:
+        raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
+                        f"students up to format {FORMAT}")
     if description["backbone"] not in ADAPTERS:
         raise UserError(f"{folder} has the backbone {description['backbone']}, which is not supported")
     backbone_class = getattr(diffusers, description["backbone"])
@@ -188,5 +191,6 @@ def _load_flow_map(folder: Path) -> FlowMap:
     classes = adapter.labels(backbone, description["null_label"])
     text = description.get("text")
     prompts = None if text is None else _load_prompts(folder, adapter, text)
-    student = FlowMap(network, tuple(description["shape"]), native.t_max, codec, classes, info, scheduler, prompts)
+    t_start = description.get("t_start", native.t_max)  # older flow maps do not say it
+    student = KINDS[kind](network, tuple(description["shape"]), t_start, codec, classes, info, scheduler, prompts)
     return student.requires_grad_(False).eval()

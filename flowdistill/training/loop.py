@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from flowdistill.config import RunConfig
 from flowdistill.errors import UserError
 from flowdistill.evaluation.processes import Processes
-from flowdistill.methods.base import Method
+from flowdistill.methods.base import Method, Staged
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
 from flowdistill.training.checkpoint import (
     checkpoints,
@@ -134,6 +134,9 @@ class Trainer:
         """All updates of one step. Nothing here reads a device's value on the host."""
         # Dropout and the like go on after a resume as if there had been none.
         torch.manual_seed(mixed_seed("step", self.config.seed, self.step, self.rank))
+        if isinstance(self.method, Staged):
+            for name in self.method.begin_step(self.step, self.folder):
+                self.roles[name].optimizer.state.clear()
         for update, name in enumerate(self.method.schedule(self.step)):
             self._update(name, update)
         self.step += 1
@@ -141,6 +144,8 @@ class Trainer:
     def _update(self, name: str, update: int) -> None:
         role, accumulation = self.roles[name], self.settings.gradient_accumulation
         rate = learning_rate(role.config, self.step, self.settings.steps)
+        if isinstance(self.method, Staged):
+            rate *= self.method.rate(name, self.step)
         for group in role.optimizer.param_groups:
             group["lr"] = rate
         for micro in range(accumulation):
@@ -197,6 +202,7 @@ class Trainer:
             "roles": roles,
             "meters": self.meters.state(self.world),
             "lap": self._lap,
+            "method": self.method.state_dict() if isinstance(self.method, Staged) else {},
         }
         keep = self.settings.keep_checkpoints
         Processes.current().on_main(lambda: write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep))
@@ -226,6 +232,8 @@ class Trainer:
             )
         for name, role in self.roles.items():
             self._restore(role, name, path, state["roles"][name])
+        if isinstance(self.method, Staged):
+            self.method.load_state_dict(state["method"])
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
         self.meters.load_state(state["meters"], self.device, self.main)

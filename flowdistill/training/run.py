@@ -97,7 +97,7 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
     torch.manual_seed(config.seed)  # new layers start alike on every process
-    method = _method_class(config.method.name)(config.method, teacher)
+    method = method_class(config.method.name)(config.method, teacher)
     processes.on_main(lambda: _write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step
@@ -248,7 +248,8 @@ def _report(folder: Path, teacher: Any, accelerator: Accelerator, reuse: bool) -
     return report
 
 
-def _method_class(name: str) -> Any:
+def method_class(name: str) -> Any:
+    """The class of a registered method."""
     from flowdistill.methods import METHODS
 
     module, _, attribute = METHODS[name].partition(":")

@@ -64,6 +64,15 @@ class Adapter:
         """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
         raise NotImplementedError
 
+    def middle(self, network: nn.Module) -> nn.Module:
+        """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input."""
+        raise UserError(f"it is not known which features of a {self.family} the adversarial term should read; set "
+                        "method.adversarial_weight to 0")
+
+    def middle_channels(self, network: nn.Module) -> int:
+        """C of that output."""
+        raise NotImplementedError
+
     def output_channels(self, network: nn.Module) -> int:
         """Channels the network returns; twice those of a sample when it also predicts a variance."""
         return network.config.out_channels or network.config.in_channels

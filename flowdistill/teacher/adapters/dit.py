@@ -31,3 +31,9 @@ class DiTAdapter(Adapter):
 
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out_2
+
+    def middle(self, network: nn.Module) -> nn.Module:
+        return network.transformer_blocks[len(network.transformer_blocks) // 2]
+
+    def middle_channels(self, network: nn.Module) -> int:
+        return network.config.num_attention_heads * network.config.attention_head_dim

@@ -1,0 +1,39 @@
+"""Real images as the teacher's latents, for the methods and terms that ask for data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowdistill.conditions import Condition
+from flowdistill.data import load_images
+from flowdistill.errors import UserError
+from flowdistill.teacher import Teacher
+from flowdistill.training.draw import Draw
+
+
+class RealData:
+    """A named image set in memory.
+
+    Args:
+        teacher: whose latents and conditions the images become.
+        name: a key of ``flowdistill.data.IMAGE_SETS``.
+        images: images (N, C, H, W) in [0, 1] and labels (N,) instead of the named set.
+
+    Raises:
+        UserError: an unknown set, or samples of another shape than the teacher's.
+    """
+
+    def __init__(self, teacher: Teacher, name: str, images: tuple[Tensor, Tensor] | None = None) -> None:
+        pictures, self.labels = images or load_images(name)
+        self.latents = teacher.codec.encode(pictures)
+        self.teacher = teacher
+        if self.latents.shape[1:] != teacher.shape:
+            raise UserError(f"method.data '{name}' has samples of shape {tuple(self.latents.shape[1:])}, but "
+                            f"the teacher models {tuple(teacher.shape)}")
+
+    def draw(self, draw: Draw) -> tuple[Tensor, Condition | None]:
+        """Latents (B, *shape) of random images and their conditions, where the draws go."""
+        index = draw.integers(len(self.latents))
+        rows, classes = index.cpu(), self.teacher.classes
+        condition = None if classes is None else classes.wrap(self.labels[rows].to(index.device))
+        return self.latents[rows].to(index.device), condition
