@@ -14,6 +14,7 @@ from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw
 from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, Sid, SidConfig
 from flowdistill.path import path_from_scheduler
 from flowdistill.student import FlowMap, StudentInfo, export, load_student
 from flowdistill.teacher import codec as codec_module
@@ -133,6 +134,8 @@ METHODS = {
     "FreeFlow, LoRA critic": lambda teacher, scale: FreeFlow(
         FreeFlowConfig(guidance_max=scale, critic="lora", critic_lora_rank=2), teacher),
     "BOOT": lambda teacher, scale: Boot(BootConfig(guidance_scale=scale), teacher),
+    "DMD2": lambda teacher, scale: Dmd2(Dmd2Config(guidance_scale=scale), teacher),
+    "SiD": lambda teacher, scale: Sid(SidConfig(guidance_scale=scale), teacher),
 }
 
 
@@ -234,6 +237,31 @@ def test_variants_that_are_not_supported_are_named():
         load_teacher(pipeline)
     with pytest.raises(UserError, match="takes no class labels"):
         load_teacher(FAMILIES["sd3"].make(), null_label=1)
+
+
+def test_terms_that_know_labels_only_refuse_prompts():
+    teacher = teacher_of("sd", prompts=PROMPTS)[1]
+    with pytest.raises(UserError, match="method.regression_weight needs a teacher with class labels"):
+        Dmd2(Dmd2Config(regression_weight=1.0), teacher)
+    with pytest.raises(UserError, match="method.data 'digits' has class labels"):
+        Dmd2(Dmd2Config(adversarial_weight=1.0), teacher)
+
+
+def test_a_generator_of_a_prompt_teacher_is_kept_and_exported(tmp_path):
+    _, teacher = teacher_of("sd-v", prompts=PROMPTS)
+    student = Dmd2(Dmd2Config(), teacher).student()
+    n, condition = noise(teacher), teacher.encode(prompts=PROMPTS[:2])
+    with torch.no_grad():
+        expected = student(n, condition)
+        assert near(expected, teacher.denoise(teacher.t_max * n, teacher.t_max, condition))
+        student.save(tmp_path / "s")
+        assert near(load_student(tmp_path / "s")(n, condition), expected)
+    export(student, tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    size = dict(zip(("height", "width"), student.prompts.image_size, strict=True))
+    latents = pipe(prompt=PROMPTS[:2], latents=n.clone(), num_inference_steps=1, guidance_scale=1, output_type="latent",
+                   **size).images
+    assert near(latents, expected)
 
 
 def test_a_flow_student_from_a_later_start_has_no_stock_pipeline(tmp_path):

@@ -17,6 +17,7 @@ from flowdistill.conditions import Condition
 from flowdistill.evaluation.features import module_sha256
 from flowdistill.evaluation.files import atomic_write, cache_folder
 from flowdistill.evaluation.processes import Processes
+from flowdistill.errors import UserError
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
 
@@ -47,7 +48,13 @@ def teacher_pairs(
         steps: Euler steps of the teacher.
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
             weights, its path and these arguments; a damaged file is made anew.
+
+    Raises:
+        UserError: the teacher takes prompts.
     """
+    if teacher.prompts is not None:
+        raise UserError("method.regression_weight needs a teacher with class labels or without conditions, and this "
+                        "one takes prompts; set it to 0")
     file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
 
     def make() -> None:

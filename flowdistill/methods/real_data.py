@@ -20,10 +20,13 @@ class RealData:
         images: images (N, C, H, W) in [0, 1] and labels (N,) instead of the named set.
 
     Raises:
-        UserError: an unknown set, or samples of another shape than the teacher's.
+        UserError: an unknown set, samples of another shape than the teacher's, or a teacher that takes prompts.
     """
 
     def __init__(self, teacher: Teacher, name: str, images: tuple[Tensor, Tensor] | None = None) -> None:
+        if teacher.prompts is not None:
+            raise UserError(f"method.data '{name}' has class labels, and the teacher takes prompts; images with prompts "
+                            "are not supported")
         pictures, self.labels = images or load_images(name)
         self.latents = teacher.codec.encode(pictures)
         self.teacher = teacher

@@ -105,7 +105,7 @@ class ScoreDistillation(SingleStudent):
         validate(config, prefix="method.")
         self.config, self.teacher, self.target = config, teacher, teacher
         self.guidance_scale = config.guidance_scale
-        if config.guidance_scale != 1 and teacher.null_label is None:
+        if config.guidance_scale != 1 and not teacher.can_guide:
             raise UserError(f"method.guidance_scale is {config.guidance_scale}, but the teacher has no null label; "
                             "set it to 1, or teacher.null_label")
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
