@@ -81,7 +81,7 @@ class Draw:
         count = self.rows if rows is None else rows
         self._check(count)
         values = torch.rand(count, generator=self._generator(), dtype=torch.float64)[self.rank :: self.world]
-        return torch.searchsorted(cumulative, values, right=True).clamp(max=len(cumulative) - 1)
+        return torch.searchsorted(cumulative, values.contiguous(), right=True).clamp(max=len(cumulative) - 1)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a tensor over its elements and over the processes (of equal rows): 0-d, detached, no host sync."""
