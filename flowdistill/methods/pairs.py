@@ -14,10 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flowdistill.conditions import Condition
+from flowdistill.errors import UserError
 from flowdistill.evaluation.features import module_sha256
 from flowdistill.evaluation.files import atomic_write, cache_folder
 from flowdistill.evaluation.processes import Processes
-from flowdistill.errors import UserError
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
 

@@ -25,8 +25,8 @@ class RealData:
 
     def __init__(self, teacher: Teacher, name: str, images: tuple[Tensor, Tensor] | None = None) -> None:
         if teacher.prompts is not None:
-            raise UserError(f"method.data '{name}' has class labels, and the teacher takes prompts; images with prompts "
-                            "are not supported")
+            raise UserError(f"method.data '{name}' has class labels, and the teacher takes prompts; images with "
+                            "prompts are not supported")
         pictures, self.labels = images or load_images(name)
         self.latents = teacher.codec.encode(pictures)
         self.teacher = teacher
