@@ -266,7 +266,7 @@ def test_a_generator_of_a_prompt_teacher_is_kept_and_exported(tmp_path):
 
 def test_a_flow_student_from_a_later_start_has_no_stock_pipeline(tmp_path):
     _, _, student = student_of("sd3", t_max=0.9)
-    with pytest.raises(UserError, match="starts at the noise itself.*t_max = 0.9000"):
+    with pytest.raises(UserError, match="starts at the noise itself.*at t = 0.9000"):
         export(student, tmp_path / "out")
 
 
