@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ class StudentInfo:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """A network called once at ``t_start``, with its conditions, its codec and how it is used; :class:`FlowMap` and
     ``Generator`` say what map the call makes.
 
@@ -83,9 +84,9 @@ class Student(nn.Module):
         return type(self)(network, self.shape, self.t_start, self.codec, self.classes, self.info, self.scheduler,
                           self.prompts)
 
+    @abstractmethod
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
         """The extra conditions of the network's one call to data."""
-        raise NotImplementedError
 
     @property
     def num_classes(self) -> int | None:

@@ -155,10 +155,3 @@ class ExtendedVelocity(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass (diffusers' blocks) to save memory."""
         self.velocity.backbone.enable_gradient_checkpointing(self._extra.checkpoint)
-
-    @torch.no_grad()
-    def constant_embedding(self, **scalars: float) -> Tensor | None:
-        """The extra embedding (D,) at fixed scalars: what an exported one-step student folds into a bias."""
-        device = next(self.parameters()).device
-        out = self.extra_embedding(**{k: torch.full((1,), float(v), device=device) for k, v in scalars.items()})
-        return None if out is None else out[0]

@@ -61,6 +61,7 @@ class Trainer:
 
     def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
         self.method, self.config, self.settings = method, config, config.train
+        self.staged = method if isinstance(method, Staged) else None
         self.folder, self.accelerator = Path(output_dir), accelerator
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main = accelerator.is_main_process
@@ -134,8 +135,8 @@ class Trainer:
         """All updates of one step. Nothing here reads a device's value on the host."""
         # Dropout and the like go on after a resume as if there had been none.
         torch.manual_seed(mixed_seed("step", self.config.seed, self.step, self.rank))
-        if isinstance(self.method, Staged):
-            for name in self.method.begin_step(self.step, self.folder):
+        if self.staged is not None:
+            for name in self.staged.begin_step(self.step, self.folder):
                 self.roles[name].optimizer.state.clear()
         for update, name in enumerate(self.method.schedule(self.step)):
             self._update(name, update)
@@ -144,8 +145,8 @@ class Trainer:
     def _update(self, name: str, update: int) -> None:
         role, accumulation = self.roles[name], self.settings.gradient_accumulation
         rate = learning_rate(role.config, self.step, self.settings.steps)
-        if isinstance(self.method, Staged):
-            rate *= self.method.rate(name, self.step)
+        if self.staged is not None:
+            rate *= self.staged.rate(name, self.step)
         for group in role.optimizer.param_groups:
             group["lr"] = rate
         for micro in range(accumulation):
@@ -202,7 +203,7 @@ class Trainer:
             "roles": roles,
             "meters": self.meters.state(self.world),
             "lap": self._lap,
-            "method": self.method.state_dict() if isinstance(self.method, Staged) else {},
+            "method": {} if self.staged is None else self.staged.state_dict(),
         }
         keep = self.settings.keep_checkpoints
         Processes.current().on_main(lambda: write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep))
@@ -232,8 +233,8 @@ class Trainer:
             )
         for name, role in self.roles.items():
             self._restore(role, name, path, state["roles"][name])
-        if isinstance(self.method, Staged):
-            self.method.load_state_dict(state["method"])
+        if self.staged is not None:
+            self.staged.load_state_dict(state["method"])
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
         self.meters.load_state(state["meters"], self.device, self.main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
 
 
-class Adapter:
+class Adapter(ABC):
     """How to call a backbone and where its time embedding is made. Nothing per schedule.
 
     Attributes:
@@ -25,9 +26,9 @@ class Adapter:
     family: str
     pipelines: tuple[str, ...] = ()
 
+    @abstractmethod
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         """Raw prediction (B, C, H, W) for scaled native input x (B, C, H, W) at native timesteps (B,)."""
-        raise NotImplementedError
 
     def shape(self, network: nn.Module) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
@@ -48,9 +49,9 @@ class Adapter:
             raise UserError(f"teacher.null_label is {null_label}, but a {self.family} takes no class labels")
         return None
 
+    @abstractmethod
     def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
         """The modules whose output is the time embedding; constants fold into each one's last linear layer."""
-        raise NotImplementedError
 
     def constant_embeddings(self, network: nn.Module) -> list[nn.Module]:
         """The embeddings that are constant in a one-step student: those of time, and of guidance where it has one."""
@@ -60,18 +61,26 @@ class Adapter:
         """Width of a time embedding."""
         return last_linear(self.time_embeddings(network)[0]).out_features
 
+    @abstractmethod
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
-        raise NotImplementedError
 
     def middle(self, network: nn.Module) -> nn.Module:
-        """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input."""
-        raise UserError(f"it is not known which features of a {self.family} the adversarial term should read; set "
-                        "method.adversarial_weight to 0")
+        """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input: the
+        middle block of a UNet.
+
+        Raises:
+            UserError: a network without one, whose family does not name another.
+        """
+        block = getattr(network, "mid_block", None)
+        if block is None:
+            raise UserError(f"the {self.family} has no middle block, whose features the adversarial term reads; set "
+                            "method.adversarial_weight to 0")
+        return block
 
     def middle_channels(self, network: nn.Module) -> int:
         """C of that output."""
-        raise NotImplementedError
+        return network.config.block_out_channels[-1]
 
     def output_channels(self, network: nn.Module) -> int:
         """Channels the network returns; twice those of a sample when it also predicts a variance."""

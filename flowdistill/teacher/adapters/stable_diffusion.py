@@ -65,15 +65,6 @@ class StableDiffusionAdapter(Adapter):
             row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_embeds")}
         return row
 
-    def middle(self, network: nn.Module) -> nn.Module:
-        if network.mid_block is None:
-            raise UserError(f"the {self.family} has no middle block, whose features the adversarial term reads; set "
-                            "method.adversarial_weight to 0")
-        return network.mid_block
-
-    def middle_channels(self, network: nn.Module) -> int:
-        return network.config.block_out_channels[-1]
-
 
 def _is_xl(pipeline: Any) -> bool:
     return type(pipeline).__name__ == "StableDiffusionXLPipeline"

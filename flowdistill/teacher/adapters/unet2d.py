@@ -39,12 +39,3 @@ class UNet2DAdapter(Adapter):
 
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out
-
-    def middle(self, network: nn.Module) -> nn.Module:
-        if network.mid_block is None:
-            raise UserError(f"the {self.family} has no middle block, whose features the adversarial term reads; set "
-                            "method.adversarial_weight to 0")
-        return network.mid_block
-
-    def middle_channels(self, network: nn.Module) -> int:
-        return network.config.block_out_channels[-1]
