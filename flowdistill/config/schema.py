@@ -51,6 +51,9 @@ class TeacherConfig:
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
     image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "
+                                    "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp)",
+                            choices=("auto", "sdpa", "xformers", "math"))
 
 
 @dataclass

@@ -26,6 +26,7 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
+from flowdistill.teacher.attention import allow_forward_mode, no_forward_mode
 from flowdistill.teacher.critic import critic_loss, make_critic
 
 
@@ -104,6 +105,9 @@ class FreeFlow(SingleStudent):
             guidance_scale=(config.guidance_min + config.guidance_max) / 2,
         )
         self._student = FlowMap.from_teacher(teacher, info, student_network)
+        self.forward_mode = config.derivative == "jvp"
+        if self.forward_mode:
+            allow_forward_mode(self._student.network, "method.derivative=jvp")
         self.critic = None
         if config.prediction_fraction < 1:
             scalars = ("guidance",) if self.guidance_input else ()
@@ -179,8 +183,11 @@ class FreeFlow(SingleStudent):
     @torch.no_grad()
     def _derivative(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
         """dV/dd, start fixed."""
-        if self.config.derivative == "jvp":
-            return fm.duration_derivative_jvp(lambda d: self._average_velocity(student, prior, d), duration)
+        if self.forward_mode:
+            try:
+                return fm.duration_derivative_jvp(lambda d: self._average_velocity(student, prior, d), duration)
+            except (NotImplementedError, RuntimeError) as error:
+                self.forward_mode = no_forward_mode(error, "method.derivative=jvp", "finite differences are used")
         both, step = prior.twice(), self.config.finite_difference_step
         return fm.duration_derivative(
             lambda d: self._average_velocity(student, both, d), duration, step, self.teacher.t_max

@@ -68,7 +68,10 @@ def duration_derivative(
 def duration_derivative_jvp(network: Callable[[Tensor], Tensor], duration: Tensor) -> Tensor:
     """dV/dd by forward-mode differentiation of ``durations (B,) -> V (B, ...)``; exact.
 
-    Scaled-dot-product attention has no forward-mode rule in its fast kernels, so the math kernel is used here.
+    Attention by torch has a forward-mode rule in its math kernel only, so that is used here.
+
+    Raises:
+        NotImplementedError, RuntimeError: something in the network has no forward-mode rule.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -17,6 +17,7 @@ from torch import nn
 from flowdistill.errors import UserError
 from flowdistill.path import NativePath, path_from_scheduler
 from flowdistill.teacher.adapters import Adapter, adapter_for
+from flowdistill.teacher.attention import choose_attention
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
 from flowdistill.teacher.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.teacher.quiet import quietly
@@ -38,6 +39,7 @@ def load_teacher(
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     negative_prompt: str | None = None,
     image_size: int | None = None,
+    attention: str = "auto",
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
@@ -53,6 +55,8 @@ def load_teacher(
             ``device``.
         negative_prompt: the other side of guidance; None for the pipeline's default, mostly the empty prompt.
         image_size: width and height of a text-to-image teacher's images in pixels; None for the pipeline's default.
+        attention: kernels of the network and of what is copied from it: sdpa, xformers, math, or ``"auto"``: xformers
+            where it is installed and runs on ``device``, else sdpa (see :mod:`flowdistill.teacher.attention`).
 
     Raises:
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
@@ -76,7 +80,9 @@ def load_teacher(
     _check_agreement(backbone, adapter, scheduler, path, codec)
     if null_label is None:
         null_label = recorded.get("null_label")
-    network = VelocityNetwork(backbone if backbone.dtype == dtype else backbone.to(dtype), path, adapter)
+    backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
+    kernel = choose_attention(attention, backbone, adapter.masked, torch.device(device or "cpu"))
+    network = VelocityNetwork(backbone, path, adapter, kernel)
     classes = adapter.labels(backbone, null_label)
     shape, texts = adapter.shape(backbone), None
     if adapter.pipelines:

@@ -267,6 +267,8 @@ class Teacher:
             if self.classes.null_label is not None:
                 guidance = f"null label {self.classes.null_label}, classifier-free guidance possible"
             lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
+        if (kernel := getattr(self.network, "attention", None)) is not None:
+            lines.append(f"attention     {kernel}")
         problem = self.disagreement()
         lines.append(f"check         {problem or 'the denoised estimate at high noise is plausible'}")
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.conditions import Condition
 from flowdistill.path import NativePath
 from flowdistill.teacher.adapters import Adapter
+from flowdistill.teacher.attention import attention_kernels, only_math
 
 EMBEDDING_FREQUENCIES = 256
 TARGET_TIMES = ("separate", "reuse")
@@ -28,13 +29,17 @@ class VelocityNetwork(nn.Module):
 
     ``forward(x, t, condition)`` takes x (B, C, H, W) on the linear path and t (B,) in [t_min, t_max] and returns the
     velocity E[n - x_0 | x_t = x] (B, C, H, W) in x's dtype. No guidance here.
+
+    Attributes:
+        attention: the kernels it is called with: sdpa, xformers or math.
     """
 
-    def __init__(self, backbone: nn.Module, path: NativePath, adapter: Adapter) -> None:
+    def __init__(self, backbone: nn.Module, path: NativePath, adapter: Adapter, attention: str = "sdpa") -> None:
         super().__init__()
         self.backbone = backbone
         self.path = path
         self.adapter = adapter
+        self.attention = attention
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition | None = None, asked_at: Tensor | None = None
@@ -44,14 +49,15 @@ class VelocityNetwork(nn.Module):
         timestep = c.timestep if asked_at is None else self.path.coefficients(asked_at).timestep
         dtype = self.backbone.dtype
         native = (x * per_sample(c.input_scale, x)).to(dtype)
-        prediction = self.adapter.call(self.backbone, native, timestep.float(), condition)
+        with attention_kernels(self.attention):
+            prediction = self.adapter.call(self.backbone, native, timestep.float(), condition)
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
     def frozen_copy(self, path: NativePath | None = None) -> VelocityNetwork:
         """A second module tree over the same parameter tensors (for adapters on top of shared base weights)."""
         shared = {id(p): p for p in self.backbone.parameters()}
-        return VelocityNetwork(copy.deepcopy(self.backbone, shared), path or self.path, self.adapter)
+        return VelocityNetwork(copy.deepcopy(self.backbone, shared), path or self.path, self.adapter, self.attention)
 
     def trainable_copy(self, path: NativePath | None = None) -> VelocityNetwork:
         """An independent float32 copy with gradients: trained weights are float32 masters.
@@ -62,7 +68,8 @@ class VelocityNetwork(nn.Module):
         backbone = copy.deepcopy(self.backbone)
         if backbone.dtype != torch.float32:
             backbone = backbone.float()
-        return VelocityNetwork(backbone, path or self.path, self.adapter).requires_grad_(True).eval()
+        copied = VelocityNetwork(backbone, path or self.path, self.adapter, self.attention)
+        return copied.requires_grad_(True).eval()
 
 
 class ScalarEmbedding(nn.Module):
@@ -95,13 +102,15 @@ class _AddToTimeEmbedding:
         return output if self.value is None else output + self.value.to(output.dtype)
 
     def checkpoint(self, block: nn.Module, *args: Any) -> Any:
-        """Activation checkpointing that recomputes a block with the embedding of its own forward pass."""
-        value = self.value
+        """Activation checkpointing that recomputes a block with the embedding, and by the attention kernels, of its own
+        forward pass."""
+        value, kernel = self.value, "math" if only_math() else "sdpa"
 
         def run(*inner: Any) -> Any:
             current, self.value = self.value, value
             try:
-                return block(*inner)
+                with attention_kernels(kernel):
+                    return block(*inner)
             finally:
                 self.value = current
 

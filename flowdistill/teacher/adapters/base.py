@@ -21,10 +21,12 @@ class Adapter(ABC):
         family: class name of the backbone in diffusers.
         pipelines: class names of the text-to-image pipelines whose prompts :meth:`encode` encodes; empty for families
             without prompts.
+        masked: whether its attention gets a mask over the prompt's tokens.
     """
 
     family: str
     pipelines: tuple[str, ...] = ()
+    masked: bool = False
 
     @abstractmethod
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

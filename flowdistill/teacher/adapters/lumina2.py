@@ -15,6 +15,7 @@ from flowdistill.teacher.adapters.base import Adapter, set_shifted, tensors
 class Lumina2Adapter(Adapter):
     family = "Lumina2Transformer2DModel"
     pipelines = ("Lumina2Pipeline",)
+    masked = True
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)

@@ -15,6 +15,7 @@ from flowdistill.teacher.adapters.base import Adapter, tensors
 class PixArtAdapter(Adapter):
     family = "PixArtTransformer2DModel"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    masked = True
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)

@@ -18,6 +18,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 class QwenImageAdapter(Adapter):
     family = "QwenImageTransformer2DModel"
     pipelines = ("QwenImagePipeline",)
+    masked = True
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)

@@ -15,6 +15,7 @@ from flowdistill.teacher.adapters.base import Adapter, tensors
 class SanaAdapter(Adapter):
     family = "SanaTransformer2DModel"
     pipelines = ("SanaPipeline",)
+    masked = True
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)

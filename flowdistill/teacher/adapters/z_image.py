@@ -20,6 +20,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 class ZImageAdapter(Adapter):
     family = "ZImageTransformer2DModel"
     pipelines = ("ZImagePipeline",)
+    masked = True
 
     def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
