@@ -101,8 +101,11 @@ def read_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def read_results(experiment: Experiment, out: Path) -> dict[tuple[str, int], Line]:
-    """The finished runs in OUT that were made with the experiment's present settings."""
+def read_results(experiment: Experiment, out: Path, left: str = "report.json") -> dict[tuple[str, int], Line]:
+    """The finished runs in OUT that were made with the experiment's present settings.
+
+    ``left`` is what a finished run leaves in its folder.
+    """
     found: dict[tuple[str, int], Line] = {}
     file = out / RESULTS
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -114,7 +117,7 @@ def read_results(experiment: Experiment, out: Path) -> dict[tuple[str, int], Lin
         if label not in experiment.runs or seed not in experiment.seeds:
             continue
         same = all(line.get(key) == value for key, value in experiment.asked(label, seed).items())
-        if same and (out / label / f"seed-{seed}" / "report.json").is_file():
+        if same and (out / label / f"seed-{seed}" / left).exists():
             found[label, seed] = line
     return found
 
