@@ -10,7 +10,8 @@ preconditioning, so that a run takes a fraction of a minute. The file has the ke
 critic start as the learned one). Measured is the averaged generator of every checkpoint: the sliced Wasserstein
 distance of ``curve.num_images`` samples to as many of the ring, and the share of samples within four standard
 deviations of a mode. Time is the CPU time of the steps on one thread: the wall time of a core that does nothing else.
-OUT gets LABEL/seed-S/ (run folders), results.jsonl, table.md and figure.png; the same command goes on.
+OUT gets teacher.safetensors, LABEL/seed-S/ (run folders), results.jsonl, table.md and figure.png; the same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from diffusers import EDMEulerScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -81,11 +83,14 @@ class RingNetwork(nn.Module):
         return x * per_sample(c.state, x) + output * per_sample(c.output, x)
 
 
-def learned_network() -> RingNetwork:
-    """The perceptron trained on the ring by flow matching, in the units of EDM; the same at every call."""
+def learned_network(file: Path) -> RingNetwork:
+    """The perceptron in ``file``, trained first when there is none: flow matching on the ring, in the units of EDM."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = RingNetwork()
+    if file.is_file():
+        network.load_state_dict(load_file(file))
+        return network
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = torch.optim.Adam(network.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TEACHER_STEPS)
@@ -102,6 +107,8 @@ def learned_network() -> RingNetwork:
         optimizer.step()
         schedule.step()
         average.update_parameters(network)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(average.module.state_dict(), file)
     return average.module
 
 
@@ -127,7 +134,7 @@ class Benchmark:
 
     def __init__(self, experiment: Any, out: Path) -> None:
         self.experiment, self.out = experiment, out
-        self.network = learned_network()
+        self.network = learned_network(out / "teacher.safetensors")
         self.teachers = {
             "learned": Teacher(copy.deepcopy(self.network), ring_path(), (2,), source="learned"),
             "exact": Teacher(ring_velocity(), ring_path(), (2,), source="exact"),
@@ -244,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, nargs="?", default=Path("configs/experiments/ring.yaml"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="start runs of these labels only")
     parser.add_argument("--seed", type=int, metavar="S", help="start runs of this seed only")
     parser.add_argument("--write-docs", type=Path, metavar="PAGE.md", help="as of run_experiment.py")
     options = parser.parse_args(arguments)
@@ -255,15 +263,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = read_experiment(options.experiment)
         if experiment.curve is None:
             raise UserError(f"{options.experiment} needs the key curve: it is what is measured")
+        if unknown := set(options.only or []) - set(experiment.runs):
+            raise UserError(f"--only {', '.join(sorted(unknown))}: the runs are {', '.join(experiment.runs)}")
         out = options.out or Path("runs/experiments") / experiment.name
         found = read_results(experiment, out, left="checkpoints")
         benchmark = Benchmark(experiment, out)
         rows = benchmark.teacher_rows()
         for seed in (seed for seed in experiment.seeds if options.seed in (None, seed)):
-            for label in (label for label in experiment.runs if (label, seed) not in found):
+            for label in options.only or experiment.runs:
+                if (label, seed) in found:
+                    continue
                 found[label, seed] = benchmark.run(label, seed)
                 append_line(out / RESULTS, found[label, seed])
         lines = [found[label, seed] for label in experiment.runs for seed in experiment.seeds if (label, seed) in found]
+        if not lines:
+            raise UserError(f"there are no runs with --seed {options.seed}; the seeds are {experiment.seeds}")
         text = table(experiment, rows, lines)
         (out / "table.md").write_text(text, encoding="utf-8")
         figure(experiment, rows, lines, out / "figure.png")

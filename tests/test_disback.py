@@ -303,10 +303,10 @@ def test_a_run_that_ends_before_the_teacher_is_the_target():
     config = config_of(interval=[3])  # stage 1: 5 steps; two nodes of 3
     assert config.check_steps(12) is None
     short = config.check_steps(11)
-    assert short.startswith("train.steps is 11,") and "from step 12 on" in short and "above 11, or lower" in short
+    assert short.startswith("train.steps is 11,") and "from step 12 on" in short and "well above 11" in short
     assert walked(config, steps=12)[-2:] == [1, 0]
-    assert "up to 6 steps" in config_of(interval=[3], switch="gradient").check_steps(11)
-    with pytest.raises(UserError, match="train.steps is 5, which ends in stage 1.*must be above 5, and well above 11"):
+    assert "the nodes up to 6, so" in config_of(interval=[3], switch="gradient").check_steps(11)
+    with pytest.raises(UserError, match="train.steps is 5, which ends in stage 1.*above 11, or lower"):
         config.check_steps(5)
     assert config_of(degradation_steps=0).check_steps(1) is None
     assert config_of(backtrack=False).check_steps(6) is None

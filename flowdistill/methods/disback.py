@@ -81,13 +81,13 @@ class DisBackConfig:
         first, walk = self.degradation_steps, sum(self.intervals)
         if steps > first + walk:
             return None
-        needed = (f"method.degradation_steps is {first} and the nodes take {'up to ' * (self.switch == 'gradient')}"
-                  f"{walk} steps, so the teacher is the target from step {first + walk + 1} on")
+        needed = (f"stage 1 has {first} steps and the nodes {'up to ' * (self.switch == 'gradient')}{walk}, so the "
+                  f"teacher is the target from step {first + walk + 1} on")
         if steps <= first:
-            raise UserError(f"train.steps is {steps}, which ends in stage 1, before the generator is trained: {needed}; "
-                            f"train.steps must be above {first}, and well above {first + walk} for the teacher to count")
-        return (f"train.steps is {steps}, which ends before the walk reaches the teacher: {needed}; set train.steps well "
-                f"above {first + walk}, or lower method.interval")
+            raise UserError(f"train.steps is {steps}, which ends in stage 1, where no generator trains: {needed}; "
+                            f"set it above {first + walk}, or lower method.degradation_steps")
+        return (f"train.steps is {steps}, which ends before the walk reaches the teacher: {needed}; raise train.steps "
+                f"well above {first + walk}, or lower method.interval")
 
 
 class Walk:
