@@ -173,6 +173,8 @@ class Benchmark:
         trainer.train_step = timed
         curve = [{"step": 0, "seconds": 0.0, **figures_of(method.student()(self.noise).detach())}]
         trainer.train()
+        if trainer.interrupted:
+            raise KeyboardInterrupt
         generator = trainer.student()
         for step, path in checkpoints(trainer.checkpoint_folder):
             generator.network.load_state_dict(read_tensors(path, "student.average"))
@@ -247,7 +249,7 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for bad input."""
+    """The command line; 2 for bad input, 130 after a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, nargs="?", default=Path("configs/experiments/ring.yaml"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
@@ -287,6 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ring_benchmark: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ring_benchmark: stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -83,6 +83,11 @@ def test_a_small_comparison(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (out / "exact_disback" / "seed-1" / "path").iterdir()) == [
         "node-001.safetensors", "node-002.safetensors"]  # fmt: skip
 
+    with monkeypatch.context() as patch:  # a signal during a run: nothing of it counts
+        patch.setattr("flowdistill.training.signals.Interrupts.agreed", lambda *arguments: 15)
+        assert ring_benchmark.main(command) == 130
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
     assert ring_benchmark.main([*command, "--write-docs", str(page)]) == 0
     again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert again[:2] == lines and len(again) == 6
