@@ -7,7 +7,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ PLACE_ERRORS = frozenset(
 
 def command() -> NoReturn:
     """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
+    warnings.formatwarning = _warning
     leave(main())
 
 
@@ -53,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sentence is None:
             raise
         return _fail(sentence)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None,
+    python: Callable[..., str] = warnings.formatwarning,
+) -> str:
+    """One line for a warning of this package; those of others as Python shows them."""
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"flowdistill: warning: {message}\n" if own else python(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> int:

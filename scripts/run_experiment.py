@@ -101,8 +101,11 @@ def read_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def read_results(experiment: Experiment, out: Path) -> dict[tuple[str, int], Line]:
-    """The finished runs in OUT that were made with the experiment's present settings."""
+def read_results(experiment: Experiment, out: Path, left: str = "report.json") -> dict[tuple[str, int], Line]:
+    """The finished runs in OUT that were made with the experiment's present settings.
+
+    ``left`` is what a finished run leaves in its folder.
+    """
     found: dict[tuple[str, int], Line] = {}
     file = out / RESULTS
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -114,7 +117,7 @@ def read_results(experiment: Experiment, out: Path) -> dict[tuple[str, int], Lin
         if label not in experiment.runs or seed not in experiment.seeds:
             continue
         same = all(line.get(key) == value for key, value in experiment.asked(label, seed).items())
-        if same and (out / label / f"seed-{seed}" / "report.json").is_file():
+        if same and (out / label / f"seed-{seed}" / left).exists():
             found[label, seed] = line
     return found
 
@@ -183,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
     parser.add_argument("--only", metavar="LABEL", help="start runs of this label only")
+    parser.add_argument("--seed", type=int, metavar="S", help="start runs of this seed only")
     parser.add_argument(
         "--write-docs", type=Path, metavar="PAGE.md",
         help="also put the table between <!-- table:NAME --> and <!-- /table:NAME --> in this page",
@@ -204,11 +208,14 @@ def run_all(options: argparse.Namespace) -> int:
         raise UserError(f"--jobs is {options.jobs}; it must be at least 1")
     if options.only is not None and options.only not in experiment.runs:
         raise UserError(f"--only {options.only}: the runs are {', '.join(experiment.runs)}")
+    if options.seed is not None and options.seed not in experiment.seeds:
+        raise UserError(f"--seed {options.seed}: the seeds are {', '.join(map(str, experiment.seeds))}")
     out = options.out or Path("runs/experiments") / experiment.name
     found, failures, total = read_results(experiment, out), [], len(experiment.runs) * len(experiment.seeds)
     labels = [label for label in experiment.runs if options.only in (None, label)]
     # Seeds outside, labels inside: an experiment that is stopped early has all labels.
-    missing = [(label, seed) for seed in experiment.seeds for label in labels if (label, seed) not in found]
+    seeds = [seed for seed in experiment.seeds if options.seed in (None, seed)]
+    missing = [(label, seed) for seed in seeds for label in labels if (label, seed) not in found]
     runner = Runner(experiment, out, options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(runner.run, label, seed): (label, seed) for label, seed in missing}

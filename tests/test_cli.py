@@ -163,6 +163,14 @@ def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: 
         cli("distill", "a.yaml")
 
 
+def test_a_warning_of_this_package_is_one_line() -> None:
+    from flowdistill.cli import __file__ as own
+    from flowdistill.cli import _warning
+
+    assert _warning("short run", UserWarning, own, 3) == "flowdistill: warning: short run\n"
+    assert __file__ in _warning("theirs", UserWarning, __file__, 3)
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = (
         "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"

@@ -298,6 +298,20 @@ def test_walk_by_interval_and_by_list():
         DisBackConfig(degradation_steps=10, degradation_every=3, interval=[1, 2]).validate()
 
 
+def test_a_run_that_ends_before_the_teacher_is_the_target():
+    """The steps said to be needed are those of the walk: one more and the last of them is on the teacher."""
+    config = config_of(interval=[3])  # stage 1: 5 steps; two nodes of 3
+    assert config.check_steps(12) is None
+    short = config.check_steps(11)
+    assert short.startswith("train.steps is 11,") and "from step 12 on" in short and "well above 11" in short
+    assert walked(config, steps=12)[-2:] == [1, 0]
+    assert "the nodes up to 6, so" in config_of(interval=[3], switch="gradient").check_steps(11)
+    with pytest.raises(UserError, match="train.steps is 5, which ends in stage 1.*above 11, or lower"):
+        config.check_steps(5)
+    assert config_of(degradation_steps=0).check_steps(1) is None
+    assert config_of(backtrack=False).check_steps(6) is None
+
+
 def test_walk_by_gradient():
     """A gradient that halves every 3 steps on a target; it moves on at the first window below 0.3 of the first."""
     settings = {"degradation_steps": 6, "degradation_every": 2, "switch": "gradient", "gradient_fraction": 0.3,

@@ -176,8 +176,12 @@ def test_only_what_is_missing_is_started_and_a_failure_is_named(tmp_path, capsys
     (out / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*done, stale)) + '{"label": "tw')
 
     assert run_experiment.main([str(file), "--out", str(out), "--only", "one"]) == 0
+    assert run_experiment.main([str(file), "--out", str(out), "--seed", "2"]) == 2
+    assert "--seed 2: the seeds are 0, 1" in capsys.readouterr().err
     assert not (tmp_path / "python.calls").exists()
-    capsys.readouterr()
+    assert run_experiment.main([str(file), "--out", str(out), "--seed", "1"]) == 2
+    assert "1 of 1 runs failed" in capsys.readouterr().err
+    (tmp_path / "python.calls").unlink()
     assert run_experiment.main([str(file), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "two, seed 0: exit code 2" in error and "no space left" in error and "2 of 2 runs failed" in error

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,20 @@ def test_a_file_with_overrides_and_without_evaluation(tmp_path, measured):
     assert run.steps == 3 and run.report is None and not measured
     with pytest.raises(UserError, match="overrides go with a configuration file"):
         distill(make_config(tmp_path / "run"), ["train.steps=3"])
+
+
+def test_a_method_is_asked_about_the_number_of_steps(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(ToyConfig, "check_steps", lambda self, steps: f"{steps} are few", raising=False)
+    with pytest.warns(UserWarning, match="^8 are few$"):
+        assert distill(make_config(tmp_path)).completed
+    monkeypatch.setattr(ToyConfig, "check_steps", lambda self, steps: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(make_config(tmp_path))
+    file = Path(__file__).parents[1] / "configs/digits/disback.yaml"
+    with pytest.raises(UserError, match="train.steps is 60, which ends in stage 1"):
+        distill(file, ["train.steps=60", f"output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_leaves_a_student_and_no_report(tmp_path, measured, monkeypatch):

@@ -36,7 +36,8 @@ class Method(Protocol):
     """What the trainer asks of a method.
 
     A class behind the name in ``flowdistill.methods.METHODS`` also has ``Config``, the dataclass of its settings, and
-    is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``.
+    is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``. A ``Config`` may have
+    ``check_steps(steps)``, which returns a warning about the length of a run or None, or raises UserError.
     """
 
     name: str

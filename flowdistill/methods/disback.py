@@ -72,6 +72,23 @@ class DisBackConfig:
             raise UserError(f"method.interval has {len(self.interval)} values; {self.nodes} nodes have {wanted} "
                             "targets before the teacher, so it must have as many values, or one for all")
 
+    def check_steps(self, steps: int) -> str | None:
+        """A sentence about a run of ``steps`` that ends before the teacher is the target; None for a longer one.
+
+        Raises:
+            UserError: it ends in stage 1, before the generator is trained at all.
+        """
+        first, walk = self.degradation_steps, sum(self.intervals)
+        if steps > first + walk:
+            return None
+        needed = (f"stage 1 has {first} steps and the nodes {'up to ' * (self.switch == 'gradient')}{walk}, so the "
+                  f"teacher is the target from step {first + walk + 1} on")
+        if steps <= first:
+            raise UserError(f"train.steps is {steps}, which ends in stage 1, where no generator trains: {needed}; "
+                            f"set it above {first + walk}, or lower method.degradation_steps")
+        return (f"train.steps is {steps}, which ends before the walk reaches the teacher: {needed}; raise train.steps "
+                f"well above {first + walk}, or lower method.interval")
+
 
 class Walk:
     """Which node is the target, and since when. Every process comes to the same answer.

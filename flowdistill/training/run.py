@@ -84,6 +84,10 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
     processes, folder = Processes.current(), Path(config.output_dir)
     same_evaluation = processes.on_main(lambda: _check_folder(folder, config))
+    check_steps = getattr(config.method, "check_steps", None)
+    problem = check_steps(config.train.steps) if check_steps else None
+    if problem is not None and accelerator.is_main_process:
+        warnings.warn(problem, stacklevel=2)
 
     from flowdistill import load_teacher
 
