@@ -4,11 +4,13 @@
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py configs/digits/boot.yaml
     python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
-    python scripts/benchmark_step.py configs/digits/dmd2.yaml
+    python scripts/benchmark_step.py configs/digits/sid.yaml
+    python scripts/benchmark_step.py configs/digits/disback.yaml
 
 A training step of the real loop (draws, all losses, backward passes, clipping, optimisers, moving average) against the
 sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
-gradients, and forward and backward passes. ``generate`` against a loop over the bare network at batch 64. Everything
+gradients, and forward and backward passes (of SiD also backward to the input only). Of DisBack it is a step of stage 2
+with a node as its target. ``generate`` against a loop over the bare network at batch 64. Everything
 alternates in one run and medians are compared, but other work on the machine still shows: run it alone.
 """
 
@@ -30,6 +32,7 @@ from flowdistill.errors import UserError
 
 STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
 SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8
+FOREVER = 1_000_000
 Thunk = Callable[[], Any]
 
 
@@ -42,10 +45,16 @@ def make_trainer(config: Any, folder: str) -> Any:
     from flowdistill.training.run import make_accelerator, method_class
 
     config.train.trackers = []
+    if config.method.name == "disback":  # two nodes; the walk stays at the first
+        config.method.degradation_steps, config.method.degradation_every = 2, 1
+        config.method.interval, config.method.switch = [FOREVER], "interval"
     accelerator = make_accelerator(config.train, folder)
     teacher = load_teacher(**dataclasses.asdict(config.teacher), device=accelerator.device)
     torch.manual_seed(config.seed)
-    return Trainer(method_class(config.method.name)(config.method, teacher), config, folder, accelerator)
+    trainer = Trainer(method_class(config.method.name)(config.method, teacher), config, folder, accelerator)
+    while config.method.name == "disback" and trainer.step < 2:  # stage 1
+        trainer.train_step()
+    return trainer
 
 
 def check(config: Any) -> None:
@@ -53,8 +62,11 @@ def check(config: Any) -> None:
     method, train = config.method, config.train
     if method.name not in PASSES:
         raise UserError(f"the benchmark counts the passes of {', '.join(PASSES)}, and method.name is '{method.name}'")
-    if method.name != "boot" and method.critic != "full":
-        raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
+    host = getattr(method, "host", method)
+    if method.name == "disback" and not method.backtrack:
+        raise UserError("method.backtrack is false, so there is no node to be the target; benchmark the host itself")
+    if method.name != "boot" and host.critic != "full":
+        raise UserError(f"the benchmark counts a full critic, and method.critic is '{host.critic}'")
     if method.name == "freeflow":
         if method.derivative == "jvp":
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
@@ -62,32 +74,33 @@ def check(config: Any) -> None:
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
                             "to 1")
     else:
-        if method.guidance_scale != 1:
+        if host.guidance_scale != 1:
             raise UserError("the benchmark counts passes without guidance; set method.guidance_scale to 1")
         if method.name == "boot":
             if method.metric != "l2":
                 raise UserError(f"method.metric is '{method.metric}', whose passes the benchmark does not count; use "
                                 "l2")
-        elif method.weighting == "sid" or method.adversarial_weight or method.regression_weight:
-            raise UserError("the benchmark counts score distillation without further terms and with a weighting other "
-                            "than sid, which goes backward through the critic and the teacher")
+        elif host.adversarial_weight or host.regression_weight:
+            raise UserError("the benchmark counts score distillation without its adversarial and regression terms")
     if train.gradient_accumulation != 1 or train.precision not in (None, "fp32"):
         raise UserError("the benchmark needs train.gradient_accumulation=1 and train.precision=fp32")
 
 
-Pass = tuple[str, str, int, bool, int]
-"""What for, network, rows, with gradients, how many in one step."""
+NONE, WEIGHTS, INPUT = "forward", "forward and backward", "forward and backward to the input"
+Pass = tuple[str, str, int, str, int]
+"""What for, network, rows, one of the three kinds above, how many in one step."""
 
 
 def host_passes(method: Any, batch: int) -> list[Pass]:
-    """Of score distillation with a weight that needs no gradient through the teacher."""
-    updates = method.critic_updates
+    """Of score distillation, and of DisBack in its second stage; SiD's gradient passes through critic and teacher."""
+    host = getattr(method, "host", method)
+    updates, matching = host.critic_updates, INPUT if host.weighting == "sid" else NONE
     return [
-        ("student, for the critic", "student", batch, False, updates),
-        ("critic, trained", "critic", batch, True, updates),
-        ("teacher, matching", "teacher", batch, False, 1),
-        ("critic, matching", "critic", batch, False, 1),
-        ("student, trained", "student", batch, True, 1),
+        ("student, for the critic", "student", batch, NONE, updates),
+        ("critic, trained", "critic", batch, WEIGHTS, updates),
+        ("target, matching", "teacher", batch, matching, 1),
+        ("critic, matching", "critic", batch, matching, 1),
+        ("student, trained", "student", batch, WEIGHTS, 1),
     ]
 
 
@@ -95,10 +108,10 @@ def boot_passes(method: Any, batch: int) -> list[Pass]:
     """Of BOOT."""
     bounded = method.boundary_weight > 0
     passes = [
-        ("student, a step earlier", "student", batch, False, 1),
-        ("teacher, target", "teacher", batch, False, 2 if method.solver == "heun" else 1),
-        ("student, trained", "student", 2 * batch if bounded else batch, True, 1),
-        ("teacher, boundary", "teacher", batch, False, int(bounded)),
+        ("student, a step earlier", "student", batch, NONE, 1),
+        ("teacher, target", "teacher", batch, NONE, 2 if method.solver == "heun" else 1),
+        ("student, trained", "student", 2 * batch if bounded else batch, WEIGHTS, 1),
+        ("teacher, boundary", "teacher", batch, NONE, int(bounded)),
     ]
     return [one for one in passes if one[4]]
 
@@ -111,20 +124,20 @@ def freeflow_passes(method: Any, batch: int) -> list[Pass]:
     updates = method.critic_updates if corrected else 0
     derivative = 2 * predicted if method.derivative == "finite_difference" else predicted
     passes = [
-        ("student, for the derivative", "student", derivative, False, 1),
-        ("teacher, prediction", "teacher", predicted, False, 1),
-        ("teacher, correction", "teacher", corrected, False, 1),
-        ("critic, correction", "critic", corrected, False, 1),
-        ("student, for the critic", "student", rows, False, updates),
-        ("student, trained", "student", batch, True, 1),
-        ("critic, trained", "critic", rows, True, updates),
+        ("student, for the derivative", "student", derivative, NONE, 1),
+        ("teacher, prediction", "teacher", predicted, NONE, 1),
+        ("teacher, correction", "teacher", corrected, NONE, 1),
+        ("critic, correction", "critic", corrected, NONE, 1),
+        ("student, for the critic", "student", rows, NONE, updates),
+        ("student, trained", "student", batch, WEIGHTS, 1),
+        ("critic, trained", "critic", rows, WEIGHTS, updates),
     ]
     return [one for one in passes if one[2] and one[4]]
 
 
 PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
     "freeflow": freeflow_passes, "boot": boot_passes, "dmd2": host_passes, "diff_instruct": host_passes,
-    "sid": host_passes,
+    "sid": host_passes, "disback": host_passes,
 }
 
 
@@ -133,8 +146,8 @@ def needed_passes(method: Any, batch: int) -> list[Pass]:
     return PASSES[method.name](method, batch)
 
 
-def bare_pass(trainer: Any, module: Any, rows: int, gradients: bool) -> Thunk:
-    """A call of the diffusers network of ``module``, with the backward pass of a mean square when asked."""
+def bare_pass(trainer: Any, module: Any, rows: int, kind: str) -> Thunk:
+    """A call of the diffusers network of ``module``, with the backward pass of a mean square that ``kind`` says."""
     import torch
 
     backbone, device = module.backbone, trainer.device
@@ -153,7 +166,11 @@ def bare_pass(trainer: Any, module: Any, rows: int, gradients: bool) -> Thunk:
     def both() -> None:
         forward().square().mean().backward()
 
-    return both if gradients else without
+    def through() -> None:
+        x.requires_grad_()
+        torch.autograd.grad(forward().square().mean(), x)
+
+    return {NONE: without, WEIGHTS: both, INPUT: through}[kind]
 
 
 def bare_update(trainer: Any, name: str) -> Thunk:
@@ -226,8 +243,8 @@ def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
         frozen = trainer.method.teacher.network
         # Without the hook that feeds a student's network its duration: what diffusers alone would do.
         bare_networks = {"teacher": frozen, **{name: frozen.trainable_copy() for name in trainer.roles}}
-        for name, network, rows, gradients, _ in passes:
-            steps[name] = bare_pass(trainer, bare_networks[network], rows, gradients)
+        for name, network, rows, kind, _ in passes:
+            steps[name] = bare_pass(trainer, bare_networks[network], rows, kind)
         steps |= {f"update {name}": bare_update(trainer, name) for name in trainer.roles}
 
         def clear() -> None:
@@ -244,8 +261,8 @@ def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
     median = statistics.median
     return {
         "passes": [
-            {"name": name, "rows": rows, "gradients": gradients, "count": count, "seconds": median(timed[name])}
-            for name, _, rows, gradients, count in passes
+            {"name": name, "rows": rows, "kind": kind, "count": count, "seconds": median(timed[name])}
+            for name, _, rows, kind, count in passes
         ],
         "step": median(timed["step"]), "bare": median(bare), "updates": median(updates),
         "step_ratio": median(timed["step"]) / median(bare),
@@ -260,12 +277,12 @@ def text(result: dict[str, Any]) -> str:
     """The figures as a person reads them."""
     lines = []
     for one in result["passes"]:
-        kind = "forward and backward" if one["gradients"] else "forward"
-        name = f"{one['name']}: {one['rows']} rows, {kind}" + (f", {one['count']} times" if one["count"] > 1 else "")
-        lines.append(f"{name:<58}{1000 * one['seconds']:9.2f} ms")
+        times = f", {one['count']} times" if one["count"] > 1 else ""
+        name = f"{one['name']}: {one['rows']} rows, {one['kind']}{times}"
+        lines.append(f"{name:<64}{1000 * one['seconds']:9.2f} ms")
     for name, key in (("sum of the bare passes", "bare"), ("clipping and AdamW, all networks", "updates"),
                       ("training step", "step")):  # fmt: skip
-        lines.append(f"{name:<58}{1000 * result[key]:9.2f} ms")
+        lines.append(f"{name:<64}{1000 * result[key]:9.2f} ms")
     lines.append(f"step / bare passes: {result['step_ratio']:.3f} (target {STEP_TARGET:.2f}); "
                  f"step / (bare passes + updates): {result['step_ratio_with_updates']:.3f}")  # fmt: skip
     lines.append(f"generate / bare loop, batch {SAMPLING_BATCH}: {result['sampling_ratio']:.3f} "

@@ -200,7 +200,7 @@ def test_passes_of_a_step_are_those_of_the_method():
     from benchmark_step import needed_passes
 
     method = load_config(BASE, []).method
-    rows = [(network, rows, gradients) for _, network, rows, gradients, _ in needed_passes(method, 64)]
+    rows = [(network, rows, kind != "forward") for _, network, rows, kind, _ in needed_passes(method, 64)]
     assert sorted(rows) == [("critic", 16, False), ("critic", 64, True), ("student", 64, False), ("student", 64, True),
                             ("student", 96, False), ("teacher", 16, False), ("teacher", 48, False)]  # fmt: skip
     method.prediction_fraction = 1.0
@@ -212,7 +212,9 @@ def test_passes_of_a_step_are_those_of_the_method():
     ("configs/digits/boot.yaml", []),
     ("configs/digits/boot.yaml", ["method.solver=heun", "method.boundary_weight=0"]),
     ("configs/digits/dmd2.yaml", ["method.critic_updates=2"]),
-], ids=["freeflow", "boot", "boot heun without boundary", "dmd2"])
+    ("configs/digits/sid.yaml", []),
+    ("configs/digits/disback.yaml", []),
+], ids=["freeflow", "boot", "boot heun without boundary", "dmd2", "sid", "disback"])
 def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
     import benchmark_step
@@ -228,12 +230,17 @@ def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
 
         return hook
 
-    trainer.method.teacher.network.backbone.register_forward_hook(count("teacher"))
+    target = trainer.method.teacher.network
+    if config.method.name == "disback":  # in stage 2 with a node as the target
+        target, own = trainer.method._node.velocity, target
+        own.backbone.register_forward_hook(count("the teacher itself"))
+    target.backbone.register_forward_hook(count("teacher"))
     for name, role in trainer.roles.items():
         role.network.velocity.backbone.register_forward_hook(count(name))
     trainer.train_step()
     needed = benchmark_step.needed_passes(config.method, 8)
-    assert sorted(calls) == sorted((network, rows, grads) for _, network, rows, grads, n in needed for _ in range(n))
+    wanted = sorted((network, rows, kind != "forward") for _, network, rows, kind, n in needed for _ in range(n))
+    assert sorted(calls) == wanted
 
 
 def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, capsys, monkeypatch):
@@ -246,8 +253,10 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert result["step_ratio"] == pytest.approx(result["step"] / result["bare"])
     assert result["step_ratio"] > result["step_ratio_with_updates"] > 0
     assert "target 1.10" in capsys.readouterr().out
-    assert benchmark_step.main(["configs/digits/sid.yaml"]) == 2
-    assert "weighting other than sid" in capsys.readouterr().err
+    assert benchmark_step.main(["configs/digits/sid.yaml", "method.regression_weight=1"]) == 2
+    assert "without its adversarial and regression terms" in capsys.readouterr().err
+    assert benchmark_step.main(["configs/digits/disback.yaml", "method.backtrack=false"]) == 2
+    assert "benchmark the host itself" in capsys.readouterr().err
     assert benchmark_step.main([BASE, "method.derivative=jvp"]) == 2
     assert "finite_difference" in capsys.readouterr().err
     boot = "configs/digits/boot.yaml"
