@@ -1,4 +1,4 @@
-"""Low-rank students and critics on the teacher's own weights: exact at the start, stored once, merged without a trace."""
+"""Low-rank students and critics on the teacher's own weights: exact at the start, stored once, merged for export."""
 
 import copy
 
@@ -124,7 +124,7 @@ def test_only_adapters_and_embeddings_train(tmp_path, method):
     teacher = digits_teacher()
     before = {name: p.clone() for name, p in teacher.network.named_parameters()}
     config = RunConfig(output_dir=str(tmp_path), teacher=TeacherConfig(source="tiny"), method=None, train=TrainConfig(
-        steps=5, batch_size=8, log_every=1, checkpoint_every=3, trackers=[], device="cpu", precision="fp32", num_samples=2))
+        steps=5, batch_size=8, log_every=1, checkpoint_every=3, trackers=[], device="cpu", precision="fp32"))
     config.method = METHODS[method](teacher).config
     config.method.name = METHODS[method](teacher).name
 

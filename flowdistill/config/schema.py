@@ -51,6 +51,8 @@ class TeacherConfig:
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
     image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    offload: str = option("none", "frozen parts kept in CPU memory while they are not called: none, codec (the "
+                                  "autoencoder) or all (the network too)", choices=("none", "codec", "all"))
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A low-rank student as the LoRA file of its teacher's own pipeline, which ``load_lora_weights`` takes.
 
-The student's one call is the teacher's network at one constant time, plus adapters, plus a constant vector e in the time
-embedding (duration, guidance). There the embedding's last layer always gets the same input a, so e is a low-rank weight
-as well: e a^T / |a|^2, of rank 1.
+The student's one call is the teacher's network at one constant time, plus adapters, plus a constant vector e in the
+time embedding (duration, guidance). There the embedding's last layer always gets the same input a, so e is a low-rank
+weight as well: e a^T / |a|^2, of rank 1.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
     time = torch.full((1,), student.t_start, dtype=torch.float64)
     condition = student.examples([0])
     assert condition is not None
-    VelocityNetwork(backbone, velocity.path, velocity.adapter)(torch.zeros(1, *student.shape), time, condition.to("cpu"))
+    noise = torch.zeros(1, *student.shape)
+    VelocityNetwork(backbone, velocity.path, velocity.adapter)(noise, time, condition.to("cpu"))
     return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
 
 

@@ -18,6 +18,7 @@ from flowdistill.errors import UserError
 from flowdistill.path import NativePath, path_from_scheduler
 from flowdistill.teacher.adapters import Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.offload import PARTS
 from flowdistill.teacher.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.teacher.quiet import quietly
 from flowdistill.teacher.teacher import Teacher
@@ -38,6 +39,7 @@ def load_teacher(
     prompts: str | os.PathLike[str] | Sequence[str] | None = None,
     negative_prompt: str | None = None,
     image_size: int | None = None,
+    offload: str = "none",
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
@@ -53,6 +55,7 @@ def load_teacher(
             ``device``.
         negative_prompt: the other side of guidance; None for the pipeline's default, mostly the empty prompt.
         image_size: width and height of a text-to-image teacher's images in pixels; None for the pipeline's default.
+        offload: parts that are on ``device`` only while they work: "codec", the autoencoder; "all", the network too.
 
     Raises:
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
@@ -93,6 +96,9 @@ def load_teacher(
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
         texts.prepare()
     teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
+    if offload not in PARTS:
+        raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
+    teacher.offload = offload
     return teacher if device is None else teacher.to(device)
 
 

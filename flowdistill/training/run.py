@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from flowdistill.evaluation import Report
 
 REPORT = "report.json"
-FREE = frozenset(
+FREE = frozenset({"teacher.offload"}) | frozenset(
     f"train.{name}"
     for name in (
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
         "trackers device gradient_checkpointing compile"
     ).split()
 )
-"""Settings of ``train`` that may change between a run and its resume: they do not decide what is learned, except the
+"""Settings that may change between a run and its resume: they do not decide what is learned, except the
 number of steps, which a user may well raise."""
 
 
