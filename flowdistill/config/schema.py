@@ -54,6 +54,8 @@ class TeacherConfig:
     attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "
                                     "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp)",
                             choices=("auto", "sdpa", "xformers", "math"))
+    offload: str = option("none", "frozen parts kept in CPU memory while they are not called: none, codec (the "
+                                  "autoencoder) or all (the network too)", choices=("none", "codec", "all"))
 
 
 @dataclass

@@ -124,6 +124,6 @@ class SingleStudent:
         return self._student if network is None else self._student.with_network(network)
 
     def to(self, device: torch.device | str) -> Any:
-        self.teacher.to(device)
-        self._student.to(device)
+        self.teacher.to(device)  # and the codec with it, which the student has too
+        self._student.network.to(device)
         return self

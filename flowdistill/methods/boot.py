@@ -29,6 +29,7 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.codec import PixelCodec
+from flowdistill.teacher.lora import KINDS, LoraSettings, of_student
 from flowdistill.teacher.velocity import per_sample
 
 
@@ -49,6 +50,8 @@ class BootConfig:
     guidance_scale: float = option(1.0, "classifier-free guidance that is distilled in", at_least=0)
     threshold: str = option("none", "of the teacher's estimate (pixels only)", choices=("none", "static", "dynamic"))
     threshold_percentile: float = option(0.995, "of the dynamic threshold", above=0, at_most=1)
+    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
     metric: str = option("l2", "l2, or 'package.module:factory' of a module called as metric(signal, target), "
                                "both (B, *shape), that returns (B,) or (B, ...)")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
@@ -84,7 +87,7 @@ class Boot(SingleStudent):
             raise UserError(f"method.target_time is '{config.target_time}', but the student's network was given, and "
                             "that decides its wiring; leave it at separate")
         info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
-        self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time)
+        self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time, of_student(config))
 
     def to(self, device: torch.device | str) -> Boot:
         if isinstance(self.metric, nn.Module):

@@ -28,6 +28,7 @@ from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.attention import allow_forward_mode, no_forward_mode
 from flowdistill.teacher.critic import critic_loss, make_critic
+from flowdistill.teacher.lora import KINDS, LoraSettings, of_critic, of_student
 
 
 @dataclass
@@ -52,8 +53,10 @@ class FreeFlowConfig:
                                           choices=("uniform", "logit_normal"))
     critic_updates: int = option(1, "critic steps a student step", at_least=1)
     critic_fraction: float = option(1.0, "rows of a critic step, as a share of the batch", above=0, at_most=1)
-    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=("full", "lora"))
-    critic_lora_rank: int = option(16, "rank of the adapters", at_least=1)
+    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
+    critic_lora_rank: int | None = option(None, "rank of the critic's; null: lora.rank", at_least=1)
     guidance_min: float = option(1.0, "smallest guidance scale the student learns", at_least=0)
     guidance_max: float = option(1.0, "largest; above the smallest, the scale is an input of the student", at_least=0)
     guidance_interval: list[float] = option([0.0, 1.0], "times with guidance in Delta_G: the teacher's own recipe",
@@ -104,14 +107,14 @@ class FreeFlow(SingleStudent):
             guidance_range=(config.guidance_min, config.guidance_max) if self.guidance_input else None,
             guidance_scale=(config.guidance_min + config.guidance_max) / 2,
         )
-        self._student = FlowMap.from_teacher(teacher, info, student_network)
+        self._student = FlowMap.from_teacher(teacher, info, student_network, lora=of_student(config))
         self.forward_mode = config.derivative == "jvp"
         if self.forward_mode:
             allow_forward_mode(self._student.network, "method.derivative=jvp")
         self.critic = None
         if config.prediction_fraction < 1:
             scalars = ("guidance",) if self.guidance_input else ()
-            self.critic = critic_network or make_critic(teacher, config.critic, config.critic_lora_rank, scalars)
+            self.critic = critic_network or make_critic(teacher, of_critic(config), scalars)
 
     def roles(self) -> dict[str, Role]:
         critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}

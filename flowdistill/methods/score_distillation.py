@@ -10,8 +10,8 @@ Each step, with an online critic v_phi that follows the generator's samples x = 
     sid            g = d/dx of -t <Delta, e + alpha Delta> / mean |e|, through both networks
                                                       SiD (Zhou et al., arXiv 2404.04057)
 
-Guidance is the teacher's only. Without the adversarial term (DMD2) no data is seen; with the regression term (DMD,
-arXiv 2311.18828) the generator also learns some of the teacher's own trajectories.
+Guidance is the teacher's only. Without the adversarial term (DMD2) no data is seen; the regression term (DMD, arXiv
+2311.18828) is on some of the teacher's own trajectories.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.real_data import RealData
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.student import Generator, StudentInfo, generated, start_time
-from flowdistill.student.generator import START_UNITS
+from flowdistill.student import START_UNITS, Generator, StudentInfo, generated, start_time
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.critic import Discriminator, critic_loss, make_critic
+from flowdistill.teacher.lora import KINDS, LoraSettings, of_critic, of_student
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
 
@@ -51,8 +51,10 @@ class HostConfig:
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
     critic_updates: int = option(1, "critic steps a generator step (authors of DMD2: 5)", at_least=1)
-    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=("full", "lora"))
-    critic_lora_rank: int = option(16, "rank of the adapters", at_least=1)
+    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
+    critic_lora_rank: int | None = option(None, "rank of the critic's; null: lora.rank", at_least=1)
     adversarial_weight: float = option(0.0, "of the adversarial term for the generator; 0: none, and no data (authors "
                                             "of DMD2 for SDXL: 5e-3)", at_least=0)
     adversarial_critic_weight: float = option(1e-2, "of the same for the critic (authors: 1e-2)", at_least=0)
@@ -110,8 +112,8 @@ class ScoreDistillation(SingleStudent):
                             "set it to 1, or teacher.null_label")
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         start = start_time(teacher, config.start, config.start_unit)
-        self._student = Generator.from_teacher(teacher, info, start, student_network)
-        self.score = self.critic = critic_network or make_critic(teacher, config.critic, config.critic_lora_rank)
+        self._student = Generator.from_teacher(teacher, info, start, student_network, of_student(config))
+        self.score = self.critic = critic_network or make_critic(teacher, of_critic(config))
         self.data = self.pairs = None
         if config.adversarial_weight:
             self.data = RealData(teacher, config.data)
@@ -163,9 +165,8 @@ class ScoreDistillation(SingleStudent):
             return sample_gradient(lambda x: dm.sid_loss(*compare(x), time, self.config.sid_alpha), sample)
         with torch.no_grad():
             residual, error = compare(sample)
-        if self.config.weighting == "dmd":
-            return dm.dmd_gradient(residual, error)
-        return dm.diff_instruct_gradient(residual, time)
+        dmd = self.config.weighting == "dmd"
+        return dm.dmd_gradient(residual, error) if dmd else dm.diff_instruct_gradient(residual, time)
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         prior, condition = self._prior(draw)

@@ -2,11 +2,12 @@
 
 from flowdistill.student.export import export
 from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
-from flowdistill.student.generator import Generator, generated, start_time
+from flowdistill.student.generator import START_UNITS, Generator, generated, start_time
 from flowdistill.student.storage import find_student, is_student_folder, load_student
 
 __all__ = [
     "FlowMap",
+    "START_UNITS",
     "Generator",
     "Student",
     "StudentInfo",

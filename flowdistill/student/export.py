@@ -10,7 +10,6 @@ the first and the last layer, and a stock scheduler's single step supplies ``k_n
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from pathlib import Path
@@ -29,9 +28,11 @@ from torch import nn
 from flowdistill.errors import UserError
 from flowdistill.student.flow_map import Student
 from flowdistill.student.folding import fold_scales
+from flowdistill.student.lora_export import save_lora
 from flowdistill.student.prompt_export import prompt_pipeline
 from flowdistill.teacher.adapters import last_linear
 from flowdistill.teacher.codec import VaeCodec
+from flowdistill.teacher.lora import merged
 from flowdistill.teacher.velocity import ExtendedVelocity
 
 
@@ -40,7 +41,8 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
     ``guidance_scale=1``), a text-to-image student a pipeline of its teacher's class; all sample with
-    ``num_inference_steps=1``. The folder's README.md says how to call it.
+    ``num_inference_steps=1``. The folder's README.md says how to call it. Adapters are merged into the weights; where
+    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.student.lora_export`).
 
     Args:
         student: on a diffusers backbone.
@@ -70,7 +72,8 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         pipeline = _dit_pipeline(student, backbone, k_input, k_noise, k_output)
         call = "pipe(class_labels=[0, 1, 2, 3], num_inference_steps=1, guidance_scale=1)"
     pipeline.save_pretrained(target)
-    (target / "README.md").write_text(_card(student, call), encoding="utf-8")
+    card = _card(student, call) + (save_lora(student, target, guidance_scale) or "")
+    (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
@@ -94,7 +97,7 @@ def _with_constant_time(student: Student, guidance_scale: float | None) -> nn.Mo
     finally:
         for handle in handles:
             handle.remove()
-    backbone = copy.deepcopy(network.velocity.backbone).cpu()
+    backbone = merged(network.velocity.backbone)
     for i, module in enumerate(network.velocity.adapter.constant_embeddings(backbone)):
         module._forward_hooks.clear()  # the hook that adds the extra embedding: it is in the constant now
         layer = last_linear(module)

@@ -14,6 +14,7 @@ from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
 from flowdistill.objectives.flow_map import end_point
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.lora import LoraSettings
 from flowdistill.teacher.prompts import PromptConditions, encode
 from flowdistill.teacher.teacher import Teacher
 from flowdistill.teacher.velocity import ExtendedVelocity
@@ -78,6 +79,21 @@ class Student(nn.Module, ABC):
         """A student of ``teacher`` around ``network``."""
         return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
                    teacher.prompts)
+
+    @staticmethod
+    def network_from(
+        teacher: Teacher, given: nn.Module | None, lora: LoraSettings | None, *wiring: Any
+    ) -> nn.Module:
+        """The network ``given``, or the teacher's with an :class:`ExtendedVelocity` of this ``wiring`` around it.
+
+        Raises:
+            UserError: adapters for a network that is given.
+        """
+        if given is None:
+            return ExtendedVelocity(teacher.network.trainable_copy(lora=lora), *wiring)
+        if lora is not None:
+            raise UserError("method.student is 'lora', but the student's network was given; leave it at full")
+        return given
 
     def with_network(self, network: nn.Module) -> Any:
         """The same student around another network (an EMA copy)."""
@@ -202,15 +218,16 @@ class FlowMap(Student):
 
     @classmethod
     def from_teacher(
-        cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None, target_time: str = "separate"
+        cls, teacher: Teacher, info: StudentInfo, network: nn.Module | None = None, target_time: str = "separate",
+        lora: LoraSettings | None = None,
     ) -> FlowMap:
         """A student that starts as its teacher (``network`` None), or around a network of one's own.
 
-        ``target_time``: how the teacher's copy learns the duration, see :class:`ExtendedVelocity`.
+        ``target_time``: how the teacher's copy learns the duration, see :class:`ExtendedVelocity`. ``lora``: adapters
+        on the teacher's own weights instead of a copy.
         """
-        if network is None:
-            scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
-            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
+        scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
+        network = cls.network_from(teacher, network, lora, scalars, target_time)
         return cls.around(network, teacher, teacher.t_max, info)
 
     @property

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
 from flowdistill.student.flow_map import Student, StudentInfo
+from flowdistill.teacher.lora import LoraSettings
 from flowdistill.teacher.teacher import Teacher
-from flowdistill.teacher.velocity import ExtendedVelocity
 
 START_UNITS = ("linear", "timestep", "sigma")
 
@@ -48,10 +48,14 @@ class Generator(Student):
 
     @classmethod
     def from_teacher(
-        cls, teacher: Teacher, info: StudentInfo, t_start: float | None = None, network: nn.Module | None = None
+        cls, teacher: Teacher, info: StudentInfo, t_start: float | None = None, network: nn.Module | None = None,
+        lora: LoraSettings | None = None,
     ) -> Generator:
-        """A generator that starts as its teacher's denoiser (``network`` None), or around a network of one's own."""
-        network = network or ExtendedVelocity(teacher.network.trainable_copy())
+        """A generator that starts as its teacher's denoiser (``network`` None), or around a network of one's own.
+
+        ``lora``: adapters on the teacher's own weights instead of a copy.
+        """
+        network = cls.network_from(teacher, network, lora)
         return cls.around(network, teacher, teacher.t_max if t_start is None else t_start, info)
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from flowdistill.student.generator import Generator
 from flowdistill.teacher.adapters import ADAPTERS, Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
 from flowdistill.teacher.loading import SIDECAR, load_scheduler
+from flowdistill.teacher.lora import LoraSettings, split
 from flowdistill.teacher.prompts import PromptConditions, PromptList
 from flowdistill.teacher.text_encoders import TextEncoders
 from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 
-FORMAT = 1
+FORMAT = 2
+"""The newest known; 2 has adapters, which need the file BASE."""
 KINDS: dict[str, type[Student]] = {student.kind: student for student in (FlowMap, Generator)}
 WEIGHTS = "model.safetensors"
+BASE = "base.safetensors"
 
 
 def find_student(path: str | os.PathLike[str]) -> Path | None:
@@ -55,7 +59,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
                         "backbone can")
     path, info, target = network.velocity.path, student.info, Path(folder)
     description: dict[str, Any] = {
-        "format": FORMAT,
+        "format": 1 if network.velocity.lora is None else FORMAT,
         "kind": student.kind,
         "method": info.method,
         "base_model": info.base_model,
@@ -68,6 +72,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         "shape": list(student.shape),
         "scalars": list(network.embeddings),
         "target_time": network.target_time,
+        "lora": None if network.velocity.lora is None else asdict(network.velocity.lora),
         "guidance_range": None if info.guidance_range is None else list(info.guidance_range),
         "guidance_scale": info.guidance_scale,
         "num_classes": student.num_classes,
@@ -85,6 +90,9 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
     if student.prompts is not None:
         student.prompts.text.save(partial / "text")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if network.velocity.lora is not None:  # what trained by itself, and the teacher's weights in their own type
+        weights, base = split(weights)
+        save_file(base, partial / BASE, metadata={"format": "pt"})
     save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
     (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
@@ -162,6 +170,8 @@ def _load(folder: Path) -> Student:
     try:
         config = backbone_class.load_config(folder / "backbone")
         weights = load_file(folder / WEIGHTS)
+        if description.get("lora") is not None:
+            weights |= load_file(folder / BASE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the student in {folder} is incomplete or damaged: {' '.join(str(error).split())}") from error
     backbone = backbone_class.from_config(config)
@@ -173,7 +183,11 @@ def _load(folder: Path) -> Student:
     wiring = description.get("target_time", "separate")
     if wiring not in TARGET_TIMES:
         raise UserError(f"{folder / SIDECAR} has target_time '{wiring}'; this version knows {', '.join(TARGET_TIMES)}")
-    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter), tuple(description["scalars"]), wiring)
+    lora = None if description.get("lora") is None else LoraSettings(**description["lora"])
+    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter, lora=lora), tuple(description["scalars"]), wiring)
+    for name, parameter in network.named_parameters():  # in the types on the disk: a frozen base may be bfloat16
+        if name in weights:
+            parameter.data = parameter.data.to(weights[name].dtype)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flowdistill.teacher.offload import Visitor
+
 AT_ONCE = 4 * 1024**2  # pixels of one pass through an autoencoder
 WHOLE = 2048**2  # pixels of an image that still fits in one
 
@@ -46,6 +48,19 @@ class VaeCodec(nn.Module):
             given = torch.tensor(otherwise if None in each else values, dtype=torch.float32)
             self.register_buffer(name, given.reshape(1, -1, 1, 1), persistent=False)
 
+        self._visitor: Visitor | None = None
+
+    def visit(self, device: torch.device | str) -> None:
+        """Keep the autoencoder on the CPU between calls, which run on ``device``."""
+        if self._visitor is not None:
+            self._visitor.leave()
+        self._visitor = Visitor(self.vae, device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def _rest(self) -> None:
+        if self._visitor is not None:
+            self._visitor.rest()
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1].
@@ -57,7 +72,9 @@ class VaeCodec(nn.Module):
         if pixels > WHOLE and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
         rows = max(1, AT_ONCE // pixels)
-        return torch.cat([self._decode(latents[start : start + rows]) for start in range(0, len(latents), rows)])
+        images = torch.cat([self._decode(latents[start : start + rows]) for start in range(0, len(latents), rows)])
+        self._rest()
+        return images
 
     def _decode(self, latents: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
@@ -73,5 +90,6 @@ class VaeCodec(nn.Module):
         pixels = (images * 2 - 1).to(dtype)
         out = self.vae.encode(pixels[:, :, None] if self.frames else pixels)
         native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent).float()
+        self._rest()
         native = native[:, :, 0] if self.frames else native
         return (native - self.mean - self.shift) * (self.scale / self.std)

@@ -19,6 +19,7 @@ from flowdistill.path import NativePath, path_from_scheduler
 from flowdistill.teacher.adapters import Adapter, adapter_for
 from flowdistill.teacher.attention import choose_attention
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.offload import PARTS
 from flowdistill.teacher.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.teacher.quiet import quietly
 from flowdistill.teacher.teacher import Teacher
@@ -40,6 +41,7 @@ def load_teacher(
     negative_prompt: str | None = None,
     image_size: int | None = None,
     attention: str = "auto",
+    offload: str = "none",
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
@@ -57,6 +59,7 @@ def load_teacher(
         image_size: width and height of a text-to-image teacher's images in pixels; None for the pipeline's default.
         attention: kernels of the network and of what is copied from it: sdpa, xformers, math, or ``"auto"``: xformers
             where it is installed and runs on ``device``, else sdpa (see :mod:`flowdistill.teacher.attention`).
+        offload: parts that are on ``device`` only while they work: "codec", the autoencoder; "all", the network too.
 
     Raises:
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
@@ -99,6 +102,9 @@ def load_teacher(
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
         texts.prepare()
     teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
+    if offload not in PARTS:
+        raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
+    teacher.offload = offload
     return teacher if device is None else teacher.to(device)
 
 

@@ -13,6 +13,7 @@ from flowdistill.errors import UserError
 from flowdistill.path import NativePath
 from flowdistill.teacher.adapters import Adapter
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.offload import Visitor
 from flowdistill.teacher.prompts import PromptConditions, encode
 from flowdistill.teacher.solver import integrate
 from flowdistill.teacher.velocity import per_sample
@@ -30,6 +31,8 @@ class Teacher:
         prompts: how prompts become conditions; None for a teacher without prompts.
         source: where it was loaded from, for messages and for the student's config.
         scheduler: the diffusers scheduler it came with; None for an exact teacher.
+        offload: which parts :meth:`to` leaves on the CPU while they are not called, one of
+            ``flowdistill.teacher.offload.PARTS``.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Teacher:
         self.source = source
         self.scheduler = scheduler
         self.prompts = prompts
-        self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters
+        self.offload = "none"
+        self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
+        self._visitor: Visitor | None = None
 
     @property
     def t_min(self) -> float:
@@ -71,13 +76,30 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
+        if self._visitor is not None:
+            return self._anchor.device
         return next((p.device for p in self.network.parameters()), self._anchor.device)
 
     def to(self, device: torch.device | str) -> Teacher:
-        self.network.to(device)
-        self.codec.to(device)
+        """Move to ``device``; what :attr:`offload` names goes there by itself when it is called."""
         self._anchor = self._anchor.to(device)
+        if self._visitor is not None:
+            self._visitor.leave()
+            self._visitor = None
+        if self.offload == "all":
+            self._visitor = Visitor(self.network, device)
+        else:
+            self.network.to(device)
+        if isinstance(self.codec, VaeCodec) and self.offload != "none":
+            self.codec.visit(device)
+        else:
+            self.codec.to(device)
         return self
+
+    def rest(self) -> None:
+        """Free the device of a network that only visits it; nothing may want a gradient through it any more."""
+        if self._visitor is not None:
+            self._visitor.rest()
 
     @property
     def takes_guidance(self) -> bool:

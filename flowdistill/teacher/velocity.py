@@ -14,6 +14,7 @@ from flowdistill.conditions import Condition
 from flowdistill.path import NativePath
 from flowdistill.teacher.adapters import Adapter
 from flowdistill.teacher.attention import attention_kernels, only_math
+from flowdistill.teacher.lora import LoraSettings, add_lora
 
 EMBEDDING_FREQUENCIES = 256
 TARGET_TIMES = ("separate", "reuse")
@@ -28,15 +29,24 @@ class VelocityNetwork(nn.Module):
     """v(x, t) of a diffusers backbone, whatever it predicts and whatever schedule it was trained on.
 
     ``forward(x, t, condition)`` takes x (B, C, H, W) on the linear path and t (B,) in [t_min, t_max] and returns the
-    velocity E[n - x_0 | x_t = x] (B, C, H, W) in x's dtype. No guidance here.
+    velocity E[n - x_0 | x_t = x] (B, C, H, W) in x's dtype. No guidance here. With ``lora`` the backbone is frozen and
+    gets adapters that train.
 
     Attributes:
         attention: the kernels it is called with: sdpa, xformers or math.
     """
 
-    def __init__(self, backbone: nn.Module, path: NativePath, adapter: Adapter, attention: str = "sdpa") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        path: NativePath,
+        adapter: Adapter,
+        attention: str = "sdpa",
+        lora: LoraSettings | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone if lora is None else add_lora(backbone, lora)
+        self.lora = lora
         self.path = path
         self.adapter = adapter
         self.attention = attention
@@ -54,17 +64,16 @@ class VelocityNetwork(nn.Module):
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
-    def frozen_copy(self, path: NativePath | None = None) -> VelocityNetwork:
-        """A second module tree over the same parameter tensors (for adapters on top of shared base weights)."""
-        shared = {id(p): p for p in self.backbone.parameters()}
-        return VelocityNetwork(copy.deepcopy(self.backbone, shared), path or self.path, self.adapter, self.attention)
-
-    def trainable_copy(self, path: NativePath | None = None) -> VelocityNetwork:
+    def trainable_copy(self, path: NativePath | None = None, lora: LoraSettings | None = None) -> VelocityNetwork:
         """An independent float32 copy with gradients: trained weights are float32 masters.
 
-        It stays in evaluation mode: a distilled student must match its frozen teacher, whose label dropout and
-        dropout are off.
+        With ``lora``, a second module tree over the very same parameter tensors, frozen, and float32 adapters that
+        train. Either stays in evaluation mode: a distilled student must match its frozen teacher, whose label dropout
+        and dropout are off.
         """
+        if lora is not None:
+            tree = copy.deepcopy(self.backbone, {id(p): p for p in self.backbone.parameters()})
+            return VelocityNetwork(tree, path or self.path, self.adapter, self.attention, lora).eval()
         backbone = copy.deepcopy(self.backbone)
         if backbone.dtype != torch.float32:
             backbone = backbone.float()

@@ -16,13 +16,15 @@ class MovingAverage:
     wait; here the count is a number and torch's kernel for lists does the rest.
 
     Args:
-        network: the bare network, before it is wrapped. Only weights that train are averaged; the others never change.
+        network: the bare network, before it is wrapped. Only weights that train are averaged; the others never change
+            and are shared with it.
         decay: in [0, 1).
         warmup: use min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that early weights are soon forgotten.
     """
 
     def __init__(self, network: nn.Module, decay: float, warmup: bool) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
+        self.network = copy.deepcopy(network, frozen).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
         self.count = 0
         self._pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None

@@ -28,7 +28,7 @@ from flowdistill.training.draw import Draw, mixed_seed
 from flowdistill.training.meters import Meters
 from flowdistill.training.optimizer import apply_update, backward, learning_rate
 from flowdistill.training.precision import resolve_precision
-from flowdistill.training.roles import TrainedRole, prepare_roles
+from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
 from flowdistill.training.signals import Interrupts
 from flowdistill.training.state import assign, assign_optimizer, gather, network_tensors, optimizer_tensors
 
@@ -152,7 +152,7 @@ class Trainer:
         for micro in range(accumulation):
             draw = Draw(self.config.seed, self.step, update, micro, self.micro_rows, self.rank, self.world, self.device)
             with self._communicating(name, last=micro == accumulation - 1):
-                loss, figures = self.method.loss(name, self.networks, draw)
+                loss, figures = loss_of(self.method, name, self.networks, draw)
                 backward(loss, role.scaler, accumulation)
             self.meters.add({f"loss/{name}": loss} | {f"{name}/{key}": value for key, value in figures.items()})
         norm, skipped = apply_update(role.optimizer, role.scaler, self.settings.max_grad_norm)

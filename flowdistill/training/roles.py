@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig, TrainConfig
 from flowdistill.errors import UserError
-from flowdistill.methods.base import Method, Role
+from flowdistill.methods.base import Draw, Method, Role
+from flowdistill.teacher.offload import check_not_shared
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.optimizer import make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
@@ -75,7 +76,7 @@ def prepare_roles(
 
     Raises:
         UserError: a launcher that is not supported, weights that are not float32, nothing to train, or gradient
-            checkpointing for a network that has none.
+            checkpointing for a network that has none, or adapters on a teacher that is away at times.
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -83,8 +84,20 @@ def prepare_roles(
             f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
             "(MULTI_GPU) or FSDP with fsdp_version 2"
         )
+    roles = method.roles()
+    check_not_shared(method.teacher, [role.network for role in roles.values()])
     method.to(accelerator.device)
-    return {name: _prepare(name, role, config, precision, accelerator) for name, role in method.roles().items()}
+    return {name: _prepare(name, role, config, precision, accelerator) for name, role in roles.items()}
+
+
+def loss_of(
+    method: Method, name: str, networks: dict[str, Callable[..., Any]], draw: Draw
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
+    loss = method.loss(name, networks, draw)
+    if method.teacher is not None:
+        method.teacher.rest()
+    return loss
 
 
 def _prepare(name: str, role: Role, config: TrainConfig, precision: str, accelerator: Accelerator) -> TrainedRole:

@@ -36,7 +36,7 @@ FREE = frozenset(
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
         "trackers device gradient_checkpointing compile"
     ).split()
-) | {"teacher.attention"}
+) | {"teacher.attention", "teacher.offload"}
 """Settings that may change between a run and its resume: they do not decide what is learned, except the number of
 steps, which a user may well raise."""
 
