@@ -120,8 +120,8 @@ def _sample(args: argparse.Namespace) -> int:
         from flowdistill.teacher.prompts import read_prompts
 
         prompts = read_prompts(args.prompts).prompts
-    elif labels is None and model.num_classes is not None:
-        labels = list(range(model.num_classes))
+    elif labels is None and model.classes is not None:
+        labels = list(model.classes.shown)
     elif model.prompts is not None and model.prompts.prompts is None:
         raise UserError(f"{args.model} takes prompts; give --prompts FILE with one a line")
     # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.

@@ -51,6 +51,8 @@ class TeacherConfig:
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
     image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    labels: list[int] | None = option(None, "class labels to draw from in training; null: all", at_least=0)
+    start: str | None = option(None, "student (run or folder) whose network students start as; null: the teacher's own")
 
 
 @dataclass

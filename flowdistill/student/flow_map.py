@@ -110,14 +110,18 @@ class Student(nn.Module, ABC):
     ) -> Condition | None:
         """Labels (B,) or prompts (B) as a condition; raises :class:`UserError` for what this student does not take."""
         condition = encode(self.classes, self.prompts, labels, prompts, None, self.device)
+        if self.classes is not None and self.classes.own is not None:
+            strange = set(condition.tensors["class_labels"].tolist()) - set(self.classes.own)
+            if strange:
+                own = ", ".join(map(str, self.classes.own))
+                raise UserError(f"label {min(strange)} is none of those that this student was trained for: {own}")
         return None if condition is None else condition.to(self.device)
 
     def examples(self, indices: Sequence[int]) -> Condition | None:
         """Conditions of samples with these indices: the classes, or the prompts it was trained on, in turn."""
         if self.prompts is not None:
             return self.prompts.examples(indices).to(self.device)
-        classes = self.num_classes
-        return None if classes is None else self.encode([i % classes for i in indices])
+        return None if self.classes is None else self.classes.examples(indices).to(self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
@@ -164,7 +168,8 @@ class Student(nn.Module, ABC):
         from flowdistill.noise import indexed_noise
 
         given = labels if labels is not None else prompts
-        count = num_images if num_images is not None else len(given) if given is not None else self.num_classes or 1
+        classes = 1 if self.classes is None else len(self.classes.shown)
+        count = num_images if num_images is not None else len(given) if given is not None else classes
         if count < 1 or batch_size < 1:
             raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
         # Encoded once for all batches; without prompts to show there is nothing to go through.
@@ -172,8 +177,8 @@ class Student(nn.Module, ABC):
         listed = None
         if given is not None or listless:
             listed = self.encode(labels, prompts)
-        elif self.num_classes is not None:
-            listed = self.examples(range(self.num_classes))
+        elif self.classes is not None:
+            listed = self.examples(range(classes))
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             noise = indexed_noise(self.shape, seed, indices).to(self.device)
@@ -210,7 +215,7 @@ class FlowMap(Student):
         """
         if network is None:
             scalars = ("duration",) if info.guidance_range is None else ("duration", "guidance")
-            network = ExtendedVelocity(teacher.network.trainable_copy(), scalars, target_time)
+            network = ExtendedVelocity(teacher.student_copy(), scalars, target_time)
         return cls.around(network, teacher, teacher.t_max, info)
 
     @property

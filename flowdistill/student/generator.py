@@ -51,7 +51,7 @@ class Generator(Student):
         cls, teacher: Teacher, info: StudentInfo, t_start: float | None = None, network: nn.Module | None = None
     ) -> Generator:
         """A generator that starts as its teacher's denoiser (``network`` None), or around a network of one's own."""
-        network = network or ExtendedVelocity(teacher.network.trainable_copy())
+        network = network or ExtendedVelocity(teacher.student_copy())
         return cls.around(network, teacher, teacher.t_max if t_start is None else t_start, info)
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:

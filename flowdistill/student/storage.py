@@ -72,6 +72,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         "guidance_scale": info.guidance_scale,
         "num_classes": student.num_classes,
         "null_label": None if student.classes is None else student.classes.null_label,
+        "labels": None if student.classes is None or student.classes.own is None else list(student.classes.own),
         "text": None if student.prompts is None else _describe_prompts(student.prompts),
         "settings": info.settings,
     }
@@ -189,6 +190,8 @@ def _load(folder: Path) -> Student:
         settings=description["settings"],
     )
     classes = adapter.labels(backbone, description["null_label"])
+    if classes is not None and description.get("labels") is not None:
+        classes = classes.restricted(description["labels"])
     text = description.get("text")
     prompts = None if text is None else _load_prompts(folder, adapter, text)
     t_start = description.get("t_start", native.t_max)  # older flow maps do not say it

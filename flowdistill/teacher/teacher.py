@@ -30,6 +30,7 @@ class Teacher:
         prompts: how prompts become conditions; None for a teacher without prompts.
         source: where it was loaded from, for messages and for the student's config.
         scheduler: the diffusers scheduler it came with; None for an exact teacher.
+        start: a velocity network that students start as instead of this one, maybe of another architecture.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Teacher:
         source: str = "",
         scheduler: Any = None,
         prompts: PromptConditions | None = None,
+        start: Any = None,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
+        self.start = start
         self.path = path
         self.shape = tuple(shape)
         self.codec = (codec or PixelCodec()).requires_grad_(False).eval()
@@ -90,6 +93,10 @@ class Teacher:
         """Whether a guidance scale other than 1 is possible."""
         return self.null_label is not None or self.prompts is not None or self.takes_guidance
 
+    def student_copy(self) -> Any:
+        """The velocity network that a student starts as: a float32 copy of ``start``, or of this one's."""
+        return self.network.trainable_copy() if self.start is None else self.start.trainable_copy(self.path)
+
     def encode(
         self,
         labels: Sequence[int] | Tensor | None = None,
@@ -121,13 +128,12 @@ class Teacher:
         """Conditions of samples with these indices: the classes, or the list of prompts, in turn."""
         if self.prompts is not None:
             return self.prompts.examples(indices).to(self.device)
-        classes = self.num_classes
-        return None if classes is None else self.encode([i % classes for i in indices])
+        return None if self.classes is None else self.classes.examples(indices).to(self.device)
 
     def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
         """Conditions of a training batch; None for an unconditional teacher.
 
-        Uniform over the classes, or prompts of ``teacher.prompts`` by their weights.
+        Uniform over the classes (those of ``teacher.labels``), or prompts of ``teacher.prompts`` by their weights.
 
         Args:
             draw: the source of randomness, a :class:`flowdistill.training.draw.Draw`.
@@ -135,7 +141,7 @@ class Teacher:
         """
         if self.prompts is not None:
             return self.prompts.draw(draw, rows).to(self.device)
-        return None if self.classes is None else self.classes.wrap(draw.integers(self.classes.num_classes, rows=rows))
+        return None if self.classes is None else self.classes.draw(draw, rows)
 
     def velocity(
         self,
