@@ -86,7 +86,7 @@ def _distill(args: argparse.Namespace) -> int:
             print(f"flowdistill: stopped by a signal after step {run.steps}; the same command goes on", file=sys.stderr)
         return 128 + run.interrupted
     if _is_main():
-        print(f"the run is in {run.output_dir}: student/, samples/, metrics.jsonl, config.yaml", end="")
+        print(f"the run is in {run.output_dir}: {run.holds}", end="")
         print("" if run.report is None else " and report.json")
     return 0
 
@@ -208,7 +208,7 @@ def _export(args: argparse.Namespace) -> int:
     occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
     if occupied and not args.overwrite:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
-    if occupied and not (target / "model_index.json").is_file():
+    if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
         raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
     from flowdistill.student import export, load_student
 
@@ -223,7 +223,10 @@ def _export(args: argparse.Namespace) -> int:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
+    if (target / "manifest.json").is_file():
+        print(f"{target}: a diffusers pipeline for each student, and manifest.json, which says who makes which condition")
+    else:
+        print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
     return 0
 
 

@@ -289,11 +289,74 @@ def _squared_distances(x: Tensor, centres: Tensor) -> Tensor:
     return torch.stack([(x - centre).square().sum(dim=1) for centre in centres], dim=1)
 
 
-# --- on disk
+# --- conditions and their parts together, on disk
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A router and the conditions it was made for.
+
+    Attributes:
+        router: what tells every condition's part.
+        count: K.
+        prompts: the different prompts of a text-to-image teacher; None for classes.
+        weights: how often each is drawn, of sum 1.
+        owner: part of each prompt.
+    """
+
+    router: Router
+    count: int
+    prompts: list[str] | None = None
+    weights: list[float] | None = None
+    owner: list[int] | None = None
+
+    @classmethod
+    def of_classes(cls, table: ClassTable) -> Partition:
+        return cls(table, max(table.owner) + 1)
+
+    @classmethod
+    def of_prompts(
+        cls, rule: str, prompts: Sequence[str], weights: Sequence[float], condition: Condition, parts: int, seed: int = 0
+    ) -> Partition:
+        """A prompt that is listed twice counts once, with both weights.
+
+        Args:
+            condition: of the prompts, encoded by the teacher.
+        """
+        total: dict[str, float] = {}
+        for prompt, weight in zip(prompts, weights, strict=True):
+            total[prompt] = total.get(prompt, 0.0) + weight
+        first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+        embeddings = pooled(condition[torch.tensor([first[prompt] for prompt in total])])
+        router = split_prompts(rule, embeddings, parts, seed)
+        return cls(router, parts, list(total), list(total.values()), router.cell(embeddings).tolist())
+
+    def labels(self, part: int) -> list[int]:
+        """The class labels of a part."""
+        assert isinstance(self.router, ClassTable)
+        return self.router.parts()[part]
+
+    def listed(self, part: int) -> list[tuple[str, float]]:
+        """The prompts of a part with their weights."""
+        assert self.prompts is not None and self.weights is not None and self.owner is not None
+        everything = zip(self.prompts, self.weights, self.owner, strict=True)
+        return [(prompt, weight) for prompt, weight, owner in everything if owner == part]
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"count": self.count, **self.router.to_dict()}
+        if self.prompts is not None:
+            values |= {"prompts": self.prompts, "weights": self.weights, "owner": self.owner}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Partition:
+        """The inverse of ``to_dict``; KeyError, TypeError or ValueError for values that are not of that form."""
+        rest = (values.get(name) for name in ("prompts", "weights", "owner"))
+        return cls(router_from(values), values["count"], *rest)
 
 
 def router_from(values: dict[str, Any]) -> Router:
-    """The inverse of ``to_dict``; raises KeyError, TypeError or ValueError for values that are not of that form."""
+    """The inverse of a router's ``to_dict``."""
     rule = values["rule"]
     if rule in CLASS_RULES:
         owner = {label: k for k, part in enumerate(values["parts"]) for label in part}
@@ -301,8 +364,3 @@ def router_from(values: dict[str, Any]) -> Router:
     names = {"balanced_kmeans": ("centres", "offsets"), "pca_quadrant": ("mean", "axes", "thresholds")}[rule]
     tensors = [torch.tensor(values[name], dtype=torch.float64) for name in names]
     return Cells(*tensors) if rule == "balanced_kmeans" else Quadrants(*tensors)
-
-
-def owners(sequence: Sequence[Any], route: Tensor, parts: int) -> list[list[Any]]:
-    """``sequence`` in ``parts`` lists, by ``route`` (len(sequence),), in order."""
-    return [[item for item, part in zip(sequence, route.tolist(), strict=True) if part == k] for k in range(parts)]

@@ -3,11 +3,14 @@
 from flowdistill.student.export import export
 from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
 from flowdistill.student.generator import Generator, generated, start_time
+from flowdistill.student.routed import RoutedStudent, write_manifest
+from flowdistill.student.shapes import parameters, reshaped, smaller
 from flowdistill.student.storage import find_student, is_student_folder, load_student
 
 __all__ = [
     "FlowMap",
     "Generator",
+    "RoutedStudent",
     "Student",
     "StudentInfo",
     "export",
@@ -15,5 +18,9 @@ __all__ = [
     "generated",
     "is_student_folder",
     "load_student",
+    "parameters",
+    "reshaped",
+    "smaller",
     "start_time",
+    "write_manifest",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -167,6 +167,16 @@ class Student(nn.Module, ABC):
         """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
         from flowdistill.noise import indexed_noise
 
+        count, conditions = self.plan(labels, num_images, batch_size, prompts)
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            noise = indexed_noise(self.shape, seed, indices).to(self.device)
+            yield self.decode(self(noise, conditions(indices), guidance_scale)).cpu()
+
+    def plan(
+        self, labels: Sequence[int] | None, num_images: int | None, batch_size: int, prompts: Sequence[str] | None
+    ) -> tuple[int, Callable[[Sequence[int]], Condition | None]]:
+        """Number of images, and the condition of those with given indices, for the arguments of :meth:`generate`."""
         given = labels if labels is not None else prompts
         classes = 1 if self.classes is None else len(self.classes.shown)
         count = num_images if num_images is not None else len(given) if given is not None else classes
@@ -179,14 +189,10 @@ class Student(nn.Module, ABC):
             listed = self.encode(labels, prompts)
         elif self.classes is not None:
             listed = self.examples(range(classes))
-        for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            noise = indexed_noise(self.shape, seed, indices).to(self.device)
-            if listed is None:
-                condition = self.examples(indices)
-            else:
-                condition = listed[torch.arange(start, indices.stop, device=self.device) % len(listed)]
-            yield self.decode(self(noise, condition, guidance_scale)).cpu()
+        if listed is None:
+            return count, self.examples
+        rows = listed
+        return count, lambda indices: rows[torch.tensor(list(indices), device=self.device) % len(rows)]
 
     def save(self, folder: Any) -> None:
         """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""

@@ -118,8 +118,14 @@ def _load_vae(folder: Path) -> VaeCodec:
     return VaeCodec(getattr(diffusers, name).from_pretrained(folder))
 
 
-def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Student:
-    """The student in a run folder, a student folder or a hub repository.
+def load_student(
+    path: str | os.PathLike[str], device: str | torch.device | None = None, resident: int | None = None
+) -> Student:
+    """The student in a run folder, a student folder or a hub repository; several students with a manifest are one.
+
+    Args:
+        device: where to put it; the CPU by default.
+        resident: of several students, how many are on the device at a time; None: all. It means nothing for one.
 
     Raises:
         UserError: nothing there, a student that is incomplete or damaged, or one made by a newer format.
@@ -134,7 +140,7 @@ def load_student(path: str | os.PathLike[str], device: str | torch.device | None
         hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
             "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
-    student = _load(folder)
+    student = _load(folder, resident)
     return student if device is None else student.to(device)
 
 
@@ -148,12 +154,16 @@ def _download(repository: str) -> Path | None:
         raise UserError(f"{repository} is no folder here and could not be fetched from the hub: {reason}") from error
 
 
-def _load(folder: Path) -> Student:
+def _load(folder: Path, resident: int | None) -> Student:
     try:
         description = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         kind, version = description["kind"], description["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
+    if kind == "routed":
+        from flowdistill.student.routed import load_routed
+
+        return load_routed(folder, description, resident)
     if kind not in KINDS or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
                         f"students up to format {FORMAT}")

@@ -131,6 +131,7 @@ class FidCallback:
             kid=False,
             per_class=False,
             manifold=False,
+            own=config.teacher.labels,
             device=accelerator.device,
             progress=False,
         )
