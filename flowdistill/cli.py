@@ -224,7 +224,7 @@ def _export(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if (target / "manifest.json").is_file():
-        print(f"{target}: a diffusers pipeline for each student, and manifest.json, which says who makes which condition")
+        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose")
     else:
         print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
     return 0

@@ -96,7 +96,8 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
     for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
         shares = [_share([row.get(name)]) for name in more]
         accuracy = _percent([row["accuracy"]])
-        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, "", "", *("" for _ in sizes)]))
+        empty = [""] * (2 + len(sizes))
+        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, *empty]))
     for label in labels:
         mine = [line for line in lines if line["label"] == label]
         if not mine:

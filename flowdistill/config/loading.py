@@ -69,7 +69,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
 
 
 def method_config_class(name: str, key: str = "method.name") -> type:
-    """The settings dataclass of a registered method; for another name, found at ``key``, a UserError with the closest."""
+    """The settings dataclass of a registered method; for another name (at ``key``) a UserError with the closest one."""
     from flowdistill.methods import METHODS
 
     if name not in METHODS:

@@ -1,7 +1,7 @@
 """Conditions in K disjoint parts of equal size, and which part a condition belongs to.
 
-Classes are split by a table; prompts by their pooled text embeddings, with a rule that is fitted once and also says where
-a prompt belongs that nobody has seen (MSD, Song et al., arXiv 2410.23274, section 4.1).
+Classes are split by a table; prompts by their pooled text embeddings, with a rule that is fitted once and also says
+where a prompt belongs that nobody has seen (MSD, Song et al., arXiv 2410.23274, section 4.1).
 """
 
 from __future__ import annotations
@@ -316,7 +316,13 @@ class Partition:
 
     @classmethod
     def of_prompts(
-        cls, rule: str, prompts: Sequence[str], weights: Sequence[float], condition: Condition, parts: int, seed: int = 0
+        cls,
+        rule: str,
+        prompts: Sequence[str],
+        weights: Sequence[float],
+        condition: Condition,
+        parts: int,
+        seed: int = 0,
     ) -> Partition:
         """A prompt that is listed twice counts once, with both weights.
 

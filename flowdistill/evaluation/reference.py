@@ -64,8 +64,9 @@ class Reference:
             UserError: the set has no labels, or fewer than two such images.
         """
         if self.labelled is None:
-            raise UserError(f"the reference {self.name!r} has no labels, so it has no part for a model that makes the labels "
-                            f"{', '.join(map(str, labels))} only; measure all students together, or name a set with labels")
+            raise UserError(f"the reference {self.name!r} has no labels, so it has no part for a model that makes the "
+                            f"labels {', '.join(map(str, labels))} only; measure all students together, or name a set "
+                            "with labels")
         mine = torch.isin(self.labelled[1], torch.tensor(labels))
         features = self.labelled[0][mine]
         if len(features) < 2:

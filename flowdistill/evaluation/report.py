@@ -100,8 +100,8 @@ class Report:
                 parts = ", ".join(f"{part}: {_cell(fid, '.3f')}" for part, fid in row.per_part_fid.items())
                 text.append(f"{row.model}, {_cell(row.calls, 'd')} calls, FID of each student's part: {parts}")
             if row.stored_parameters != row.active_parameters:
-                text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used for "
-                            "an image")
+                text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
+                            "for an image")
         text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
         if self.fid_floor is not None:
             text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")

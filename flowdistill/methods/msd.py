@@ -51,14 +51,14 @@ class MsdConfig:
 
     name: str = "msd"
     num_students: int = option(2, "K; 1 is the host alone", at_least=1)
-    partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans or "
-                                          "pca_quadrant", choices=CLASS_RULES + PROMPT_RULES)
+    partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans "
+                                          "or pca_quadrant", choices=CLASS_RULES + PROMPT_RULES)
     partition_file: str | None = option(None, "of the partition 'file': a YAML or JSON list of lists of labels")
     partition_seed: int = option(0, "of random and of balanced_kmeans", at_least=0)
-    student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; -1: "
-                                             "only the shared start (tsm); null: all, in turn", at_least=-1)
-    tsm: TsmConfig | None = option(None, "students of another shape, and how they learn to be denoisers first; null: they "
-                                         "start as the teacher")
+    student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; "
+                                             "-1: only the shared start (tsm); null: all, in turn", at_least=-1)
+    tsm: TsmConfig | None = option(None, "students of another shape, and how they learn to be denoisers first; null: "
+                                         "they start as the teacher")
     tsm_steps: int = option(1000, "steps of teacher score matching; 0: such students start at random", at_least=0)
     adversarial: AdversarialStage = option(AdversarialStage, "what follows the host's run")
     host: Any = option(MISSING, "a one-step method with its settings")
@@ -67,8 +67,8 @@ class MsdConfig:
     def hosted(cls, host: str) -> type:
         """This class with the settings of the host's own class in ``host``, for files."""
         if host in NO_HOSTS:
-            raise UserError(f"'method.host.name' is '{host}', which makes no one-step student; name a method such as dmd2 "
-                            "or freeflow")
+            raise UserError(f"'method.host.name' is '{host}', which makes no one-step student; name a method such as "
+                            "dmd2 or freeflow")
         return _hosted(cls, method_config_class(host, "method.host.name"))
 
     def validate(self) -> None:
@@ -76,17 +76,17 @@ class MsdConfig:
         if not is_dataclass(self.host):
             raise UserError("'method.host' must be the settings of a one-step method, with its name")
         if self.student_index is not None and self.student_index >= self.num_students:
-            raise UserError(f"method.student_index is {self.student_index}; with {self.num_students} students it is 0 to "
-                            f"{self.num_students - 1}")
+            raise UserError(f"method.student_index is {self.student_index}; with {self.num_students} students it is 0 "
+                            f"to {self.num_students - 1}")
         if self.student_index == -1 and self.tsm is None:
-            raise UserError("method.student_index is -1, the shared start, but method.tsm is null: students start as the "
-                            "teacher")
+            raise UserError("method.student_index is -1, the shared start, but method.tsm is null: students start as "
+                            "the teacher")
         if (self.partition == "file") != (self.partition_file is not None):
-            raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the partition "
-                            f"is '{self.partition}' and the file {self.partition_file or 'null'}")
+            raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
+                            f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")
         if self.adversarial.steps and not isinstance(self.host, HostConfig):
-            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{self.host.name}' has no "
-                            "adversarial term; set it to 0, or take dmd2, diff_instruct or sid")
+            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{self.host.name}' "
+                            "has no adversarial term; set it to 0, or take dmd2, diff_instruct or sid")
 
 
 @functools.cache
@@ -113,28 +113,28 @@ def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
     """The parts of a teacher's conditions.
 
     Raises:
-        UserError: an unconditional teacher, a rule for other conditions than it takes, a teacher with labels of its own,
-            and what ``split_classes`` and ``split_prompts`` refuse.
+        UserError: an unconditional teacher, a rule for other conditions than it takes, a teacher with labels of its
+            own, and what ``split_classes`` and ``split_prompts`` refuse.
     """
     rule = config.partition
     if teacher.prompts is not None:
         if rule not in PROMPT_RULES:
-            raise UserError(f"method.partition is '{rule}', which splits classes, and the teacher takes prompts; choose "
-                            f"{' or '.join(PROMPT_RULES)}")
+            raise UserError(f"method.partition is '{rule}', which splits classes, and the teacher takes prompts; "
+                            f"choose {' or '.join(PROMPT_RULES)}")
         if getattr(config.host, "regression_weight", 0) and config.num_students > 1:
-            raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a run "
-                            "that knows its own ones only; set it to 0")
+            raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a "
+                            "run that knows its own ones only; set it to 0")
         prompts = teacher.prompts.prompts or []
         return Partition.of_prompts(rule, prompts, teacher.prompts.weights, teacher.examples(range(len(prompts))),
                                     config.num_students, config.partition_seed)
     if teacher.classes is None:
-        raise UserError(f"MSD divides the conditions among students, and the teacher {teacher.source} is unconditional: "
-                        "there is nothing to divide")
+        raise UserError(f"MSD divides the conditions among students, and the teacher {teacher.source} is "
+                        "unconditional: there is nothing to divide")
     if teacher.classes.own is not None:
         raise UserError("teacher.labels is set, but MSD divides all classes among its students; set it to null")
     if rule not in CLASS_RULES:
-        raise UserError(f"method.partition is '{rule}', which splits prompts, and the teacher takes class labels; choose "
-                        f"{', '.join(CLASS_RULES)}")
+        raise UserError(f"method.partition is '{rule}', which splits prompts, and the teacher takes class labels; "
+                        f"choose {', '.join(CLASS_RULES)}")
     file = None if config.partition_file is None else Path(config.partition_file)
     return Partition.of_classes(split_classes(rule, teacher.classes.num_classes, config.num_students,
                                               config.partition_seed, file))
@@ -166,8 +166,8 @@ def student_runs(config: RunConfig, partition: Partition, part: int) -> list[Run
         return [_run(config, f"student-{part}", teacher, method.host, config.train, part)]
     first = _run(config, f"matching-{part}", teacher, method.host, config.train, part)
     stage, host = method.adversarial, method.host
-    host = replace(host, adversarial_weight=stage.weight, adversarial_critic_weight=stage.critic_weight, data=stage.data,
-                   regression_weight=0.0, optimizer=replace(host.optimizer, lr=stage.lr),
+    host = replace(host, adversarial_weight=stage.weight, adversarial_critic_weight=stage.critic_weight,
+                   data=stage.data, regression_weight=0.0, optimizer=replace(host.optimizer, lr=stage.lr),
                    critic_optimizer=replace(host.critic_optimizer, lr=stage.lr))
     train = replace(config.train, steps=stage.steps)
     teacher = replace(teacher, start=first.output_dir)

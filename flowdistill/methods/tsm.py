@@ -2,9 +2,10 @@
 
     L = E_{x_0, t, n} lambda(t) || v_phi(x_t, t) - v_teacher(x_t, t) ||^2,   x_t = (1 - t) x_0 + t n
 
-so that a small student starts as a denoiser. With an exact teacher this has the gradient of training on the data, and less
-variance: the targets have no noise. x_0 are real images (as in the paper) or, without data, the teacher's own samples, made
-once. lambda is 1 over the square of what the network's output is multiplied by: for EDM 1 / sigma^2 + 1 / sigma_data^2.
+so that a small student starts as a denoiser. With an exact teacher this has the gradient of training on the data, and
+less variance: the targets have no noise. x_0 are real images (as in the paper) or, without data, the teacher's own
+samples, made once. lambda is 1 over the square of what the network's output is multiplied by: for EDM
+1 / sigma^2 + 1 / sigma_data^2.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class TsmConfig:
     """Settings of teacher score matching; the paper's values for its steps and learning rate could not be found."""
 
     name: str = "tsm"
-    student_size: float | None = option(None, "parameters of the student, as a share of the teacher's", above=0, below=1)
-    student_shape: dict[str, Any] | None = option(None, "settings of the student's network that differ from the teacher's")
+    student_size: float | None = option(None, "the student's parameters, as a share of the teacher's", above=0, below=1)
+    student_shape: dict[str, Any] | None = option(None, "settings of its network that differ from the teacher's")
     data: str | None = option(None, "named image set; null: the teacher's own samples")
     samples: int = option(2000, "samples of the teacher, made once", at_least=1)
     sample_steps: int = option(20, "the teacher's steps to make them", at_least=1)

@@ -55,8 +55,8 @@ class RoutedStudent(Student):
         if prompts is not None and partition.prompts is not None and partition.weights is not None:
             prompts.use(PromptList(partition.prompts, partition.weights))
         networks = nn.ModuleList([student.network for student in students])
-        super().__init__(networks, first.shape, first.t_start, first.codec, classes, first.info, first.scheduler, prompts)
-        for student in students:
+        super().__init__(networks, first.shape, first.t_start, first.codec, classes, first.info, first.scheduler,
+        prompts) for student in students:
             student.codec = first.codec  # once in memory
         self.students, self.partition, self.resident = list(students), partition, resident
         self._device = first.device
@@ -108,7 +108,8 @@ class RoutedStudent(Student):
         for part in parts:
             rows = (route == part).nonzero().flatten()
             here = rows.to(noise.device)
-            scale = guidance_scale[here] if isinstance(guidance_scale, Tensor) and guidance_scale.ndim else guidance_scale
+            each = isinstance(guidance_scale, Tensor) and guidance_scale.ndim > 0
+            scale = guidance_scale[here] if each else guidance_scale  # type: ignore[index]
             made.append(self.student(part)(noise[here], condition[here], scale))
             order.append(here)
         return torch.cat(made)[torch.cat(order).argsort()]
@@ -150,7 +151,7 @@ class RoutedStudent(Student):
 
 
 def write_manifest(folder: Path, partition: Partition, students: Sequence[str]) -> None:
-    """Write ``flowdistill.json`` for the student folders ``students`` (relative to ``folder``), complete or not at all."""
+    """Write ``flowdistill.json`` for ``students``, folders relative to ``folder``; complete or not at all."""
     from flowdistill.evaluation.files import atomic_write
 
     content = {
@@ -197,8 +198,8 @@ def load_routed(folder: Path, manifest: dict[str, Any], resident: int | None = N
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if odd:
             what = "is missing" if odd[0] not in found else "was added" if odd[0] not in expected else "was altered"
-            raise UserError(f"student {number} of {folder} is not the one of the manifest: {path / odd[0]} {what}; put it "
-                            "back, or train that student again")
+            raise UserError(f"student {number} of {folder} is not the one of the manifest: {path / odd[0]} {what}; put "
+                            "it back, or train that student again")
     return RoutedStudent([load_student(path) for path, _ in listed], partition, resident)
 
 
@@ -221,11 +222,11 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
     (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     how = "`parts` in manifest.json lists the class labels of each pipeline."
     if student.partition.prompts is not None:
-        how = ("A prompt's embedding is the mean of its text encoder's output over the tokens (those of the attention mask "
-               "where the pipeline has one). With balanced_kmeans it belongs to the pipeline whose squared distance to "
-               "`centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked from its root, "
-               "at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above the threshold.")
+        how = ("A prompt's embedding is the mean of its text encoder's output over the tokens (those of the attention "
+               "mask where the pipeline has one). With balanced_kmeans it belongs to the pipeline whose squared distance "
+               "to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked from its "
+               "root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above the threshold.")
     (target / "README.md").write_text(
-        f"# {len(names)} one-step generators\n\nEach folder is a diffusers pipeline that makes its own conditions only. "
-        f"{how} The README.md in each folder says how it is called.\n", encoding="utf-8")
+        f"# {len(names)} one-step generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
+        f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
     return target

@@ -1,7 +1,7 @@
 """Smaller networks of a teacher's family: a budget of parameters becomes a configuration that can be built.
 
-Widths shrink and keep their ratios, every width a multiple of what norm groups and attention heads need; blocks are left
-out only where no width alone comes near the budget.
+Widths shrink and keep their ratios, every width a multiple of what norm groups and attention heads need; blocks are
+left out only where no width alone comes near the budget.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def smaller(backbone: nn.Module, share: float) -> Config:
     """
     name = type(backbone).__name__
     if name not in _FAMILIES:
-        raise UserError(f"a smaller student can be made of {', '.join(_FAMILIES)}; the teacher is a {name}, so give its "
-                        "settings in method.student_shape")
+        raise UserError(f"a smaller student can be made of {', '.join(_FAMILIES)}; the teacher is a {name}, so give "
+                        "its settings in method.student_shape")
     widths, layers, resized = _FAMILIES[name](backbone.config)
     budget = share * parameters(backbone)
     best: tuple[int, Config] | None = None
@@ -66,7 +66,8 @@ def reshaped(backbone: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
         return kind.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no {kind.__name__} can be built with method.student_shape {dict(changes)}: {reason}") from error
+        raise UserError(f"no {kind.__name__} can be built with method.student_shape {dict(changes)}: "
+                        f"{reason}") from error
 
 
 def parameters(network: nn.Module) -> int:
@@ -105,8 +106,8 @@ def _unet(config: Any) -> _Shape:
 def _conditional_unet(config: Any) -> _Shape:
     """There ``attention_head_dim`` is the number of heads (diffusers), one or one a block."""
     if config["num_attention_heads"] is not None or isinstance(config["layers_per_block"], (list, tuple)):
-        raise UserError("the teacher's UNet2DConditionModel has num_attention_heads or a number of layers for each block; "
-                        "give the student's settings in method.student_shape")
+        raise UserError("the teacher's UNet2DConditionModel has num_attention_heads or a number of layers for each "
+                        "block; give the student's settings in method.student_shape")
     channels, heads, groups = config["block_out_channels"], config["attention_head_dim"], config["norm_num_groups"] or 1
     if isinstance(heads, int):  # the same heads, thinner
         return _convolutional(config, math.lcm(groups, heads), lambda widths: {})

@@ -114,8 +114,8 @@ def _start(source: str | os.PathLike[str], teacher: Teacher, adapter: Adapter) -
     network = student.network
     velocity = getattr(network, "velocity", None)
     if velocity is None or len(network.embeddings) or network.target_time != "separate":
-        raise UserError(f"teacher.start {source} is a {student.kind} with conditions of its own, which is no network of "
-                        "one time; give a generator, such as tsm and score distillation make")
+        raise UserError(f"teacher.start {source} is a {student.kind} with conditions of its own, which is no network "
+                        "of one time; give a generator, such as tsm and score distillation make")
     if velocity.adapter is not adapter or student.shape != teacher.shape or student.num_classes != teacher.num_classes:
         raise UserError(f"teacher.start {source} is a {velocity.adapter.family} for samples of {student.shape} and "
                         f"{student.num_classes} classes; the teacher is a {adapter.family} for {teacher.shape} and "

@@ -32,9 +32,9 @@ from flowdistill.training.run import (
 def distill_students(config: RunConfig) -> Run:
     """Train all students of a checked MSD configuration in turn, or one, and finish when all are there.
 
-    Each is an ordinary run folder ``student-<k>``; whatever is complete is passed over, so the same command goes on at the
-    student and step where it stopped. Once every student is complete, by whatever jobs, the manifest, the samples and the
-    report are written.
+    Each is an ordinary run folder ``student-<k>``; whatever is complete is passed over, so the same command goes on at
+    the student and step where it stopped. Once every student is complete, by whatever jobs, the manifest, the samples
+    and the report are written.
 
     Raises:
         UserError: as ``distill``; a shared start that is not there when one student alone is asked for.
@@ -94,13 +94,14 @@ def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partiti
         try:
             partition = Partition.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error!r}); put it back, or start anew in another output_dir") from error
+            raise UserError(f"{file} is damaged ({error!r}); put it back, or start anew elsewhere") from error
         return partition
     from flowdistill import load_teacher
 
     teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
     if teacher.prompts is not None and config.teacher.prompts is None:
-        raise UserError(f"the teacher {config.teacher.source} takes prompts; set teacher.prompts to a file with one a line")
+        raise UserError(f"the teacher {config.teacher.source} takes prompts; set teacher.prompts to a file with one a "
+                        "line")
     return make_partition(config.method, teacher)
 
 
