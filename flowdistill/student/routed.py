@@ -56,7 +56,8 @@ class RoutedStudent(Student):
             prompts.use(PromptList(partition.prompts, partition.weights))
         networks = nn.ModuleList([student.network for student in students])
         super().__init__(networks, first.shape, first.t_start, first.codec, classes, first.info, first.scheduler,
-        prompts) for student in students:
+                         prompts)
+        for student in students:
             student.codec = first.codec  # once in memory
         self.students, self.partition, self.resident = list(students), partition, resident
         self._device = first.device
@@ -223,9 +224,10 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
     how = "`parts` in manifest.json lists the class labels of each pipeline."
     if student.partition.prompts is not None:
         how = ("A prompt's embedding is the mean of its text encoder's output over the tokens (those of the attention "
-               "mask where the pipeline has one). With balanced_kmeans it belongs to the pipeline whose squared distance "
-               "to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked from its "
-               "root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above the threshold.")
+               "mask where the pipeline has one). With balanced_kmeans it belongs to the pipeline whose squared "
+               "distance to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked "
+               "from its root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above the "
+               "threshold.")
     (target / "README.md").write_text(
         f"# {len(names)} one-step generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
         f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
