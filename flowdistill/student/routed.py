@@ -226,8 +226,8 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
         how = ("A prompt's embedding is the mean of its text encoder's output over the tokens (those of the attention "
                "mask where the pipeline has one). With balanced_kmeans it belongs to the pipeline whose squared "
                "distance to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked "
-               "from its root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above the "
-               "threshold.")
+               "from its root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above "
+               "the threshold.")
     (target / "README.md").write_text(
         f"# {len(names)} one-step generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
         f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
