@@ -45,8 +45,12 @@ def distill_students(config: RunConfig) -> Run:
     # Which student a job trains is no property of the run: K jobs share its folder.
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
-    partition = _partition(config, folder, accelerator.device)
+    partition = processes.on_main(lambda: _partition(config, folder, accelerator.device))
     start, runs = tsm_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
+
+    def complete(run: RunConfig) -> bool:
+        return processes.on_main(lambda: is_complete(run))
+
     if start is not None and only is not None and only >= 0 and not complete(start):
         raise UserError(f"{start.output_dir}, the students' shared start, is not complete; train it first, with "
                         "method.student_index=-1")
@@ -69,7 +73,7 @@ def distill_students(config: RunConfig) -> Run:
         steps, trained = steps + done.steps, True
         if not done.completed:
             return Run(folder, steps, False, done.interrupted)
-    missing = [str(k) for k, mine in enumerate(runs) if not all(map(complete, mine))]
+    missing = [str(k) for k, mine in enumerate(runs) if not all([complete(one) for one in mine])]
     if missing:
         holds = f"the students asked for; the manifest follows when {' and '.join(missing)} are there too"
         return Run(folder, steps, False, holds=holds)
@@ -78,7 +82,7 @@ def distill_students(config: RunConfig) -> Run:
     return Run(folder, steps, True, report=_finish(config, partition, accelerator, reuse), holds=holds)
 
 
-def complete(run: RunConfig) -> bool:
+def is_complete(run: RunConfig) -> bool:
     """Whether a run folder holds a student that was trained to its last step (or was never to be trained)."""
     folder = Path(run.output_dir)
     if not is_student_folder(folder):
