@@ -92,7 +92,7 @@ def test_a_smaller_student_comes_near_its_teacher(data):
         loss.backward()
         optimizer.step()
         errors.append(float(figures["velocity_error"]))
-    assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
+    assert sum(errors[-5:]) < 0.5 * sum(errors[:5])
 
 
 def test_without_data_it_learns_on_the_teachers_samples(teacher):
