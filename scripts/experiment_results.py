@@ -35,15 +35,12 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     config, student = load_config(folder / "config.yaml", []), load_student(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     saved = checkpoints(folder / "checkpoints")
-    # Several students, and what they start from, are runs of their own in the folder.
-    parts = [checkpoints(entry.parent) for entry in folder.glob("*/checkpoints/step-*")]
-    newest = {str(found[-1][1]): found[-1][1] for found in (saved, *parts) if found}.values()
     pairs = _pairs(tuple(dataclasses.asdict(config.teacher).items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],
         "fid_floor": report["fid_floor"],
         "num_images": report["num_images"],
-        "train_seconds": sum(read_state(path)["seconds"] for path in newest),
+        "train_seconds": train_seconds(folder),
         "paired_error": paired_error(student, *pairs),
         "curve": [],
     }
@@ -60,6 +57,14 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         point = {"step": step, "seconds": read_state(path)["seconds"], "fid": row.fid, "accuracy": row.accuracy}
         figures["curve"].append(point | {"paired_error": paired_error(student, *pairs)})
     return figures
+
+
+def train_seconds(folder: Path) -> float:
+    """Training time of a run; several students, and what they start from, are runs of their own in the folder."""
+    from flowdistill.training.checkpoint import checkpoints, read_state
+
+    found = [checkpoints(part) for part in (folder / "checkpoints", *sorted(folder.glob("*/checkpoints")))]
+    return sum(read_state(saved[-1][1])["seconds"] for saved in found if saved)
 
 
 def paired_error(student: Any, noise: Any, condition: Any, target: Any) -> float:
