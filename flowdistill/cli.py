@@ -97,7 +97,7 @@ def _distill(args: argparse.Namespace) -> int:
             print(f"flowdistill: stopped by a signal after step {run.steps}; the same command goes on", file=sys.stderr)
         return 128 + run.interrupted
     if _is_main():
-        print(f"the run is in {run.output_dir}: student/, samples/, metrics.jsonl, config.yaml", end="")
+        print(f"the run is in {run.output_dir}: {run.holds}", end="")
         print("" if run.report is None else " and report.json")
     return 0
 
@@ -131,8 +131,8 @@ def _sample(args: argparse.Namespace) -> int:
         from flowdistill.teacher.prompts import read_prompts
 
         prompts = read_prompts(args.prompts).prompts
-    elif labels is None and model.num_classes is not None:
-        labels = list(range(model.num_classes))
+    elif labels is None and model.classes is not None:
+        labels = list(model.classes.shown)
     elif model.prompts is not None and model.prompts.prompts is None:
         raise UserError(f"{args.model} takes prompts; give --prompts FILE with one a line")
     # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.
@@ -219,7 +219,7 @@ def _export(args: argparse.Namespace) -> int:
     occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
     if occupied and not args.overwrite:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
-    if occupied and not (target / "model_index.json").is_file():
+    if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
         raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
     from flowdistill.student import export, load_student
 
@@ -234,7 +234,10 @@ def _export(args: argparse.Namespace) -> int:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
+    if (target / "manifest.json").is_file():
+        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose")
+    else:
+        print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +80,37 @@ class ClassLabels:
     Attributes:
         num_classes: real classes, labels ``0 .. num_classes - 1``.
         null_label: the label that means "no class" (classifier-free guidance); ``None`` when the network has none.
+        own: the labels that are drawn and shown, where these are not all.
     """
 
     num_classes: int
     null_label: int | None
+    own: tuple[int, ...] | None = None
+
+    @property
+    def shown(self) -> Sequence[int]:
+        """The labels that are drawn in training and gone through in samples."""
+        return range(self.num_classes) if self.own is None else self.own
+
+    def restricted(self, labels: Sequence[int]) -> ClassLabels:
+        """The same with only these ``own`` labels.
+
+        Raises:
+            UserError: no label, one out of range, or one that is there twice.
+        """
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"teacher.labels is {list(labels)}; it must be a list of different class labels")
+        self.encode(labels)
+        return replace(self, own=tuple(labels))
+
+    def draw(self, draw: Any, rows: int | None = None) -> Condition:
+        """Uniform over the labels ``shown``; see :meth:`flowdistill.teacher.Teacher.draw_condition`."""
+        index = draw.integers(len(self.shown), rows=rows)
+        return self.wrap(index if self.own is None else torch.tensor(self.own, device=index.device)[index])
+
+    def examples(self, indices: Sequence[int]) -> Condition:
+        """The labels ``shown`` in turn."""
+        return self.encode([self.shown[i % len(self.shown)] for i in indices])
 
     def encode(self, labels: Sequence[int] | Tensor) -> Condition:
         """Labels (B,) as a condition; raises :class:`UserError` for a label out of range."""

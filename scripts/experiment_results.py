@@ -40,7 +40,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         "rows": report["rows"],
         "fid_floor": report["fid_floor"],
         "num_images": report["num_images"],
-        "train_seconds": read_state(saved[-1][1])["seconds"],
+        "train_seconds": train_seconds(folder),
         "paired_error": paired_error(student, *pairs),
         "curve": [],
     }
@@ -57,6 +57,14 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         point = {"step": step, "seconds": read_state(path)["seconds"], "fid": row.fid, "accuracy": row.accuracy}
         figures["curve"].append(point | {"paired_error": paired_error(student, *pairs)})
     return figures
+
+
+def train_seconds(folder: Path) -> float:
+    """Training time of a run; several students, and what they start from, are runs of their own in the folder."""
+    from flowdistill.training.checkpoint import checkpoints, read_state
+
+    found = [checkpoints(part) for part in (folder / "checkpoints", *sorted(folder.glob("*/checkpoints")))]
+    return sum(read_state(saved[-1][1])["seconds"] for saved in found if saved)
 
 
 def paired_error(student: Any, noise: Any, condition: Any, target: Any) -> float:
@@ -86,12 +94,15 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
     """
     rows = [row for line in lines for row in line["rows"]]
     more = [name for name in ("precision", "recall") if any(row.get(name) is not None for row in rows)]
-    head = ["model", "network calls", "FID", *more, "label accuracy", "paired error", "training"]
+    several = any(row.get("stored_parameters") != row.get("active_parameters") for row in rows)
+    sizes = ["parameters: of an image", "of all students"] if several else []
+    head = ["model", "network calls", "FID", *more, "label accuracy", "paired error", "training", *sizes]
     text = [_cells(head), "|" + "---|" * len(head)]
     for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
         shares = [_share([row.get(name)]) for name in more]
         accuracy = _percent([row["accuracy"]])
-        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, "", ""]))
+        empty = [""] * (2 + len(sizes))
+        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, *empty]))
     for label in labels:
         mine = [line for line in lines if line["label"] == label]
         if not mine:
@@ -102,7 +113,8 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         fid = _spread([row["fid"] for row in students], ".2f")
         accuracy = _percent([row["accuracy"] for row in students])
         shares = [_share([row.get(name) for row in students]) for name in more]
-        text.append(_cells([label, 1, fid, *shares, accuracy, error, f"{minutes} min"]))
+        counts = [f"{students[0][key]:,}" for key in ("active_parameters", "stored_parameters")] if several else []
+        text.append(_cells([label, 1, fid, *shares, accuracy, error, f"{minutes} min", *counts]))
     if lines[0]["fid_floor"] is not None:
         floor = ["two random halves of the real images", "", f"{lines[0]['fid_floor']:.2f}"]
         text.append(_cells(floor + [""] * (len(head) - len(floor))))

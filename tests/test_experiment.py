@@ -104,6 +104,44 @@ def test_precision_and_recall_have_columns_where_they_were_measured():
     assert "| two random halves of the real images | | 1.50 | | | | | |" in text
 
 
+def test_several_students_have_their_sizes_and_all_their_training_time(tmp_path):
+    from experiment_results import table, train_seconds
+
+    lines = [line("one", 0, 10.0), line("two", 0, 20.0)]
+    for one, stored in zip(lines, (7000, 14000), strict=True):
+        one["rows"][1] |= {"active_parameters": 7000, "stored_parameters": stored}
+    text = table(["one", "two"], lines)
+    assert "| training | parameters: of an image | of all students |" in text
+    assert "| one | 1 | 10.00 | 90.00 % | 0.1000 | 2.0 min | 7,000 | 7,000 |" in text
+    assert "| two | 1 | 20.00 | 90.00 % | 0.1000 | 2.0 min | 7,000 | 14,000 |" in text
+    for name, steps in (("student-0", {1: 9.0, 2: 20.0}), ("student-1", {2: 22.0}), ("tsm", {5: 3.0})):
+        for step, seconds in steps.items():
+            folder = tmp_path / name / "checkpoints" / f"step-{step:06d}"
+            folder.mkdir(parents=True)
+            (folder / "state.json").write_text(json.dumps({"seconds": seconds}))
+    assert train_seconds(tmp_path) == 45.0
+
+
+def test_latency_of_students_is_a_row_each(tmp_path, capsys):
+    from student_latency import main
+
+    from flowdistill import load_teacher
+    from flowdistill.data.partition import Partition, split_classes
+    from flowdistill.student import Generator, RoutedStudent, StudentInfo
+    from tests.tiny import tiny_unet_pipeline
+
+    one = Generator.from_teacher(load_teacher(tiny_unet_pipeline()), StudentInfo())
+    one.save(tmp_path / "one")
+    RoutedStudent([one, one], Partition.of_classes(split_classes("sequential", 4, 2))).save(tmp_path / "two")
+    assert main([str(tmp_path / "one"), str(tmp_path / "two"), "--repetitions", "2", "--batch", "3"]) == 0
+    rows = [text.split("|")[1:-1] for text in capsys.readouterr().out.splitlines()]
+    assert rows[0][-1].strip() == "batch of 3, images/s" and len(rows) == 4
+    sizes = [[int(cell.replace(",", "")) for cell in row[1:3]] for row in rows[2:]]
+    assert sizes[0][0] == sizes[0][1] == sizes[1][0] == sizes[1][1] / 2
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[3:])
+    assert main([str(tmp_path / "one"), "--batch", "0"]) == 2
+
+
 def test_a_diverged_run_is_not_averaged_away():
     from experiment_results import table
 

@@ -14,6 +14,7 @@ from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw
 from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, Sid, SidConfig
 from flowdistill.path import path_from_scheduler
 from flowdistill.student import FlowMap, StudentInfo, export, load_student
@@ -239,10 +240,23 @@ def test_variants_that_are_not_supported_are_named():
         load_teacher(FAMILIES["sd3"].make(), null_label=1)
 
 
+def test_pairs_of_a_prompt_teacher_go_through_its_prompts(tmp_path):
+    teacher = teacher_of("sd", prompts=PROMPTS)[1]
+    pairs = teacher_pairs(teacher, 5, 2, folder=tmp_path)
+    assert pairs.labels.tolist() == [0, 1, 2, 0, 1]
+    noise, latents, condition = pairs.rows(torch.tensor([4, 2]), teacher)
+    expected = teacher.encode(prompts=[PROMPTS[1], PROMPTS[2]])
+    assert torch.equal(condition.tensors["prompt_embeds"], expected.tensors["prompt_embeds"])
+    assert near(teacher.sample(noise, expected, steps=2), latents)
+    teacher_pairs(teacher_of("sd", prompts=PROMPTS[:2])[1], 5, 2, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # other prompts are other pairs
+    method = Dmd2(Dmd2Config(regression_weight=1.0, regression_pairs=4, regression_steps=1), teacher)
+    networks = {role: part.network for role, part in method.roles().items()}
+    assert method.loss("student", networks, Draw(0, 0, rows=2))[0].isfinite()
+
+
 def test_terms_that_know_labels_only_refuse_prompts():
     teacher = teacher_of("sd", prompts=PROMPTS)[1]
-    with pytest.raises(UserError, match="method.regression_weight needs a teacher with class labels"):
-        Dmd2(Dmd2Config(regression_weight=1.0), teacher)
     with pytest.raises(UserError, match="method.data 'digits' has class labels"):
         Dmd2(Dmd2Config(adversarial_weight=1.0), teacher)
 

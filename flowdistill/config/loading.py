@@ -37,7 +37,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     from omegaconf.errors import OmegaConfBaseException
 
     layers = _file_layers(Path(path)) + [_override_layer(text) for text in overrides]
-    method = method_config_class(_method_name(layers, path))
+    method = method_config_class(_name(layers, "method", path))
+    if hasattr(method, "hosted"):  # a method over another one, whose settings are a section of its own
+        method = method.hosted(_name(layers, "method.host", path))
     for layer in layers:
         check_keys(layer, method)
     try:
@@ -66,13 +68,13 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def method_config_class(name: str) -> type:
-    """The settings dataclass of a registered method; for another name a UserError with the closest one."""
+def method_config_class(name: str, key: str = "method.name") -> type:
+    """The settings dataclass of a registered method; for another name (at ``key``) a UserError with the closest one."""
     from flowdistill.methods import METHODS
 
     if name not in METHODS:
         allowed = ", ".join(sorted(METHODS))
-        raise UserError(f"'method.name' must be one of {allowed}, not {name!r}{closest(name, METHODS)}")
+        raise UserError(f"'{key}' must be one of {allowed}, not {name!r}{closest(name, METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
     config: type = getattr(importlib.import_module(module), attribute).Config
     if "name" not in {item.name for item in fields(config)}:
@@ -143,17 +145,19 @@ def _override_layer(text: str) -> Layer:
     return Layer(f"in the override {text!r}", values)
 
 
-def _method_name(layers: Sequence[Layer], path: str | os.PathLike[str]) -> str:
-    """The last ``method.name``; read before the rest, because it decides what else is allowed."""
+def _name(layers: Sequence[Layer], section: str, path: str | os.PathLike[str]) -> str:
+    """The last name in a method's section; read before the rest, because it decides what else is allowed."""
     for layer in reversed(layers):
-        section = layer.values.get("method", {})
-        if not isinstance(section, Mapping):
-            raise UserError(f"'method' must be a section with a 'name', not {shown(section)} ({layer.origin})")
-        if section.get("name", MISSING) != MISSING:
-            return str(section["name"])
+        values = raw_value(layer.values, section)
+        if values == MISSING:
+            continue
+        if not isinstance(values, Mapping):
+            raise UserError(f"'{section}' must be a section with a 'name', not {shown(values)} ({layer.origin})")
+        if values.get("name", MISSING) != MISSING:
+            return str(values["name"])
     from flowdistill.methods import METHODS
 
-    raise UserError(f"'method.name' is missing: set it in {path} to one of {', '.join(sorted(METHODS))}")
+    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {', '.join(sorted(METHODS))}")
 
 
 def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, Any]) -> UserError:

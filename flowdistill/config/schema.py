@@ -56,6 +56,8 @@ class TeacherConfig:
                             choices=("auto", "sdpa", "xformers", "math"))
     offload: str = option("none", "frozen parts kept in CPU memory while they are not called: none, codec (the "
                                   "autoencoder) or all (the network too)", choices=("none", "codec", "all"))
+    labels: list[int] | None = option(None, "class labels to draw from in training; null: all", at_least=0)
+    start: str | None = option(None, "student (run or folder) whose network students start as; null: the teacher's own")
 
 
 @dataclass

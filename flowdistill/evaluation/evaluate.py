@@ -117,12 +117,15 @@ def evaluate(
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": ()})
     model = subject.student if subject.student is not None else subject.teacher
     condition = prompt_conditions(model)
+    own = getattr(getattr(model, "classes", None), "own", None)
     evaluator = Evaluator(
         settings["features"],
         settings["reference"],
         settings["num_images"],
         seed,
         settings["batch_size"],
+        own=own,
+        owner=_class_owners(model),
         device=place,
         weights=weights,
         cache_dir=cache_dir,
@@ -138,12 +141,34 @@ def evaluate(
         solver=settings["solver"] if subject.teacher is not None else None,
         guidance_scale=settings["guidance_scale"],
         noise="float32 unit normal, one CPU generator an image, seeded by (seed, index)",
-        labels=None if model.num_classes is None else f"index modulo {model.num_classes}",
+        labels=_label_rule(model.num_classes, own),
         device=str(model.device),
     )
+    for row in report.rows:
+        if row.model == "student":
+            row.stored_parameters, row.active_parameters = student_parameters(subject.student)
     if json is not None:
         processes.on_main(lambda: report.write_json(json))
     return report
+
+
+def student_parameters(student: Any) -> tuple[int | None, int | None]:
+    """Parameters of all networks, and of the largest one that makes an image; None for a student without a network."""
+    networks = [one.network for one in getattr(student, "students", [student]) if hasattr(one, "network")]
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    return (sum(sizes), max(sizes)) if sizes else (None, None)
+
+
+def _class_owners(model: Any) -> Sequence[int] | None:
+    """Part of each class label of several students; None for one student, and for prompts."""
+    partition = getattr(model, "partition", None)
+    return None if partition is None else getattr(partition.router, "owner", None)
+
+
+def _label_rule(num_classes: int | None, own: Sequence[int] | None) -> str | None:
+    if num_classes is None:
+        return None
+    return f"index modulo {num_classes}" if own is None else f"{', '.join(map(str, own))} in turn"
 
 
 def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_scale: float = 1.0) -> Sampler:
@@ -249,7 +274,7 @@ def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
 
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
-    keys = ("null_label", "t_max", "dtype", "prompts", "negative_prompt", "image_size")
+    keys = ("null_label", "t_max", "dtype", "prompts", "negative_prompt", "image_size", "labels")
     options = {key: section[key] for key in keys if section.get(key) is not None}
     return load_teacher(section["source"], device=device, **options)
 

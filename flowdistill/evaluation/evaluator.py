@@ -36,11 +36,14 @@ class Evaluator:
         kid, per_class, manifold: False skips the figure (a quick measurement during training); ``manifold`` is
             precision and recall.
         device: of the feature network; default: the GPU when there is one.
+        own: class labels that the models make, where these are not all: images and reference have these only.
+        owner: part of each class label, for the FID of each part.
         weights: local Inception weights, see ``load_features``.
         cache_dir: of reference statistics, see ``load_reference``.
 
     Raises:
-        UserError: num_images or batch_size below 1, unknown or damaged features or reference, or two that do not fit.
+        UserError: num_images or batch_size below 1, unknown or damaged features or reference, or two that do not fit;
+            a reference without labels for ``own`` labels.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Evaluator:
         kid: bool = True,
         per_class: bool = True,
         manifold: bool = True,
+        own: Sequence[int] | None = None,
+        owner: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         weights: str | os.PathLike | None = None,
         cache_dir: str | os.PathLike | None = None,
@@ -65,7 +70,10 @@ class Evaluator:
         self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
         self.kid, self.per_class, self.manifold, self.progress = kid, per_class, manifold, progress
         self.extractor = load_features(features, device, weights)
+        self.own, self.owner = own, owner
         self.reference = load_reference(reference, self.extractor, cache_dir, batch_size)
+        if own is not None:
+            self.reference = self.reference.of(own)
 
     def measure(
         self,
@@ -95,6 +103,7 @@ class Evaluator:
                 self.seed,
                 self.batch_size,
                 num_classes=num_classes,
+                own=self.own,
                 condition=condition,
                 description=name if calls is None else f"{name}, {calls} calls",
                 progress=self.progress,
@@ -117,7 +126,7 @@ class Evaluator:
                 stacklevel=2,
             )
             return Row(name, calls, images_per_second=speed)
-        labels = balanced_labels(range(self.num_images), num_classes)
+        labels = balanced_labels(range(self.num_images), num_classes, self.own)
         return processes.on_main(lambda: self._row(collected, labels, name, calls, speed))
 
     def measure_images(self, images: ImageSet, name: str = "images") -> Row:
@@ -195,6 +204,9 @@ class Evaluator:
             row.accuracy = collected.matches / moments.count
         if self.per_class and labels is not None and collected.complete and reference.labelled is not None:
             row.per_class_fid = per_class_distances(collected.features, labels, *reference.labelled)
+            if self.owner is not None and int(reference.labelled[1].max()) < len(self.owner):
+                owner, (real, real_labels) = torch.tensor(self.owner), reference.labelled
+                row.per_part_fid = per_class_distances(collected.features, owner[labels], real, owner[real_labels])
         return row
 
 

@@ -43,11 +43,17 @@ def sample_generators(indices: Sequence[int], seed: int) -> list[torch.Generator
     return [torch.Generator().manual_seed((offset + index) & 0xFFFFFFFF) for index in indices]
 
 
-def balanced_labels(indices: Sequence[int], num_classes: int | None) -> Tensor | None:
-    """Label ``i % num_classes`` of sample i, int64 (len(indices),); None for a model without classes."""
+def balanced_labels(
+    indices: Sequence[int], num_classes: int | None, own: Sequence[int] | None = None
+) -> Tensor | None:
+    """Label ``i % num_classes`` of sample i, int64 (len(indices),); None for a model without classes.
+
+    ``own``: the labels to go through instead, of a model that makes some classes only.
+    """
     if num_classes is None:
         return None
-    return torch.tensor(list(indices), dtype=torch.int64) % num_classes
+    numbers = torch.tensor(list(indices), dtype=torch.int64)
+    return numbers % num_classes if own is None else torch.tensor(own)[numbers % len(own)]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -78,6 +84,7 @@ def generate(
     world: int | None = None,
     *,
     num_classes: int | None = None,
+    own: Sequence[int] | None = None,
     condition: Callable[[range], Any] | None = None,
     description: str = "images",
     progress: bool = True,
@@ -91,7 +98,7 @@ def generate(
         shape: of one sample's noise.
         num_images: of the whole set, over all processes, at least 1.
         rank, world: which share; default: this process of torch.distributed.
-        num_classes: labels are ``i % num_classes``; None: no labels.
+        num_classes, own: see :func:`balanced_labels`.
         condition: what the sampler gets as its second argument for a range of indices, instead of labels.
         progress: a progress bar on rank 0 (of its own share), on a terminal.
 
@@ -109,7 +116,7 @@ def generate(
     bar = tqdm(total=len(span), desc=description, unit="img", disable=hidden, leave=False)
     with bar:
         for indices in batches_of(span, batch_size):
-            labels = balanced_labels(indices, num_classes)
+            labels = balanced_labels(indices, num_classes, own)
             noise = indexed_noise(tuple(shape), seed, indices)
             given = labels if condition is None else condition(indices)
             start = _clock()

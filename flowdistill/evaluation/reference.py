@@ -9,8 +9,8 @@ import re
 import statistics
 import warnings
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,26 @@ class Reference:
         if self.labels is None or self.features is None or len(self.features) != self.count:
             return None
         return self.features, self.labels
+
+    def of(self, labels: Sequence[int]) -> Reference:
+        """The images with one of ``labels``.
+
+        Raises:
+            UserError: the set has no labels, or fewer than two such images.
+        """
+        if self.labelled is None:
+            raise UserError(f"the reference {self.name!r} has no labels, so it has no part for a model that makes the "
+                            f"labels {', '.join(map(str, labels))} only; measure all students together, or name a set "
+                            "with labels")
+        mine = torch.isin(self.labelled[1], torch.tensor(labels))
+        features = self.labelled[0][mine]
+        if len(features) < 2:
+            raise UserError(f"the reference {self.name!r} has {len(features)} images of the labels "
+                            f"{', '.join(map(str, labels))}; it needs at least 2")
+        moments = moments_of(features)
+        name = f"{self.name}, labels {', '.join(map(str, labels))}"
+        return replace(self, name=name, mean=moments.mean, covariance=moments.covariance, count=len(features),
+                       features=features, labels=self.labelled[1][mine])
 
     def fid_floor(self, seeds: Iterable[int] = (0, 1, 2)) -> list[float] | None:
         """Distances of random class-balanced halves of the set to each other, one a seed; None without labels.

@@ -19,6 +19,9 @@ class Row:
     ``fid``, ``kid``: lower is better. ``accuracy``: share of images, in [0, 1], that the classifier takes for the
     class asked for. ``images_per_second``: sampling only, over all processes. ``per_class_fid``: by class label.
     ``precision``, ``recall``: in [0, 1], higher is better; see ``precision_recall``.
+
+    Of students: ``stored_parameters`` of all networks and ``active_parameters`` of the largest that makes one image; of
+    several students with classes, ``per_part_fid`` by student.
     """
 
     model: str
@@ -30,6 +33,9 @@ class Row:
     per_class_fid: dict[str, float | None] | None = None
     precision: float | None = None
     recall: float | None = None
+    per_part_fid: dict[str, float | None] | None = None
+    stored_parameters: int | None = None
+    active_parameters: int | None = None
 
 
 @dataclass
@@ -89,6 +95,13 @@ class Report:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             text.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
         text.insert(1, "-" * len(text[0]))
+        for row in self.rows:
+            if row.per_part_fid is not None:
+                parts = ", ".join(f"{part}: {_cell(fid, '.3f')}" for part, fid in row.per_part_fid.items())
+                text.append(f"{row.model}, {_cell(row.calls, 'd')} calls, FID of each student's part: {parts}")
+            if row.stored_parameters != row.active_parameters:
+                text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
+                            "for an image")
         text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
         if self.fid_floor is not None:
             text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")

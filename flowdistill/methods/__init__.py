@@ -7,6 +7,8 @@ METHODS: dict[str, str] = {
     "disback": "flowdistill.methods.disback:DisBack",
     "dmd2": "flowdistill.methods.score_distillation:Dmd2",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
+    "msd": "flowdistill.methods.msd:Msd",
     "sid": "flowdistill.methods.score_distillation:Sid",
+    "tsm": "flowdistill.methods.tsm:Tsm",
 }
 """Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""

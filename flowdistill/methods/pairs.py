@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,11 +26,36 @@ BATCH = 250
 
 
 class Pairs(NamedTuple):
-    """Unit noise (N, *shape), the ODE's latents from it (N, *shape), and labels (N,) of a conditional teacher."""
+    """Unit noise (N, *shape), the ODE's latents from it (N, *shape), and what they are conditioned on: labels (N,), or
+    numbers of the teacher's prompts; None for an unconditional teacher."""
 
     noise: Tensor
     latents: Tensor
     labels: Tensor | None
+
+    def rows(self, index: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor, Condition | None]:
+        """Noise, latents and condition of pairs ``index`` (B,), on its device."""
+        rows, place = index.cpu(), index.device
+        noise, latents = self.noise[rows].to(place), self.latents[rows].to(place)
+        if self.labels is None:
+            return noise, latents, None
+        labels = self.labels[rows]
+        if teacher.classes is not None:
+            return noise, latents, teacher.classes.wrap(labels.to(place))
+        return noise, latents, teacher.examples(labels.tolist()).to(place)
+
+    def of(self, labels: Sequence[int]) -> Pairs:
+        """Those with one of ``labels`` only.
+
+        Raises:
+            UserError: there is none.
+        """
+        assert self.labels is not None
+        mine = torch.isin(self.labels, torch.tensor(labels))
+        if not mine.any():
+            raise UserError(f"none of the {len(mine)} pairs has one of the labels {list(labels)}; raise "
+                            "method.regression_pairs")
+        return Pairs(self.noise[mine], self.latents[mine], self.labels[mine])
 
 
 def teacher_pairs(
@@ -40,21 +66,17 @@ def teacher_pairs(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> Pairs:
-    """``count`` pairs on the CPU; pair i depends on ``seed`` and i, and its label is i modulo the classes.
+    """``count`` pairs on the CPU; pair i depends on ``seed`` and i, and its label or prompt is i modulo their number.
+
+    All classes of a teacher are there, whatever its own labels are.
 
     All processes must call this together; the main one generates what is missing.
 
     Args:
         steps: Euler steps of the teacher.
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
-            weights, its path and these arguments; a damaged file is made anew.
-
-    Raises:
-        UserError: the teacher takes prompts.
+            weights, its path, its prompts and these arguments; a damaged file is made anew.
     """
-    if teacher.prompts is not None:
-        raise UserError("method.regression_weight needs a teacher with class labels or without conditions, and this "
-                        "one takes prompts; set it to 0")
     file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
 
     def make() -> None:
@@ -72,10 +94,14 @@ def teacher_pairs(
 
 def _key(teacher: Teacher, *settings: float) -> str:
     path = teacher.path
-    facts = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max, *teacher.shape, *settings]
+    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max]
+    facts += [*teacher.shape, *settings]
     # The schedule itself, whatever it was made from.
     grid = path.time_grid(10)[:-1]
     facts += [*grid.tolist(), *path.coefficients(grid).timestep.tolist()]
+    if teacher.prompts is not None:
+        prompts = teacher.prompts
+        facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
     weights = module_sha256(teacher.network)
     return hashlib.sha256(json.dumps([weights, *facts]).encode()).hexdigest()[:32]
 
@@ -89,11 +115,16 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, seed: int) -> dict[str, Tensor]:
-    parts, classes = [], teacher.num_classes
-    labels = None if classes is None else torch.arange(count) % classes
+    parts = []
+    number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
+    labels = None if number is None else torch.arange(count) % number
     for start in range(0, count, BATCH):
         rows = range(start, min(start + BATCH, count))
         noise = indexed_noise(teacher.shape, seed, rows).to(teacher.device)
-        condition: Condition | None = None if labels is None else teacher.encode(labels[rows.start : rows.stop])
+        condition: Condition | None = None
+        if teacher.prompts is not None:
+            condition = teacher.examples(rows)
+        elif labels is not None:
+            condition = teacher.encode(labels[rows.start : rows.stop])
         parts.append(teacher.sample(noise, condition, steps, guidance_scale=guidance_scale).cpu())
     return {"latents": torch.cat(parts)} | ({} if labels is None else {"labels": labels})

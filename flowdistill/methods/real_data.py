@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flowdistill.conditions import Condition
@@ -12,7 +13,7 @@ from flowdistill.training.draw import Draw
 
 
 class RealData:
-    """A named image set in memory.
+    """A named image set in memory, without the classes that the teacher does not draw.
 
     Args:
         teacher: whose latents and conditions the images become.
@@ -20,7 +21,8 @@ class RealData:
         images: images (N, C, H, W) in [0, 1] and labels (N,) instead of the named set.
 
     Raises:
-        UserError: an unknown set, samples of another shape than the teacher's, or a teacher that takes prompts.
+        UserError: an unknown set, samples of another shape than the teacher's, none of the teacher's own labels, or a
+            teacher that takes prompts.
     """
 
     def __init__(self, teacher: Teacher, name: str, images: tuple[Tensor, Tensor] | None = None) -> None:
@@ -28,6 +30,11 @@ class RealData:
             raise UserError(f"method.data '{name}' has class labels, and the teacher takes prompts; images with "
                             "prompts are not supported")
         pictures, self.labels = images or load_images(name)
+        if teacher.classes is not None and teacher.classes.own is not None:
+            mine = torch.isin(self.labels, torch.tensor(teacher.classes.own))
+            if not mine.any():
+                raise UserError(f"method.data '{name}' has no image of the labels {list(teacher.classes.own)}")
+            pictures, self.labels = pictures[mine], self.labels[mine]
         self.latents = teacher.codec.encode(pictures)
         self.teacher = teacher
         if self.latents.shape[1:] != teacher.shape:

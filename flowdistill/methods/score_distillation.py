@@ -62,6 +62,7 @@ class HostConfig:
     regression_weight: float = option(0.0, "of the squared error to teacher samples from the same noise", at_least=0)
     regression_pairs: int = option(1000, "pairs made once", at_least=1)
     regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
+    regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
 
@@ -120,6 +121,8 @@ class ScoreDistillation(SingleStudent):
             self.critic = Discriminator(self.score)
         if config.regression_weight:
             self.pairs = teacher_pairs(teacher, config.regression_pairs, config.regression_steps, config.guidance_scale)
+            if config.regression_own and teacher.classes is not None:
+                self.pairs = self.pairs.of(teacher.classes.shown)
 
     def roles(self) -> dict[str, Role]:
         return super().roles() | {"critic": Role(self.critic, self.config.critic_optimizer)}
@@ -204,11 +207,8 @@ class ScoreDistillation(SingleStudent):
     def _regression(self, networks: Networks, draw: Draw) -> tuple[Tensor, Tensor]:
         """Mean squared error to the teacher's samples from the same noise, for the record and to train on."""
         index = draw.integers(len(self.pairs.noise))
-        rows, place = index.cpu(), index.device
-        labels = self.pairs.labels
-        condition = None if labels is None else self.teacher.classes.wrap(labels[rows].to(place))
-        sample = self._generate(networks, self.pairs.noise[rows].to(place), condition)
-        error = (sample - self.pairs.latents[rows].to(place)).square().mean()
+        noise, latents, condition = self.pairs.rows(index, self.teacher)
+        error = (self._generate(networks, noise, condition) - latents).square().mean()
         return error.detach(), error
 
     # --- draws and passes

@@ -3,12 +3,15 @@
 from flowdistill.student.export import export
 from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
 from flowdistill.student.generator import START_UNITS, Generator, generated, start_time
+from flowdistill.student.routed import RoutedStudent, write_manifest
+from flowdistill.student.shapes import parameters, reshaped, smaller
 from flowdistill.student.storage import find_student, is_student_folder, load_student
 
 __all__ = [
     "FlowMap",
     "START_UNITS",
     "Generator",
+    "RoutedStudent",
     "Student",
     "StudentInfo",
     "export",
@@ -16,5 +19,9 @@ __all__ = [
     "generated",
     "is_student_folder",
     "load_student",
+    "parameters",
+    "reshaped",
+    "smaller",
     "start_time",
+    "write_manifest",
 ]

@@ -30,6 +30,7 @@ from flowdistill.student.flow_map import Student
 from flowdistill.student.folding import fold_scales
 from flowdistill.student.lora_export import save_lora
 from flowdistill.student.prompt_export import prompt_pipeline
+from flowdistill.student.routed import RoutedStudent, export_routed
 from flowdistill.teacher.adapters import last_linear
 from flowdistill.teacher.codec import VaeCodec
 from flowdistill.teacher.lora import merged
@@ -42,7 +43,8 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
     ``guidance_scale=1``), a text-to-image student a pipeline of its teacher's class; all sample with
     ``num_inference_steps=1``. The folder's README.md says how to call it. Adapters are merged into the weights; where
-    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.student.lora_export`).
+    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.student.lora_export`). Several
+    students with a manifest become a folder of such pipelines.
 
     Args:
         student: on a diffusers backbone.
@@ -52,6 +54,8 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     Raises:
         UserError: the folder is not empty, or this student cannot be folded (the message says why).
     """
+    if isinstance(student, RoutedStudent):
+        return export_routed(student, folder, guidance_scale)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,7 +90,7 @@ class Student(nn.Module, ABC):
             UserError: adapters for a network that is given.
         """
         if given is None:
-            return ExtendedVelocity(teacher.network.trainable_copy(lora=lora), *wiring)
+            return ExtendedVelocity(teacher.student_copy(lora), *wiring)
         if lora is not None:
             raise UserError("method.student is 'lora', but the student's network was given; leave it at full")
         return given
@@ -126,14 +126,18 @@ class Student(nn.Module, ABC):
     ) -> Condition | None:
         """Labels (B,) or prompts (B) as a condition; raises :class:`UserError` for what this student does not take."""
         condition = encode(self.classes, self.prompts, labels, prompts, None, self.device)
+        if self.classes is not None and self.classes.own is not None:
+            strange = set(condition.tensors["class_labels"].tolist()) - set(self.classes.own)
+            if strange:
+                own = ", ".join(map(str, self.classes.own))
+                raise UserError(f"label {min(strange)} is none of those that this student was trained for: {own}")
         return None if condition is None else condition.to(self.device)
 
     def examples(self, indices: Sequence[int]) -> Condition | None:
         """Conditions of samples with these indices: the classes, or the prompts it was trained on, in turn."""
         if self.prompts is not None:
             return self.prompts.examples(indices).to(self.device)
-        classes = self.num_classes
-        return None if classes is None else self.encode([i % classes for i in indices])
+        return None if self.classes is None else self.classes.examples(indices).to(self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
@@ -179,8 +183,19 @@ class Student(nn.Module, ABC):
         """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
         from flowdistill.noise import indexed_noise
 
+        count, conditions = self.plan(labels, num_images, batch_size, prompts)
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            noise = indexed_noise(self.shape, seed, indices).to(self.device)
+            yield self.decode(self(noise, conditions(indices), guidance_scale)).cpu()
+
+    def plan(
+        self, labels: Sequence[int] | None, num_images: int | None, batch_size: int, prompts: Sequence[str] | None
+    ) -> tuple[int, Callable[[Sequence[int]], Condition | None]]:
+        """Number of images, and the condition of those with given indices, for the arguments of :meth:`generate`."""
         given = labels if labels is not None else prompts
-        count = num_images if num_images is not None else len(given) if given is not None else self.num_classes or 1
+        classes = 1 if self.classes is None else len(self.classes.shown)
+        count = num_images if num_images is not None else len(given) if given is not None else classes
         if count < 1 or batch_size < 1:
             raise UserError(f"num_images is {count} and batch_size {batch_size}; both must be at least 1")
         # Encoded once for all batches; without prompts to show there is nothing to go through.
@@ -188,16 +203,12 @@ class Student(nn.Module, ABC):
         listed = None
         if given is not None or listless:
             listed = self.encode(labels, prompts)
-        elif self.num_classes is not None:
-            listed = self.examples(range(self.num_classes))
-        for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            noise = indexed_noise(self.shape, seed, indices).to(self.device)
-            if listed is None:
-                condition = self.examples(indices)
-            else:
-                condition = listed[torch.arange(start, indices.stop, device=self.device) % len(listed)]
-            yield self.decode(self(noise, condition, guidance_scale)).cpu()
+        elif self.classes is not None:
+            listed = self.examples(range(classes))
+        if listed is None:
+            return count, self.examples
+        rows = listed
+        return count, lambda indices: rows[torch.tensor(list(indices), device=self.device) % len(rows)]
 
     def save(self, folder: Any) -> None:
         """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""

@@ -77,6 +77,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         "guidance_scale": info.guidance_scale,
         "num_classes": student.num_classes,
         "null_label": None if student.classes is None else student.classes.null_label,
+        "labels": None if student.classes is None or student.classes.own is None else list(student.classes.own),
         "text": None if student.prompts is None else _describe_prompts(student.prompts),
         "settings": info.settings,
     }
@@ -125,8 +126,14 @@ def _load_vae(folder: Path) -> VaeCodec:
     return VaeCodec(getattr(diffusers, name).from_pretrained(folder))
 
 
-def load_student(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Student:
-    """The student in a run folder, a student folder or a hub repository.
+def load_student(
+    path: str | os.PathLike[str], device: str | torch.device | None = None, resident: int | None = None
+) -> Student:
+    """The student in a run folder, a student folder or a hub repository; several students with a manifest are one.
+
+    Args:
+        device: where to put it; the CPU by default.
+        resident: of several students, how many are on the device at a time; None: all. It means nothing for one.
 
     Raises:
         UserError: nothing there, a student that is incomplete or damaged, or one made by a newer format.
@@ -141,7 +148,7 @@ def load_student(path: str | os.PathLike[str], device: str | torch.device | None
         hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
             "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
-    student = _load(folder)
+    student = _load(folder, resident)
     return student if device is None else student.to(device)
 
 
@@ -155,12 +162,16 @@ def _download(repository: str) -> Path | None:
         raise UserError(f"{repository} is no folder here and could not be fetched from the hub: {reason}") from error
 
 
-def _load(folder: Path) -> Student:
+def _load(folder: Path, resident: int | None) -> Student:
     try:
         description = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         kind, version = description["kind"], description["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
+    if kind == "routed":
+        from flowdistill.student.routed import load_routed
+
+        return load_routed(folder, description, resident)
     if kind not in KINDS or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
                         f"students up to format {FORMAT}")
@@ -184,7 +195,8 @@ def _load(folder: Path) -> Student:
     if wiring not in TARGET_TIMES:
         raise UserError(f"{folder / SIDECAR} has target_time '{wiring}'; this version knows {', '.join(TARGET_TIMES)}")
     lora = None if description.get("lora") is None else LoraSettings(**description["lora"])
-    network = ExtendedVelocity(VelocityNetwork(backbone, native, adapter, lora=lora), tuple(description["scalars"]), wiring)
+    velocity = VelocityNetwork(backbone, native, adapter, lora=lora)
+    network = ExtendedVelocity(velocity, tuple(description["scalars"]), wiring)
     for name, parameter in network.named_parameters():  # in the types on the disk: a frozen base may be bfloat16
         if name in weights:
             parameter.data = parameter.data.to(weights[name].dtype)
@@ -203,6 +215,8 @@ def _load(folder: Path) -> Student:
         settings=description["settings"],
     )
     classes = adapter.labels(backbone, description["null_label"])
+    if classes is not None and description.get("labels") is not None:
+        classes = classes.restricted(description["labels"])
     text = description.get("text")
     prompts = None if text is None else _load_prompts(folder, adapter, text)
     t_start = description.get("t_start", native.t_max)  # older flow maps do not say it

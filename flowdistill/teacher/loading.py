@@ -42,6 +42,8 @@ def load_teacher(
     image_size: int | None = None,
     attention: str = "auto",
     offload: str = "none",
+    labels: Sequence[int] | None = None,
+    start: str | os.PathLike[str] | None = None,
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
@@ -60,6 +62,9 @@ def load_teacher(
         attention: kernels of the network and of what is copied from it: sdpa, xformers, math, or ``"auto"``: xformers
             where it is installed and runs on ``device``, else sdpa (see :mod:`flowdistill.teacher.attention`).
         offload: parts that are on ``device`` only while they work: "codec", the autoencoder; "all", the network too.
+        labels: the class labels to draw and to show; None for all.
+        start: a student (run or folder) without extra conditions, whose network students start as, maybe smaller than
+            the teacher's own.
 
     Raises:
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
@@ -101,11 +106,33 @@ def load_teacher(
         texts.device = torch.device(device or "cpu")
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
         texts.prepare()
+    if labels is not None:
+        if classes is None:
+            raise UserError(f"teacher.labels is {list(labels)}, but {name} takes no class labels; set it to null")
+        classes = classes.restricted(labels)
     teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
     if offload not in PARTS:
         raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
     teacher.offload = offload
+    if start is not None:
+        teacher.start = _start(start, teacher, adapter)
     return teacher if device is None else teacher.to(device)
+
+
+def _start(source: str | os.PathLike[str], teacher: Teacher, adapter: Adapter) -> VelocityNetwork:
+    from flowdistill.student import load_student
+
+    student = load_student(source)
+    network = student.network
+    velocity = getattr(network, "velocity", None)
+    if velocity is None or len(network.embeddings) or network.target_time != "separate":
+        raise UserError(f"teacher.start {source} is a {student.kind} with conditions of its own, which is no network "
+                        "of one time; give a generator, such as tsm and score distillation make")
+    if velocity.adapter is not adapter or student.shape != teacher.shape or student.num_classes != teacher.num_classes:
+        raise UserError(f"teacher.start {source} is a {velocity.adapter.family} for samples of {student.shape} and "
+                        f"{student.num_classes} classes; the teacher is a {adapter.family} for {teacher.shape} and "
+                        f"{teacher.num_classes}")
+    return velocity
 
 
 def _equal(prompts: Sequence[str]) -> PromptList:

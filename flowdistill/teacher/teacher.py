@@ -33,6 +33,7 @@ class Teacher:
         scheduler: the diffusers scheduler it came with; None for an exact teacher.
         offload: which parts :meth:`to` leaves on the CPU while they are not called, one of
             ``flowdistill.teacher.offload.PARTS``.
+        start: a velocity network that students start as instead of this one, maybe of another architecture.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Teacher:
         source: str = "",
         scheduler: Any = None,
         prompts: PromptConditions | None = None,
+        start: Any = None,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
+        self.start = start
         self.path = path
         self.shape = tuple(shape)
         self.codec = (codec or PixelCodec()).requires_grad_(False).eval()
@@ -112,6 +115,13 @@ class Teacher:
         """Whether a guidance scale other than 1 is possible."""
         return self.null_label is not None or self.prompts is not None or self.takes_guidance
 
+    def student_copy(self, lora: Any = None) -> Any:
+        """The velocity network that a student starts as: a float32 copy of ``start``, or of this one's; or, with
+        ``lora``, adapters on its own weights."""
+        if self.start is None:
+            return self.network.trainable_copy(lora=lora)
+        return self.start.trainable_copy(self.path, lora)
+
     def encode(
         self,
         labels: Sequence[int] | Tensor | None = None,
@@ -143,13 +153,12 @@ class Teacher:
         """Conditions of samples with these indices: the classes, or the list of prompts, in turn."""
         if self.prompts is not None:
             return self.prompts.examples(indices).to(self.device)
-        classes = self.num_classes
-        return None if classes is None else self.encode([i % classes for i in indices])
+        return None if self.classes is None else self.classes.examples(indices).to(self.device)
 
     def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
         """Conditions of a training batch; None for an unconditional teacher.
 
-        Uniform over the classes, or prompts of ``teacher.prompts`` by their weights.
+        Uniform over the classes (those of ``teacher.labels``), or prompts of ``teacher.prompts`` by their weights.
 
         Args:
             draw: the source of randomness, a :class:`flowdistill.training.draw.Draw`.
@@ -157,7 +166,7 @@ class Teacher:
         """
         if self.prompts is not None:
             return self.prompts.draw(draw, rows).to(self.device)
-        return None if self.classes is None else self.classes.wrap(draw.integers(self.classes.num_classes, rows=rows))
+        return None if self.classes is None else self.classes.draw(draw, rows)
 
     def velocity(
         self,

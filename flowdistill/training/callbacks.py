@@ -105,8 +105,8 @@ def save_samples(student: Any, path: Path, count: int) -> None:
     """A grid of ``count`` images, always of the same noise and labels or prompts; a column a class of a few."""
     from flowdistill.images import save_grid
 
-    classes = student.num_classes
-    columns = classes if classes is not None and 1 < classes <= WIDEST_GRID else None
+    classes = getattr(student, "classes", None)
+    columns = len(classes.shown) if classes is not None and 1 < len(classes.shown) <= WIDEST_GRID else None
     images = student.generate(num_images=count, seed=SAMPLE_SEED)
     with disk_errors(str(path)):
         save_grid(images, path, columns)
@@ -131,6 +131,7 @@ class FidCallback:
             kid=False,
             per_class=False,
             manifold=False,
+            own=config.teacher.labels,
             device=accelerator.device,
             progress=False,
         )

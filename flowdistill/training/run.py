@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from flowdistill.evaluation import Report
 
 REPORT = "report.json"
+PARTITION = "partition.json"
+"""In the folder of a run of several students."""
 FREE = frozenset(
     f"train.{name}"
     for name in (
@@ -51,6 +53,7 @@ class Run:
         completed: whether ``train.steps`` was reached.
         interrupted: number of the signal that ended it early (15 SIGTERM, 2 SIGINT), else 0; the same command resumes.
         report: the evaluation, None when it was switched off or not reached.
+        holds: what is in the folder now, in words.
     """
 
     output_dir: Path
@@ -58,6 +61,7 @@ class Run:
     completed: bool
     interrupted: int = 0
     report: Report | None = None
+    holds: str = "student/, samples/, metrics.jsonl, config.yaml"
 
 
 def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] = ()) -> Run:
@@ -79,11 +83,16 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         validate(config)
     else:
         config = load_config(config, overrides)
+    plan = getattr(method_class(config.method.name), "distill", None)  # of several runs
+    return distill_one(config) if plan is None else plan(config)
+
+
+def distill_one(config: RunConfig) -> Run:
+    """The run of one student; ``config`` has been checked."""
     accelerator = make_accelerator(config.train, config.output_dir)
-    precision = resolve_precision(config.train.precision, accelerator.device)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    config = resolved(config, accelerator)
     processes, folder = Processes.current(), Path(config.output_dir)
-    same_evaluation = processes.on_main(lambda: _check_folder(folder, config))
+    same_evaluation = processes.on_main(lambda: check_folder(folder, config))
     check_steps = getattr(config.method, "check_steps", None)
     problem = check_steps(config.train.steps) if check_steps else None
     if problem is not None and accelerator.is_main_process:
@@ -102,7 +111,7 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
     torch.manual_seed(config.seed)  # new layers start alike on every process
     method = method_class(config.method.name)(config.method, teacher)
-    processes.on_main(lambda: _write_config(folder, config))
+    processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step
     trainer.train()
@@ -115,10 +124,16 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
             _save_comparison(trainer, teacher)
         if config.evaluation.at_end:
             reuse = trainer.step == before and same_evaluation
-            run.report = _report(folder, teacher, accelerator, reuse)
+            run.report = make_report(folder, teacher, accelerator, reuse)
             if accelerator.is_main_process:
                 print(run.report)
     return run
+
+
+def resolved(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """The configuration with the precision it comes to here."""
+    precision = resolve_precision(config.train.precision, accelerator.device)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
 
 
 def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) -> Accelerator:
@@ -176,14 +191,15 @@ def difference(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any,
     return None
 
 
-def _check_folder(folder: Path, config: RunConfig) -> bool:
+def check_folder(folder: Path, config: RunConfig) -> bool:
     """UserError unless the run folder is free or holds this run; tells whether its ``evaluation`` is the same."""
     from omegaconf import OmegaConf
 
     file, same = folder / "config.yaml", False
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; it must be a folder")
-    if file.is_file() and (checkpoints(folder / "checkpoints") or (folder / "student").exists()):
+    begun = checkpoints(folder / "checkpoints") or any((folder / name).exists() for name in ("student", PARTITION))
+    if file.is_file() and begun:
         try:
             saved = OmegaConf.to_container(OmegaConf.load(file))
         except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file
@@ -208,7 +224,7 @@ def _check_folder(folder: Path, config: RunConfig) -> bool:
     return same
 
 
-def _write_config(folder: Path, config: RunConfig) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
     with disk_errors(str(folder / "config.yaml")):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -237,7 +253,8 @@ def _save_comparison(trainer: Trainer, teacher: Any) -> None:
     Processes.current().on_main(save)
 
 
-def _report(folder: Path, teacher: Any, accelerator: Accelerator, reuse: bool) -> Report:
+def make_report(folder: Path, teacher: Any, accelerator: Any, reuse: bool) -> Report:
+    """Evaluate a run folder and write its report; ``reuse``: read the one that is there, if it is."""
     from flowdistill.evaluation import Report, evaluate
 
     if reuse and (folder / REPORT).is_file():

@@ -1,0 +1,437 @@
+"""MSD: K runs over a partition, their manifest, and the one student they are (MSD digest, section 9, A, D and G)."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from flowdistill import UserError, load_student, load_teacher
+from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.config import EvaluationConfig, RunConfig, TeacherConfig, TrainConfig, load_config
+from flowdistill.methods.boot import BootConfig
+from flowdistill.methods.msd import AdversarialStage, MsdConfig, student_runs
+from flowdistill.methods.pairs import Pairs, teacher_pairs
+from flowdistill.methods.real_data import RealData
+from flowdistill.methods.score_distillation import Dmd2Config
+from flowdistill.methods.tsm import TsmConfig
+from flowdistill.student import RoutedStudent, is_student_folder
+from flowdistill.training.run import distill
+from flowdistill.training.signals import Interrupts
+from tests.families import stable_diffusion
+from tests.tiny import tiny_unet_pipeline
+
+PROMPTS = ["a red cat", "two birds", "the sea at night", "a cat", "birds", "the night sea"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A teacher of ten classes of 8x8 images."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    tiny_unet_pipeline(num_class_embeds=10).save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(source, folder, method=None, **train):
+    settings = {"steps": 3, "batch_size": 4, "log_every": 1, "checkpoint_every": 0, "num_samples": 4, "trackers": [],
+                "device": "cpu", "precision": "fp32", "ema_decay": 0.5} | train  # fmt: skip
+    method = MsdConfig(host=Dmd2Config()) if method is None else method
+    return RunConfig(output_dir=str(folder), teacher=TeacherConfig(source), method=method,
+                     train=TrainConfig(**settings), evaluation=EvaluationConfig(at_end=False))
+
+
+def msd(source, folder, train=None, **settings):
+    return config_of(source, folder, MsdConfig(**{"host": Dmd2Config()} | settings), **(train or {}))
+
+
+def weights(folder):
+    return load_file(folder / "student" / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+    """Three students in turn: classes 0-3, 4-6, 7-9."""
+    folder = tmp_path_factory.mktemp("runs") / "three"
+    done = distill(msd(source, folder, num_students=3))
+    assert (done.completed, done.steps, done.report) == (True, 9, None)
+    return folder
+
+
+# --- the runs
+
+
+def test_the_folder_of_all_students(run):
+    assert sorted(entry.name for entry in run.iterdir()) == [
+        "config.yaml", "flowdistill.json", "partition.json", "samples", "student-0", "student-1", "student-2"]
+    assert sorted(entry.name for entry in (run / "samples").iterdir()) == ["comparison.png", "final.png"]
+    for part, labels in enumerate(([0, 1, 2, 3], [4, 5, 6], [7, 8, 9])):
+        one = load_config(run / f"student-{part}" / "config.yaml")
+        assert one.teacher.labels == labels and one.method == Dmd2Config()
+        assert load_student(run / f"student-{part}").classes.shown == tuple(labels)
+    manifest = json.loads((run / "flowdistill.json").read_text())
+    assert manifest["partition"] == {"count": 3, "rule": "sequential", "parts": [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]}
+    assert load_config(run / "config.yaml").method == MsdConfig.hosted("dmd2")(num_students=3, host=Dmd2Config())
+
+
+@pytest.mark.parametrize(
+    "host", [Dmd2Config(regression_weight=0.5, regression_pairs=6, regression_steps=2), BootConfig()])
+def test_one_student_is_the_host_bit_for_bit(source, tmp_path, host):
+    distill(config_of(source, tmp_path / "host", host))
+    distill(msd(source, tmp_path / "one", num_students=1, host=host))
+    assert same(weights(tmp_path / "host"), weights(tmp_path / "one" / "student-0"))
+    single, routed = load_student(tmp_path / "host"), load_student(tmp_path / "one")
+    assert isinstance(routed, RoutedStudent)
+    images = [student.generate(num_images=7, seed=3, batch_size=3) for student in (single, routed)]
+    assert torch.equal(*images)
+    noise, condition = torch.randn(5, 1, 8, 8), single.encode([1, 9, 4, 4, 0])
+    assert torch.equal(single(noise, condition), routed(noise, condition))
+
+
+def test_jobs_of_one_student_each_make_what_one_job_makes(source, tmp_path, run):
+    for part in (2, 0):
+        done = distill(msd(source, tmp_path / "r", num_students=3, student_index=part))
+        assert not done.completed and "the manifest follows when" in done.holds
+        assert not (tmp_path / "r" / "flowdistill.json").exists()
+    assert done.holds.endswith("when 1 are there too")
+    with pytest.raises(UserError, match="its training has not finished yet"):
+        load_student(tmp_path / "r")
+    done = distill(msd(source, tmp_path / "r", num_students=3, student_index=1))
+    assert done.completed
+    for part in range(3):
+        assert same(weights(run / f"student-{part}"), weights(tmp_path / "r" / f"student-{part}"))
+    mine, other = (json.loads((folder / "flowdistill.json").read_text()) for folder in (run, tmp_path / "r"))
+    assert mine == other
+
+
+def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, run, monkeypatch):
+    seen = []
+
+    def agreed(self, device, world):
+        seen.append(1)
+        return signal.SIGTERM if len(seen) == 5 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "agreed", agreed)
+        stopped = distill(msd(source, tmp_path / "r", num_students=3))
+    assert (stopped.completed, stopped.interrupted, stopped.steps) == (False, signal.SIGTERM, 5)
+    assert not (tmp_path / "r" / "flowdistill.json").exists() and not (tmp_path / "r" / "student-2").exists()
+    before = (tmp_path / "r" / "student-0" / "student" / "model.safetensors").stat().st_mtime_ns
+    assert distill(msd(source, tmp_path / "r", num_students=3)).completed
+    assert (tmp_path / "r" / "student-0" / "student" / "model.safetensors").stat().st_mtime_ns == before
+    for part in range(3):
+        assert same(weights(run / f"student-{part}"), weights(tmp_path / "r" / f"student-{part}"))
+
+
+def test_students_differ_in_their_conditions_and_seeds_only(source, tmp_path):
+    config = msd(source, tmp_path, num_students=2)
+    from flowdistill.methods.msd import make_partition
+
+    partition = make_partition(config.method, load_teacher(source))
+    (first,), (second,) = (student_runs(config, partition, part) for part in (0, 1))
+    assert first.seed == config.seed != second.seed and first.evaluation.at_end is False
+    assert dataclasses.replace(first, seed=0, output_dir="", teacher=second.teacher) == dataclasses.replace(
+        second, seed=0, output_dir="")
+    assert (first.teacher.labels, second.teacher.labels) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+
+
+def test_a_folder_of_another_partition_is_refused(source, run):
+    before = (run / "config.yaml").read_text()
+    for settings, key in (({"num_students": 2}, "method.num_students"),
+                          ({"num_students": 3, "partition": "random"}, "method.partition")):
+        with pytest.raises(UserError, match=f"holds another run: {key} is"):
+            distill(msd(source, run, **settings))
+    assert (run / "config.yaml").read_text() == before
+
+
+# --- what each student sees
+
+
+def test_pairs_are_shared_and_real_images_are_not(source):
+    teacher = load_teacher(source, labels=[8, 3])
+    pairs = teacher_pairs(teacher, 20, 2)
+    assert pairs.labels.bincount().tolist() == [2] * 10
+    own = pairs.of(teacher.classes.shown)
+    assert own.labels.tolist() == [3, 8, 3, 8] and torch.equal(own.latents[0], pairs.latents[3])
+    data = RealData(teacher, "digits")
+    assert data.labels.unique().tolist() == [3, 8] and len(data.latents) == len(data.labels) == 183 + 174
+    with pytest.raises(UserError, match="none of the 3 pairs has one of the labels"):
+        teacher_pairs(teacher, 3, 1).of([7])
+    with pytest.raises(UserError, match="has no image of the labels"):
+        RealData(teacher, "x", (torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)))
+
+
+def test_pairs_of_other_parts_move_shared_weights_but_no_table():
+    """Digest, D: out-of-partition pairs have no gradient on a tabular generator's own rows."""
+    labels = torch.tensor([0, 1, 2, 3])
+    pairs = Pairs(torch.randn(4, 2), torch.randn(4, 2), labels)
+    table = torch.zeros(4, 2, requires_grad=True)
+    shared = torch.zeros(2, requires_grad=True)
+    teacher = type("T", (), {"classes": ClassLabels(4, None)})()
+    _, latents, condition = pairs.rows(torch.tensor([2, 3]), teacher)  # a student of 0 and 1 meets these
+    for output in (table[condition.tensors["class_labels"]], shared.expand(2, 2)):
+        (output - latents).square().mean().backward()
+    assert (table.grad[:2] == 0).all() and (table.grad[2:] != 0).any() and (shared.grad != 0).any()
+
+
+# --- all students as one
+
+
+def test_rows_go_to_their_student_and_come_back_in_order(run):
+    routed, single = load_student(run), [load_student(run / f"student-{part}") for part in range(3)]
+    labels = [9, 0, 5, 3, 7, 4, 1]
+    noise, condition = torch.randn(7, 1, 8, 8), routed.encode(labels)
+    out = routed(noise, condition)
+    for row, label in enumerate(labels):
+        owner = single[[0, 0, 0, 0, 1, 1, 1, 2, 2, 2][label]]
+        torch.testing.assert_close(out[row : row + 1], owner(noise[row : row + 1], condition[row : row + 1]))
+    images = routed.generate(num_images=23, seed=5, batch_size=4)
+    torch.testing.assert_close(images, torch.cat(list(routed.batches(num_images=23, seed=5, batch_size=6))))
+    mine = single[1].generate(labels=[4], seed=5, num_images=5)
+    torch.testing.assert_close(images[4], mine[4])  # a four of the fifth noise
+
+
+def test_the_map_is_differentiable(run):
+    routed = load_student(run).requires_grad_(True)
+    noise = torch.randn(4, 1, 8, 8, requires_grad=True)
+    routed(noise, routed.encode([9, 0, 5, 0])).square().sum().backward()
+    assert (noise.grad.flatten(1).abs().sum(dim=1) > 0).all()
+    assert all(any(p.grad is not None for p in student.network.parameters()) for student in routed.students)
+
+
+def test_only_some_students_are_on_the_device(run, monkeypatch):
+    everything, few = load_student(run), load_student(run, device="cpu", resident=2)
+    placed = []
+    for part, student in enumerate(few.students):
+        monkeypatch.setattr(student.network, "to", lambda device, part=part: placed.append((part, str(device))))
+    monkeypatch.setattr(few, "_device", torch.device("cpu", 0))
+    for part in (0, 1, 0, 2, 2, 0):
+        few.student(part)
+        assert len(few._here) <= 2
+    moves = [part for part, device in placed if device == "cpu:0"]
+    assert moves == [0, 1, 0, 2, 2, 0] and [part for part, device in placed if device == "cpu"] == [1]
+    monkeypatch.undo()
+    few.to("cpu")
+    assert torch.equal(few.generate(num_images=20), everything.generate(num_images=20))
+    with pytest.raises(UserError, match="resident is 0"):
+        load_student(run, resident=0)
+
+
+def test_a_label_without_a_student(run, cli, tmp_path):
+    with pytest.raises(UserError, match="label 10 is out of range"):
+        load_student(run).generate(labels=[10])
+    with pytest.raises(UserError, match="no student owns the label 10"):
+        load_student(run)(torch.randn(1, 1, 8, 8), Condition({"class_labels": torch.tensor([10])}))
+    with pytest.raises(UserError, match="label 5 is none of those that this student was trained for: 0, 1, 2, 3"):
+        load_student(run / "student-0").generate(labels=[0, 5])
+    result = cli("sample", run / "student-1", "--num-images", 2, "--labels", "2", "--out", tmp_path / "x.png")
+    assert result.code == 2 and "label 2 is none of those" in result.err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda run: shutil.rmtree(run / "student-1"), r"student 1 of .* is missing: there is no folder .*student-1"),
+        (lambda run: (run / "student-2/student/scheduler/scheduler_config.json").write_text("{}"),
+         r"student 2 of .* is not the one of the manifest: .*scheduler_config.json was altered"),
+        (lambda run: (run / "student-0/student/model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda run: (run / "student-0/student/more").touch(), "more was added"),
+        (lambda run: (run / "flowdistill.json").write_text('{"kind": "routed", "format": 1}'), "is damaged"),
+        (lambda run: (run / "flowdistill.json").write_text('{"kind": "routed", "format": 9}'), "has the format 9"),
+    ],
+)
+def test_a_manifest_whose_students_are_not_as_they_were(run, tmp_path, cli, change, sentence):
+    shutil.copytree(run, tmp_path / "run")
+    change(tmp_path / "run")
+    with pytest.raises(UserError, match=sentence):
+        load_student(tmp_path / "run")
+    result = cli("sample", tmp_path / "run", "--num-images", 1, "--out", tmp_path / "x.png")
+    assert result.code == 2 and result.err.count("\n") == 1 and not (tmp_path / "x.png").exists()
+
+
+def test_saved_again_it_is_the_same(run, tmp_path):
+    routed = load_student(run)
+    routed.save(tmp_path / "again")
+    assert is_student_folder(tmp_path / "again")
+    assert torch.equal(load_student(tmp_path / "again").generate(num_images=10), routed.generate(num_images=10))
+
+
+def test_export_is_a_stock_pipeline_each(run, tmp_path, cli):
+    result = cli("export", run, tmp_path / "out")
+    assert result.code == 0 and "a diffusers pipeline for each student" in result.out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    routed = load_student(run)
+    for part, entry in enumerate(manifest["pipelines"]):
+        labels = manifest["partition"]["parts"][part]
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / entry["folder"])
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(batch_size=len(labels), class_labels=labels, num_inference_steps=1, output_type="pt",
+                      generator=torch.Generator().manual_seed(4)).images
+        noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(4))
+        expected = routed.decode(routed(noise, routed.encode(labels)))
+        got = torch.as_tensor(images).reshape(expected.shape) if images.shape != expected.shape else images
+        torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-4, rtol=0)
+    assert cli("export", run, tmp_path / "out").code == 2
+    assert cli("export", run, tmp_path / "out", "--overwrite").code == 0
+
+
+def test_evaluation_pools_all_students_and_measures_each_part(run, cli, tmp_path):
+    report = tmp_path / "report.json"
+    result = cli("evaluate", run, "--num-images", 400, "--no-teacher", "--json", report, "--device", "cpu")
+    assert result.code == 0 and "FID of each student's part: 0: " in result.out and "parameters stored" in result.out
+    (row,) = json.loads(report.read_text())["rows"]
+    assert set(row["per_part_fid"]) == {"0", "1", "2"} and row["images_per_second"] > 0
+    assert row["stored_parameters"] == 3 * row["active_parameters"]
+    alone = tmp_path / "alone.json"
+    result = cli("evaluate", run / "student-0", "--num-images", 160, "--no-teacher", "--json", alone, "--device", "cpu")
+    assert result.code == 0 and "reference digits, labels 0, 1, 2, 3" in result.out
+    assert json.loads(alone.read_text())["rows"][0]["fid"] == pytest.approx(row["per_part_fid"]["0"], rel=0.2)
+
+
+# --- stages
+
+
+def test_smaller_students_share_one_start(source, tmp_path):
+    settings = {"tsm": TsmConfig(student_size=0.5, samples=4, sample_steps=1), "tsm_steps": 2}
+    with pytest.raises(UserError, match="the students' shared start, is not complete; train it first"):
+        distill(msd(source, tmp_path / "a", student_index=0, **settings))
+    assert not (tmp_path / "a").exists()
+    done = distill(msd(source, tmp_path / "a", student_index=-1, **settings))
+    assert not done.completed and done.steps == 2 and not (tmp_path / "a" / "student-0").exists()
+    assert distill(msd(source, tmp_path / "a", **settings)).completed
+    student = load_student(tmp_path / "a")
+    small = sum(p.numel() for p in student.students[0].network.parameters())
+    assert small <= 0.5 * sum(p.numel() for p in load_teacher(source).network.parameters())
+    assert student.generate(num_images=3).isfinite().all()
+    # Without its training the start is random, and still the same for all.
+    distill(msd(source, tmp_path / "b", **settings | {"tsm_steps": 0}))
+    assert load_student(tmp_path / "b" / "tsm").info.method == "tsm"
+    assert not same(weights(tmp_path / "a" / "tsm"), weights(tmp_path / "b" / "tsm"))
+
+
+def test_an_adversarial_stage_goes_on_from_the_first(source, tmp_path):
+    stage = AdversarialStage(steps=2, lr=1e-9)
+    assert distill(msd(source, tmp_path / "r", adversarial=stage)).completed
+    for part, labels in enumerate(([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])):
+        folders = [tmp_path / "r" / f"{name}-{part}" for name in ("matching", "student")]
+        first, second = (load_config(folder / "config.yaml") for folder in folders)
+        assert first.method.adversarial_weight == 0 and second.method.adversarial_weight == 5e-3
+        assert first.teacher.labels == second.teacher.labels == labels and second.train.steps == 2
+        before, after = map(weights, folders)  # the second rate is next to nothing
+        assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+        assert not same(before, after)
+
+
+# --- prompts
+
+
+@pytest.fixture(scope="module")
+def prompt_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    stable_diffusion().save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("\n".join([*PROMPTS, "a cat"]))
+    config = msd(str(folder / "teacher"), folder / "run", partition="balanced_kmeans", num_students=3)
+    config.teacher.prompts = str(folder / "prompts.txt")
+    assert distill(config).completed
+    return folder / "run"
+
+
+def test_prompts_are_split_and_routed(prompt_run):
+    routed = load_student(prompt_run)
+    partition = routed.partition
+    assert partition.prompts == PROMPTS
+    assert partition.weights == pytest.approx([1 / 7, 1 / 7, 1 / 7, 2 / 7, 1 / 7, 1 / 7])
+    sizes = [partition.owner.count(part) for part in range(3)]
+    assert sizes == [2, 2, 2]
+    for part in range(3):
+        lines = (prompt_run / f"prompts-{part}.jsonl").read_text().splitlines()
+        mine = [prompt for prompt, owner in zip(PROMPTS, partition.owner, strict=True) if owner == part]
+        assert [json.loads(line)["prompt"] for line in lines] == mine
+        assert load_student(prompt_run / f"student-{part}").prompts.prompts == mine
+    assert routed.route(routed.encode(prompts=PROMPTS)).tolist() == partition.owner
+    unseen = ["a cat at sea", "a red bird"]
+    alone = [int(routed.route(routed.encode(prompts=[prompt]))) for prompt in unseen]
+    assert routed.route(routed.encode(prompts=[*PROMPTS, *unseen])).tolist() == [*partition.owner, *alone]
+
+
+def test_images_of_prompts_come_from_their_students(prompt_run, tmp_path, cli):
+    routed = load_student(prompt_run)
+    images = routed.generate(prompts=PROMPTS, seed=2, batch_size=2)
+    for row, owner in enumerate(routed.partition.owner):
+        student = load_student(prompt_run / f"student-{owner}")
+        single = student.generate(prompts=[PROMPTS[row]], num_images=row + 1, seed=2)
+        torch.testing.assert_close(images[row], single[row], atol=1e-4, rtol=0)
+    assert len(routed.generate(num_images=4)) == 4
+    assert cli("sample", prompt_run, "--num-images", 7, "--out", tmp_path / "grid.png").code == 0
+    assert cli("export", prompt_run, tmp_path / "out").code == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["partition"]["prompts"] == PROMPTS and len(manifest["pipelines"]) == 3
+    assert "squared distance to `centres` plus `offsets`" in (tmp_path / "out" / "README.md").read_text()
+
+
+# --- bad input: one sentence, nothing written
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["method.num_students=11"], "method.num_students is 11, but the teacher has only 10 classes"),
+        (["method.partition=file", "method.partition_file={folder}/overlap.yaml"], "overlaps: class 1 is in it"),
+        (["method.partition=file", "method.partition_file={folder}/short.yaml"], "leaves out class 9"),
+        (["method.partition=file"], "method.partition_file goes with method.partition 'file'"),
+        (["method.partition_file=x"], "method.partition_file goes with method.partition 'file'"),
+        (["method.partition=balanced_kmeans"], "which splits prompts, and the teacher takes class labels"),
+        (["method.partition=alphabetical"], "'method.partition' must be one of sequential, interleaved"),
+        (["method.host.name=dmd3"], "'method.host.name' must be one of .*not 'dmd3'; did you mean 'dmd2'"),
+        (["method.host.name=msd"], "'method.host.name' is 'msd', which makes no one-step student"),
+        (["method.host.weightin=sid"], "unknown key 'method.host.weightin'"),
+        (["method.host.critic_updates=0"], "'method.host.critic_updates' must be at least 1"),
+        (["method.student_index=2"], "method.student_index is 2; with 2 students it is 0 to 1"),
+        (["method.student_index=-1"], "method.student_index is -1, the shared start, but method.tsm is null"),
+        (["method.host.name=boot", "method.adversarial.steps=5"], "the host 'boot' has no adversarial term"),
+        (["method.tsm={}"], "given by either method.student_size"),
+        (["teacher.labels=[1,2]"], "teacher.labels is set, but MSD divides all classes"),
+        (["teacher.source={folder}/unconditional"], "the teacher .*unconditional is unconditional: there is"),
+        (["train.device=cuda:7"], "train.device"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(source, tmp_path, cli, overrides, sentence):
+    import re
+
+    (tmp_path / "overlap.yaml").write_text("[[0, 1, 2], [1, 3, 4, 5, 6, 7, 8, 9]]")
+    (tmp_path / "short.yaml").write_text("[[0, 1, 2], [3, 4, 5, 6, 7, 8]]")
+    if "unconditional" in overrides[0]:
+        tiny_unet_pipeline(num_class_embeds=None).save_pretrained(tmp_path / "unconditional")
+    (tmp_path / "msd.yaml").write_text(
+        f"output_dir: {tmp_path}/run\nteacher: {{source: {source}}}\n"
+        "method: {name: msd, num_students: 2, host: {name: dmd2}}\ntrain: {steps: 2, batch_size: 4}\n")
+    result = cli("distill", tmp_path / "msd.yaml", *(text.replace("{folder}", str(tmp_path)) for text in overrides))
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert re.search(sentence, result.err), result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_must_be_named(tmp_path, source, cli):
+    lines = f"output_dir: {tmp_path}/run\nteacher: {{source: {source}}}\nmethod: {{name: msd}}\n"
+    (tmp_path / "msd.yaml").write_text(lines)
+    result = cli("distill", tmp_path / "msd.yaml")
+    assert result.code == 2 and "'method.host.name' is missing" in result.err
+
+
+def test_prompts_cannot_be_split_like_classes(tmp_path):
+    teacher = load_teacher(stable_diffusion(), prompts=PROMPTS)
+    from flowdistill.methods.msd import make_partition
+
+    with pytest.raises(UserError, match="which splits classes, and the teacher takes prompts"):
+        make_partition(MsdConfig(host=Dmd2Config()), teacher)
+    with pytest.raises(UserError, match="num_students is 7, but there are only 6 different prompts"):
+        make_partition(MsdConfig(num_students=7, partition="balanced_kmeans", host=Dmd2Config()), teacher)
+    with pytest.raises(UserError, match="regression_weight is above 0, but pairs of all prompts"):
+        make_partition(MsdConfig(partition="balanced_kmeans", host=Dmd2Config(regression_weight=1)), teacher)
