@@ -32,8 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
-    add("--reference", required=True, help="named set (digits, mnist5k), folder of images, or .npz with statistics")
-    add("--features", default="digits", help="digits, inception, or the path of a TorchScript file (default: digits)")
+    add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, or .npz statistics")
+    add("--features", default="digits", help="digits, shapes, inception, or a TorchScript file (default: digits)")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
     add("--num-images", type=int, metavar="N", help="images to generate (default: 10000), or to use of a folder (all)")
     add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
@@ -128,7 +128,7 @@ def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
 def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     """Generated images against the reference."""
     from flowdistill.errors import UserError
-    from flowdistill.evaluation import prompt_conditions, student_sampler, teacher_sampler
+    from flowdistill.evaluation import PromptsInTurn, prompt_conditions, student_sampler, teacher_sampler
     from flowdistill.student import is_student_folder, load_student
     from flowdistill.teacher.prompts import read_prompts as load_prompts
 
@@ -155,7 +155,8 @@ def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
         how = f"{type(loaded).__name__} takes no labels: flowdistill's Euler steps"
         return evaluator.report([row], **facts, sampler=how, guidance_scale=scale, dtype=options.dtype)
     sampler = PipelineSampler(loaded, options)
-    row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", options.steps, condition=sampler.condition)
+    condition = sampler.condition if sampler.prompts is None else PromptsInTurn(sampler.condition, sampler.prompts)
+    row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", options.steps, condition=condition)
     facts |= {
         "sampler": f"{type(loaded).__name__} with {sampler.scheduler}",
         "arguments": json.dumps(sampler.arguments),

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from flowdistill.data.digits import load_digits
 from flowdistill.data.mnist import load_mnist5k
+from flowdistill.data.shapes import load_shapes
 from flowdistill.data.splits import balanced_split, split_halves
 from flowdistill.errors import UserError
 
-__all__ = ["IMAGE_SETS", "balanced_split", "load_digits", "load_images", "load_mnist5k", "split_halves"]
+__all__ = ["IMAGE_SETS", "balanced_split", "load_digits", "load_images", "load_mnist5k", "load_shapes", "split_halves"]
 
-IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"digits": load_digits, "mnist5k": load_mnist5k}
+IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "digits": load_digits, "mnist5k": load_mnist5k, "shapes": load_shapes,
+}
 
 
 def load_images(name: str) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,12 @@
 """Measuring generated images: seeded generation, features, distances, precision and recall, reports."""
 
-from flowdistill.evaluation.evaluate import evaluate, prompt_conditions, student_sampler, teacher_sampler
+from flowdistill.evaluation.evaluate import (
+    PromptsInTurn,
+    evaluate,
+    prompt_conditions,
+    student_sampler,
+    teacher_sampler,
+)
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.frechet import Moments, frechet_distance
@@ -14,6 +20,7 @@ __all__ = [
     "Evaluator",
     "FeatureExtractor",
     "Moments",
+    "PromptsInTurn",
     "Reference",
     "Report",
     "Row",

@@ -22,13 +22,15 @@ class Collected:
     """Features of a whole set, the same on every process.
 
     ``features``: float32 (K, D), the rows ``indices`` (K,) of the set in ascending order, all of them unless there are
-    too many to keep. ``matches``: images whose most likely class is their label, None without labels or classifier.
+    too many to keep. ``matches``: images whose most likely class is their label, of the ``judged`` ones that have one;
+    None without labels or classifier.
     """
 
     moments: Moments
     features: Tensor
     indices: Tensor
     matches: int | None
+    judged: int
 
     @property
     def complete(self) -> bool:
@@ -53,7 +55,7 @@ def collect(
     """Features of ``total`` images, of which this process's ``batches`` give a contiguous part in index order.
 
     Args:
-        batches: (indices, uint8 images, labels or None).
+        batches: (indices, uint8 images, labels or None); a label of -1 is not judged.
         size: number of features there must be, None for any.
 
     Raises:
@@ -79,7 +81,7 @@ def collect(
         kept.append(features[here - indices.start])
         guesses = None if labels is None else extractor.classify(images)
         if labels is not None and guesses is not None:
-            judged += torch.stack([torch.eq(guesses.cpu(), labels).sum(), torch.tensor(len(guesses))])
+            judged += torch.stack([torch.eq(guesses.cpu(), labels).sum(), (labels >= 0).sum()])
     # A process may have had no images: it learns the number of features from the others.
     found = processes.max(0 if moments is None else moments.size)
     moments = (moments or Moments(found)).reduce(processes)
@@ -87,4 +89,4 @@ def collect(
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
     features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
     matches, guessed = processes.sum(judged).tolist()
-    return Collected(moments, features, kept_rows(total, found), matches if guessed else None)
+    return Collected(moments, features, kept_rows(total, found), matches if guessed else None, guessed)

@@ -197,7 +197,18 @@ def _condition(model: Any, given: Tensor | Condition | None) -> Condition | None
     return model.encode(labels=given) if isinstance(given, Tensor) else given
 
 
-def prompt_conditions(model: Any) -> Callable[[range], Condition | None] | None:
+@dataclass(frozen=True)
+class PromptsInTurn:
+    """What ``generate`` takes as ``condition`` of a text-to-image model; ``prompts`` is the list it goes through."""
+
+    condition: Callable[[range], Any]
+    prompts: list[str]
+
+    def __call__(self, indices: range) -> Any:
+        return self.condition(indices)
+
+
+def prompt_conditions(model: Any) -> PromptsInTurn | None:
     """What ``generate`` takes as ``condition``: the model's prompts in turn; None for a model without prompts.
 
     Raises:
@@ -206,7 +217,7 @@ def prompt_conditions(model: Any) -> Callable[[range], Condition | None] | None:
     texts = getattr(model, "prompts", None)
     if texts is not None and texts.prompts is None:
         raise UserError("this model takes prompts, and no list of them is known; give prompts (--prompts FILE)")
-    return None if texts is None else model.examples
+    return None if texts is None else PromptsInTurn(model.examples, texts.prompts)
 
 
 def _use_prompts(model: Any, prompts: PromptList) -> None:

@@ -88,12 +88,14 @@ class Evaluator:
         """Generate ``num_images`` images and measure them; every process gets the row.
 
         Args:
-            sampler, shape, num_classes, condition: see ``generate``.
+            sampler, shape, num_classes, condition: see ``generate``. Where ``condition`` is a ``PromptsInTurn`` and the
+                features can tell which class a prompt describes, the accuracy is that of the images to their prompts.
             name, calls: what the row says of the model and of its network calls an image.
         """
         processes = Processes.current()
         broken = torch.zeros((), dtype=torch.int64)
         timed: list[tuple[int, float]] = []
+        wanted = self._prompt_labels(getattr(condition, "prompts", None))
 
         def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
             made = generate(
@@ -112,7 +114,8 @@ class Evaluator:
                 timed.append((len(batch.indices), batch.seconds))
                 finite = batch.images.isfinite().flatten(1).all(dim=1)
                 broken.add_((~finite).sum().cpu())
-                yield batch.indices, to_uint8(batch.images.nan_to_num()), batch.labels
+                labels = batch.labels if wanted is None else wanted[torch.tensor(batch.indices) % len(wanted)]
+                yield batch.indices, to_uint8(batch.images.nan_to_num()), labels
 
         collected = collect(batches(), self.extractor, self.num_images, processes, len(self.reference.mean))
         # The first batch pays for compilation, autotuning and caches, unless it is the only one.
@@ -128,6 +131,10 @@ class Evaluator:
             return Row(name, calls, images_per_second=speed)
         labels = balanced_labels(range(self.num_images), num_classes, self.own)
         return processes.on_main(lambda: self._row(collected, labels, name, calls, speed))
+
+    def _prompt_labels(self, prompts: Sequence[str] | None) -> Tensor | None:
+        read = self.extractor.prompt_labels
+        return None if read is None or not prompts else read(prompts)
 
     def measure_images(self, images: ImageSet, name: str = "images") -> Row:
         """Measure stored images (all of them, whatever ``num_images`` says)."""
@@ -201,7 +208,7 @@ class Evaluator:
             found = precision_recall(collected.features, reference.features, seed=self.seed)
             row.precision, row.recall = found or (None, None)
         if collected.matches is not None:
-            row.accuracy = collected.matches / moments.count
+            row.accuracy = collected.matches / collected.judged
         if self.per_class and labels is not None and collected.complete and reference.labelled is not None:
             row.per_class_fid = per_class_distances(collected.features, labels, *reference.labelled)
             if self.owner is not None and int(reference.labelled[1].max()) < len(self.owner):

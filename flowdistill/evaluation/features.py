@@ -39,6 +39,7 @@ class FeatureExtractor:
         resize: ``prepare``'s resizing, in words; ``"none"`` means that all images must have one size.
         channels: image channels the network reads, None for any.
         classifier: prepared images -> logits (B, K), or None.
+        prompt_labels: N prompts -> the class that each describes, int64 (N,), -1 for none of them; or None.
     """
 
     name: str
@@ -48,6 +49,7 @@ class FeatureExtractor:
     resize: str = NO_RESIZE
     channels: int | None = None
     classifier: Callable[[Tensor], Tensor] | None = None
+    prompt_labels: Callable[[Sequence[str]], Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @torch.no_grad()
@@ -100,10 +102,12 @@ def load_features(
     """A feature extractor by name or from a network of yours.
 
     Args:
-        features: ``"digits"`` (the shipped digit classifier; the default), ``"inception"`` (clean-fid's Inception-v3),
-            the path of a folder with a digit classifier or of a TorchScript file, a module, or a callable. A network of
-            yours gets float32 images (B, C, H, W) in [0, 1] and returns (B, D); a module with a method
-            ``features(images)`` is a classifier: its ``forward`` returns the logits.
+        features: ``"digits"`` (the shipped digit classifier; the default), ``"shapes"`` (the shipped classifier of
+            shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), the path of a folder with a digit
+            classifier or of a TorchScript file, a module, or a callable. A network of yours gets float32 images
+            (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a classifier: its
+            ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which class a prompt
+            describes, and images are held against their prompts.
         device: default: the GPU of this process when there is one, else the CPU.
         weights: for ``"inception"``: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
             environment variable FLOWDISTILL_WEIGHTS names, then flowdistill's cache. Nothing is ever downloaded.
@@ -118,6 +122,10 @@ def load_features(
         from flowdistill.data.digits_classifier import load_digits_classifier
 
         return _from_module("digits", load_digits_classifier(), place, channels=1)
+    if features == "shapes":
+        from flowdistill.data.shapes_networks import load_shapes_classifier
+
+        return _from_module("shapes", load_shapes_classifier(), place, channels=3)
     if features == "inception":
         return _inception(_inception_file(weights), place)
     if isinstance(features, nn.Module):
@@ -135,7 +143,8 @@ def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
         return _from_module(str(path), load_digits_classifier(path), device, channels=1)
     if not path.is_file():
         raise UserError(
-            f"unknown features {str(path)!r}: neither 'digits' nor 'inception' nor the path of a TorchScript file"
+            f"unknown features {str(path)!r}: neither 'digits' nor 'shapes' nor 'inception' nor the path of a "
+            "TorchScript file"
         )
     if path.name == INCEPTION_FILE:
         return _inception(path, device)
@@ -158,6 +167,7 @@ def _from_module(name: str, module: nn.Module, device: torch.device, channels: i
         prepare=_to_unit,
         channels=channels,
         classifier=_in_eval_mode(module, module) if head else None,
+        prompt_labels=getattr(module, "prompt_labels", None) if head else None,
         device=device,
     )
 

@@ -1,0 +1,64 @@
+"""Train the networks that measure the shapes experiments: the classifier, and the judge of concepts.
+
+Both are tested on images of other seeds than those they are trained on; the figures are recorded in their config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from flowdistill.data import shapes_networks as networks
+
+TEST_IMAGES = 4320
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("classifier", "judge"))
+    parser.add_argument("--out", type=Path, help="folder to write (default: assets/shapes/WHICH)")
+    parser.add_argument("--images", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, help="default: 3 for the classifier, 5 for the judge")
+    parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    out = args.out or Path("assets/shapes") / args.which
+    is_judge = args.which == "judge"
+    seed = args.seed if args.seed is not None else 5 if is_judge else 3
+    torch.manual_seed(seed)
+    model: networks.ShapesNet
+    if is_judge:
+        model, data = networks.ShapesNet(networks.JUDGE_HEADS, width=20, feature_size=48), networks.judge_data
+    else:
+        model, data = networks.ShapesClassifier(networks.CLASSIFIER_HEADS), networks.classifier_data
+    networks.train_network(model, data, args.images, args.steps, args.batch_size, seed)
+    images, answers = data(TEST_IMAGES, seed + 1000)
+    found = networks.accuracies(model, images, answers)
+    spoilt = networks.accuracies(model, networks.spoil(images, torch.Generator().manual_seed(seed + 1001)), answers)
+    print(f"on {TEST_IMAGES} images of another seed: {found}; with blur and noise: {spoilt}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), out / "model.safetensors")
+    config = {
+        "architecture": model.config,
+        "data": "shapes",
+        "test_images": TEST_IMAGES,
+        "test_accuracy": found,
+        "test_accuracy_spoilt": spoilt,
+        "seed": seed,
+        "command": f"python scripts/train_shapes_networks.py {args.which} --out {out.as_posix()} "
+                   f"--images {args.images} --steps {args.steps} --batch-size {args.batch_size} --seed {seed} "
+                   f"--threads {args.threads}",
+        "torch": torch.__version__,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
