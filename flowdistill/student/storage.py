@@ -29,6 +29,7 @@ from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, Velocit
 FORMAT = 2
 """The newest known; 2 has adapters, which need the file BASE."""
 KINDS: dict[str, type[Student]] = {student.kind: student for student in (FlowMap, Generator)}
+PERSONAL = "personal"  # a LoRA and a word on top of another pipeline, see flowdistill.student.personal
 WEIGHTS = "model.safetensors"
 BASE = "base.safetensors"
 
@@ -172,6 +173,10 @@ def _load(folder: Path, resident: int | None) -> Student:
         from flowdistill.student.routed import load_routed
 
         return load_routed(folder, description, resident)
+    if kind == PERSONAL and version <= FORMAT:
+        from flowdistill.student.personal import load_personal
+
+        return load_personal(folder, description)
     if kind not in KINDS or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
                         f"students up to format {FORMAT}")

@@ -102,11 +102,13 @@ class Reporter:
 
 
 def save_samples(student: Any, path: Path, count: int) -> None:
-    """A grid of ``count`` images, always of the same noise and labels or prompts; a column a class of a few."""
+    """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
     from flowdistill.images import save_grid
 
+    listed = getattr(getattr(student, "prompts", None), "prompts", None)
     classes = getattr(student, "classes", None)
-    columns = len(classes.shown) if classes is not None and 1 < len(classes.shown) <= WIDEST_GRID else None
+    shown = min(len(listed), count) if listed is not None else 0 if classes is None else len(classes.shown)
+    columns = shown if 1 < shown <= WIDEST_GRID else None
     images = student.generate(num_images=count, seed=SAMPLE_SEED)
     with disk_errors(str(path)):
         save_grid(images, path, columns)
