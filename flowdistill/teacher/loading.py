@@ -19,6 +19,7 @@ from flowdistill.path import NativePath, path_from_scheduler
 from flowdistill.teacher.adapters import Adapter, adapter_for
 from flowdistill.teacher.attention import choose_attention
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
+from flowdistill.teacher.lora import merged
 from flowdistill.teacher.offload import PARTS
 from flowdistill.teacher.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.teacher.quiet import quietly
@@ -132,7 +133,7 @@ def _start(source: str | os.PathLike[str], teacher: Teacher, adapter: Adapter) -
         raise UserError(f"teacher.start {source} is a {velocity.adapter.family} for samples of {student.shape} and "
                         f"{student.num_classes} classes; the teacher is a {adapter.family} for {teacher.shape} and "
                         f"{teacher.num_classes}")
-    return velocity
+    return velocity if velocity.lora is None else VelocityNetwork(merged(velocity.backbone), velocity.path, adapter)
 
 
 def _equal(prompts: Sequence[str]) -> PromptList:

@@ -64,15 +64,19 @@ class VelocityNetwork(nn.Module):
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
+    def frozen_copy(self, path: NativePath | None = None) -> VelocityNetwork:
+        """A second module tree over the very same parameter tensors, for adapters on top of shared weights."""
+        tree = copy.deepcopy(self.backbone, {id(p): p for p in self.backbone.parameters()})
+        return VelocityNetwork(tree, path or self.path, self.adapter, self.attention)
+
     def trainable_copy(self, path: NativePath | None = None, lora: LoraSettings | None = None) -> VelocityNetwork:
         """An independent float32 copy with gradients: trained weights are float32 masters.
 
-        With ``lora``, a second module tree over the very same parameter tensors, frozen, and float32 adapters that
-        train. Either stays in evaluation mode: a distilled student must match its frozen teacher, whose label dropout
-        and dropout are off.
+        With ``lora``, a :meth:`frozen_copy` and float32 adapters that train. Either stays in evaluation mode: a
+        distilled student must match its frozen teacher, whose label dropout and dropout are off.
         """
         if lora is not None:
-            tree = copy.deepcopy(self.backbone, {id(p): p for p in self.backbone.parameters()})
+            tree = self.frozen_copy().backbone
             return VelocityNetwork(tree, path or self.path, self.adapter, self.attention, lora).eval()
         backbone = copy.deepcopy(self.backbone)
         if backbone.dtype != torch.float32:
