@@ -248,6 +248,20 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from flowdistill.config import load_config
+    from flowdistill.plan import make_plan
+    from flowdistill.plan.advice import advise
+    from flowdistill.plan.report import describe, verdict
+
+    plan = make_plan(load_config(args.config, args.overrides))
+    print(describe(plan))
+    if args.gpu_memory is not None:
+        sys.stdout.flush()  # the advice takes several plans
+        print("\n" + verdict(plan, advise(args.config, args.overrides, plan, args.gpu_memory), args.gpu_memory))
+    return 0
+
+
 def _device(name: str | None) -> Any:
     import torch
 
@@ -289,6 +303,16 @@ def _at_least(low: int) -> Any:
     return convert
 
 
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return number
+
+
 def _integers(low: int) -> Any:
     def convert(text: str) -> list[int]:
         parts = text.split(",")
@@ -319,6 +343,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     distill.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+
+    plan = command(
+        "plan", _plan, lambda args: args.config, "say how much memory a run takes",
+        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate its\n"
+        "activations, from the pipeline's configurations alone: nothing is loaded. With --gpu-memory, say which\n"
+        "settings make it fit.",
+        ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/digits/freeflow.yaml train.batch_size=256"],
+    )
+    plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    plan.add_argument("--gpu-memory", metavar="GIB", type=_positive, help="memory of the GPU in GiB")
 
     sample = command(
         "sample", _sample, lambda args: args.out, "generate images",

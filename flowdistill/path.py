@@ -9,9 +9,10 @@ A network trained on any Gaussian path ``x_nat = alpha x_0 + sigma n`` lives on 
 variables ``t = sigma / (alpha + sigma)``, ``x = x_nat / (alpha + sigma)``. With it, whatever the network predicts, the
 velocity is affine in the network's output::
 
-    v(x, t) = state(t) * x + output(t) * network(input_scale(t) * x, timestep(t))
+    v(x, t) = state(t) * x + output(t) * network(input_scale(t) * x + input_shift, timestep(t))
 
-so a schedule and a prediction type are four scalar functions of t and nothing else. They are computed in float64.
+so a schedule and a prediction type are four scalar functions of t and nothing else (``input_shift`` is 0, but for one
+old kind of network). They are computed in float64.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ VP_SCHEDULERS = (
 EDM_SCHEDULERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 VP_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+VE_SCHEDULERS = ("KarrasVeScheduler",)
 EDM_PREDICTIONS = ("epsilon", "v_prediction")
 KARRAS_RHO = 7.0
 
@@ -47,6 +49,7 @@ class Coefficients:
     timestep: Tensor
     state: Tensor
     output: Tensor
+    input_shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class NativePath:
     """The path a network was trained on, seen from the linear path.
 
     Attributes:
-        kind: ``"vp"``, ``"edm"`` or ``"flow"``.
+        kind: ``"vp"``, ``"edm"``, ``"ve"`` or ``"flow"``.
         prediction: what the network predicts, in diffusers' words.
         t_min, t_max: where the network is defined, as linear times. Terminal SNR is rarely zero, so ``t_max < 1`` for
             VP and EDM teachers.
@@ -82,15 +85,23 @@ class NativePath:
         """The teacher's own sampling times: (steps + 1,) float64, from ``t_max`` down to 0.
 
         VP: native timesteps, evenly spaced from the last one ("trailing"); EDM, and VP with ``use_karras_sigmas``:
-        Karras et al. 2022, Eq. 5 with rho 7; flow: evenly spaced, then shifted.
+        Karras et al. 2022, Eq. 5 with rho 7; VE: evenly spaced in log sigma; flow: evenly spaced, then shifted.
         """
         if steps < 1:
             raise UserError(f"steps is {steps}; a sampler needs at least 1 step")
         return torch.cat([self._grid(steps, self.t_min, self.t_max), torch.zeros(1, dtype=torch.float64)])
 
     def native_to_linear(self, timesteps: Tensor) -> Tensor:
-        """Linear times of native network timesteps (VP: table index, EDM: 0.25 log sigma, flow: 1000 t)."""
+        """Linear times of native network timesteps (VP: table index, EDM: 0.25 log sigma, VE: sigma / 2, flow: 1000 t).
+        """
         return self._to_t(timesteps.double())
+
+    def prediction_weight(self, t: Tensor) -> Tensor:
+        """Of a squared error of velocities at ``t``, to make it one of what the network predicts; of a score, which
+        has no size that goes for all times, one of the noise. Float64."""
+        if self.prediction == "score":
+            return (1 - t.double()) ** 2
+        return self.coefficients(t).output.pow(-2)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Native ``(alpha, sigma)`` at linear times ``t``; float64."""
@@ -98,7 +109,7 @@ class NativePath:
         if self.kind == "vp":
             norm = torch.sqrt((1 - t) ** 2 + t**2)
             return (1 - t) / norm, t / norm
-        if self.kind == "edm":
+        if self.kind in ("edm", "ve"):
             return torch.ones_like(t), t / (1 - t)
         return 1 - t, t
 
@@ -128,12 +139,14 @@ def path_from_scheduler(scheduler: Any) -> NativePath:
     if name in EDM_SCHEDULERS:
         _check_prediction(name, prediction, EDM_PREDICTIONS)
         return _edm_path(name, prediction, config.sigma_min, config.sigma_max, config.sigma_data)
+    if name in VE_SCHEDULERS:
+        return _ve_path(name, config.sigma_min, config.sigma_max)
     if name in VP_SCHEDULERS:
         if config.get("use_flow_sigmas") or prediction == "flow_prediction":
             return flow_path(name, float(config.get("flow_shift") or 1.0), config.num_train_timesteps)
         _check_prediction(name, prediction, VP_PREDICTIONS)
         return _vp_path(name, prediction, scheduler.alphas_cumprod, bool(config.get("use_karras_sigmas")))
-    supported = ", ".join((*FLOW_SCHEDULERS, *EDM_SCHEDULERS, *VP_SCHEDULERS))
+    supported = ", ".join((*FLOW_SCHEDULERS, *EDM_SCHEDULERS, *VE_SCHEDULERS, *VP_SCHEDULERS))
     raise UserError(f"the pipeline's scheduler {name} is not supported; supported are {supported}")
 
 
@@ -215,6 +228,29 @@ def _edm_path(name: str, prediction: str, sigma_min: float, sigma_max: float, si
 
     t_min, t_max = sigma_min / (1 + sigma_min), sigma_max / (1 + sigma_max)
     return NativePath("edm", prediction, t_min, t_max, name, coefficients, _karras_grid, to_t)
+
+
+def _ve_path(name: str, sigma_min: float, sigma_max: float) -> NativePath:
+    """A score network of pixels in [0, 1], as KarrasVePipeline calls it (Karras et al. 2022, Eq. 213).
+
+    Of images in [-1, 1] with noise sigma it sees (x_nat + 1) / 2 with noise sigma / 2, and from its score F the
+    denoised image is D = x_nat + sigma^2 / 2 F. The scheduler's noise levels are the squares of its settings.
+    """
+    low, high = sigma_min**2, sigma_max**2
+
+    def coefficients(t: Tensor) -> Coefficients:
+        sigma = t / (1 - t)
+        return Coefficients((1 + sigma) / 2, sigma / 2, -(1 + sigma), -(1 + sigma) * sigma / 2, input_shift=0.5)
+
+    def grid(steps: int, t_min: float, t_max: float) -> Tensor:
+        first, last = t_max / (1 - t_max), t_min / (1 - t_min)
+        sigma = first * (last / first) ** torch.linspace(0, 1, steps, dtype=torch.float64)
+        return sigma / (1 + sigma)
+
+    def to_t(timestep: Tensor) -> Tensor:
+        return 2 * timestep / (1 + 2 * timestep)
+
+    return NativePath("ve", "score", low / (1 + low), high / (1 + high), name, coefficients, grid, to_t)
 
 
 def _karras_grid(steps: int, t_min: float, t_max: float) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -36,11 +35,22 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.tiny import tiny_unet
+from tests.pixel_families import (
+    ddim,
+    ddim_start,
+    dit,
+    edm,
+    edm_start,
+    first_order,
+    karras_start,
+    karras_ve,
+    scheduler_images,
+    trailing_ddim,
+)
+from tests.tiny import VP, lively, vae
 
 PROMPTS = ["a red cat", "two birds", "the sea at night"]
 NEGATIVE = "ugly"
-VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
 @dataclass
@@ -58,6 +68,8 @@ class Family:
         image_size: of the teacher, where the network has no size of its own.
         labels: class labels of two samples, for pipelines without prompts; their calls return images only.
         start: the pipeline's start state for unit noise in units of the teacher's, t_max times the noise.
+        null_label: of the teacher, where the network has class labels that do not say it.
+        loop: no pipeline of diffusers calls such a network: the comparison is with its scheduler, in a plain loop.
     """
 
     make: Callable[[], Any]
@@ -71,22 +83,12 @@ class Family:
     image_size: int | None = None
     labels: list[int] | None = None
     start: Callable[[Any], float] = lambda teacher: 1.0
+    null_label: int | None = None
+    loop: bool = False
 
     @property
     def prompts(self) -> bool:
         return "prompt" in inspect.signature(self.make().__call__).parameters
-
-
-def lively(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights everywhere, so that no zero-initialised layer hides a condition."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.7 * parameter[0].numel() ** -0.5, generator=generator)
-            elif not name.endswith("weight"):
-                parameter.normal_(std=0.1, generator=generator)
-    return module.eval()
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -101,14 +103,6 @@ def clip_encoder(seed: int, projected: bool = False, **config: Any) -> nn.Module
         max_position_embeddings=16, projection_dim=16, bos_token_id=52, eos_token_id=53, pad_token_id=53, **config,
     )
     return lively((CLIPTextModelWithProjection if projected else CLIPTextModel)(settings), seed)
-
-
-def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
-    return lively(AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4,
-        sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        **config,
-    ))
 
 
 def condition_unet(cross: int = 16, **config: Any) -> UNet2DConditionModel:
@@ -282,40 +276,17 @@ def trailing_euler(pipeline: Any) -> EulerDiscreteScheduler:
     return EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
 
 
-def trailing_ddim(pipeline: Any) -> DDIMScheduler:
-    return DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
-
-
 def edm_euler() -> EDMEulerScheduler:
     return EDMEulerScheduler(sigma_min=0.02, sigma_max=20.0, prediction_type="epsilon")
-
-
-def ddim_start(teacher: Any) -> float:
-    """DDIM starts at the noise itself, not at sigma_T times it."""
-    return 1 / teacher.path.alpha_sigma(torch.tensor(teacher.t_max))[1].item()
-
-
-def edm_start(teacher: Any) -> float:
-    """EDMEulerScheduler starts at sqrt(sigma_max^2 + 1) times the noise, not at sigma_max times it."""
-    sigma = teacher.t_max / (1 - teacher.t_max)
-    return (sigma**2 + 1) ** 0.5 / sigma
-
-
-def ddim() -> diffusers.DDIMPipeline:
-    return diffusers.DDIMPipeline(lively(tiny_unet(num_class_embeds=None)), DDIMScheduler(**VP))
-
-
-def dit(**scheduler: Any) -> diffusers.DiTPipeline:
-    transformer = lively(diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000,
-    ))
-    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, **scheduler), id2label={0: "zero"})
 
 
 FAMILIES: dict[str, Family] = {
     "ddim": Family(ddim, trailing_ddim, scale_argument=lambda scale: {}, negative=False, start=ddim_start),
     "dit": Family(dit, trailing_ddim, negative=False, labels=[3, 7], start=ddim_start),
+    "edm": Family(edm, scale_argument=lambda scale: {}, negative=False, start=edm_start, loop=True),
+    "edm-class": Family(lambda: edm("v_prediction", 4), negative=False, labels=[0, 2], start=edm_start, null_label=3,
+                        loop=True),
+    "karras-ve": Family(karras_ve, first_order, scale_argument=lambda scale: {}, negative=False, start=karras_start),
     "sd": Family(stable_diffusion, trailing_euler),
     "sd-v": Family(lambda: stable_diffusion(DDIMScheduler(**VP, clip_sample=False, prediction_type="v_prediction",
                                                           steps_offset=1)), trailing_euler),
@@ -352,14 +323,19 @@ def pipeline_latents(
     """What the pipeline's own call makes of unit noise (B, C, H, W), which is that of a generator with seed 1: latents,
     or images where it takes no prompts."""
     pipeline.set_progress_bar_config(disable=True)
+    if family.loop:
+        return scheduler_images(pipeline, noise, steps, scale, family.labels, family.null_label)
     if family.scheduler is not None:
         pipeline.scheduler = family.scheduler(pipeline)
     if not family.prompts:
         rows = {"batch_size": len(noise)} if family.labels is None else {"class_labels": family.labels}
-        return pipeline(**rows, generator=torch.Generator().manual_seed(1), num_inference_steps=steps,
-                        output_type="pt", **family.scale_argument(scale)).images
+        images = pipeline(**rows, generator=torch.Generator().manual_seed(1), num_inference_steps=steps,
+                          output_type="pt", **family.scale_argument(scale)).images
+        return images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)  # KarrasVe
     prompts = PROMPTS[: len(noise)]
     given = family.scale_argument(scale) | ({} if negative is None else {"negative_prompt": [negative] * len(noise)})
     out = pipeline(prompt=prompts, latents=family.pack(noise.clone()), num_inference_steps=steps, output_type=output,
                    **given, **family.call)
     return family.unpack(out.images) if output == "latent" else out.images
+
+

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import load_teacher
-from tests.families import lively, vae
+from tests.tiny import lively, vae
 
 WIDTH, HEADS, CLASSES, SIZE, PATCH = 16, 2, 5, 8, 2
 spec = importlib.util.spec_from_file_location(

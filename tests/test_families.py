@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
     DiffusionPipeline,
+    DiTPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -20,7 +22,8 @@ from flowdistill.path import path_from_scheduler
 from flowdistill.student import FlowMap, StudentInfo, export, load_student
 from flowdistill.teacher import codec as codec_module
 from flowdistill.teacher import load_teacher
-from tests.families import FAMILIES, NEGATIVE, PROMPTS, VP, pipeline_latents
+from tests.families import FAMILIES, NEGATIVE, PROMPTS, pipeline_latents
+from tests.tiny import VP
 
 FLOW = ("sd3", "flux-dev", "flux-schnell", "sana", "lumina2", "qwen-image", "z-image")
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
@@ -33,7 +36,7 @@ def noise(model, rows=2):
 def teacher_of(name, **settings):
     family = FAMILIES[name]
     pipeline = family.make()
-    return pipeline, load_teacher(pipeline, image_size=family.image_size, **settings)
+    return pipeline, load_teacher(pipeline, image_size=family.image_size, null_label=family.null_label, **settings)
 
 
 def difference(name, scale, negative=None, steps=4, change=None):
@@ -157,7 +160,7 @@ def train_one_step(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [*TEXT, "edm", "edm-class", "karras-ve"])
 def test_one_training_step(name, method):
     train_one_step(name, method)
 
@@ -188,7 +191,9 @@ def exported(name, folder):
     line = next(line for line in (folder / "README.md").read_text().splitlines() if "pipe(" in line)
     family, n = FAMILIES[name], noise(student)
     if not family.prompts:
-        rows = {"batch_size": 2} if family.labels is None else {"class_labels": family.labels, "guidance_scale": 1}
+        rows = {"batch_size": 2, "class_labels": family.labels}
+        if isinstance(pipe, DiTPipeline):
+            rows = {"class_labels": family.labels, "guidance_scale": 1}
         seeded = torch.Generator().manual_seed(1)
         images = pipe(**rows, num_inference_steps=1, output_type="pt", generator=seeded).images
         own = student.decode(student(n, student.encode(family.labels), 1.25))
@@ -224,6 +229,19 @@ def test_a_latent_consistency_pipeline_exports_as_stable_diffusion(tmp_path):
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__ == "StableDiffusionPipeline"
 
 
+def test_karras_ve_on_disk(tmp_path):
+    """The pipeline's folder and the student's; its students have no stock pipeline."""
+    pipeline, teacher, student = student_of("karras-ve", trained=True)
+    pipeline.save_pretrained(tmp_path / "p")
+    n, again = noise(teacher), load_teacher(tmp_path / "p")
+    with torch.no_grad():
+        assert near(again.sample(n, steps=3), teacher.sample(n, steps=3))
+        student.save(tmp_path / "s")
+        assert near(load_student(tmp_path / "s")(n), student(n))
+    with pytest.raises(UserError, match="students of KarrasVe teachers cannot be exported"):
+        export(student, tmp_path / "out")
+
+
 def test_variants_that_are_not_supported_are_named():
     other = StableDiffusionImg2ImgPipeline(**FAMILIES["sd"].make().components, requires_safety_checker=False)
     with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline is not supported.*StableDiffusionPipeline"):
@@ -232,6 +250,9 @@ def test_variants_that_are_not_supported_are_named():
     pipeline.transformer.register_to_config(zero_cond_t=True)
     with pytest.raises(UserError, match="has zero_cond_t"):
         load_teacher(pipeline)
+    pipeline = FAMILIES["karras-ve"].make()
+    with pytest.raises(UserError, match="'fourier', of the logarithm of sigma, but DDIMScheduler"):
+        load_teacher(DDPMPipeline(pipeline.unet, DDIMScheduler(**VP)))
     pipeline = FAMILIES["sd"].make()
     pipeline.unet.register_to_config(num_class_embeds=3)
     with pytest.raises(UserError, match="has num_class_embeds 3"):

@@ -12,6 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
+    ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -86,6 +87,23 @@ def test_ddim_step_is_an_euler_step(betas, prediction):
         assert (x * (alpha + sigma) - expected).abs().max().item() < 1e-12 * scale
 
 
+def test_karras_ve_velocity_is_the_gaussian_one():
+    """The network's own terms: pixels (x + 1) / 2 with noise sigma / 2, whose score it returns."""
+    path = path_from_scheduler(KarrasVeScheduler(sigma_min=0.1, sigma_max=5.0))
+    assert math.isclose(path.t_min, 0.01 / 1.01) and math.isclose(path.t_max, 25 / 26)
+    t = torch.linspace(path.t_min, path.t_max, 41, dtype=torch.float64)
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    c, (alpha, sigma) = path.coefficients(t), path.alpha_sigma(t)
+    pixels = c.input_scale * x + c.input_shift
+    assert torch.allclose(pixels, (x * (alpha + sigma) + 1) / 2, atol=1e-12)
+    assert torch.allclose(c.timestep, sigma / 2, atol=1e-12)
+    assert torch.allclose(path.native_to_linear(c.timestep), t, atol=1e-12)
+    score = -(pixels - (MEAN + 1) / 2) / ((STD / 2) ** 2 + c.timestep**2)
+    assert torch.allclose(c.state * x + c.output * score, exact_velocity(x, t), rtol=1e-9, atol=1e-9)
+    # A score counts as the noise that it estimates: -sigma / 2 times it, 1 + sigma times which is in the velocity.
+    assert torch.allclose(path.prediction_weight(t) * (c.output / (sigma / 2)) ** 2, torch.ones_like(t), atol=1e-12)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_edm_step_is_an_euler_step(prediction):
     scheduler = EDMEulerScheduler(prediction_type=prediction)
@@ -148,8 +166,8 @@ def test_half_precision_never_touches_coefficients():
 
 
 def test_unsupported_names_are_named():
-    with pytest.raises(UserError, match="KarrasVeScheduler.*DDIMScheduler"):
-        path_from_scheduler(KarrasVeScheduler())
+    with pytest.raises(UserError, match="ScoreSdeVeScheduler.*DDIMScheduler"):
+        path_from_scheduler(ScoreSdeVeScheduler())
     scheduler = DPMSolverMultistepScheduler()
     scheduler.register_to_config(prediction_type="score")
     with pytest.raises(UserError, match="DPMSolverMultistepScheduler has prediction_type 'score'.*epsilon"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,14 +14,39 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from torch import nn
+
+VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def tiny_unet(num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None) -> UNet2DModel:
+def lively(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights everywhere, so that no zero-initialised layer hides a condition."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.7 * parameter[0].numel() ** -0.5, generator=generator)
+            elif not name.endswith("weight"):
+                parameter.normal_(std=0.1, generator=generator)
+    return module.eval()
+
+
+def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
+    return lively(AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4,
+        sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        **config,
+    ))
+
+
+def tiny_unet(
+    num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None, **settings: str
+) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=8, in_channels=channels, out_channels=out_channels or channels, block_out_channels=(8, 16),
         layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8,
+        norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8, **settings,
     ).eval()
 
 
@@ -27,11 +54,12 @@ def tiny_unet_pipeline(scheduler=None, **unet) -> DDPMPipeline:
     return DDPMPipeline(tiny_unet(**unet), scheduler or FlowMatchEulerDiscreteScheduler())
 
 
-def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True) -> DiTPipeline:
+def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True, layers: int = 2, **settings: Any) -> DiTPipeline:
     torch.manual_seed(0)
+    size = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8} | settings
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8 if learned_sigma else 4,
-        num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=4,
+        in_channels=4, out_channels=8 if learned_sigma else 4, num_layers=layers, patch_size=2, num_embeds_ada_norm=4,
+        **size,
     ).eval()
     for block in transformer.transformer_blocks:  # zero-initialised modulation would hide the conditions
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.1)

@@ -61,6 +61,9 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
+    if student.network.velocity.path.kind == "ve":
+        raise UserError("students of KarrasVe teachers cannot be exported: their network takes pixels in [0, 1], and "
+                        "no stock pipeline moves the input of its single step there")
     backbone = _with_constant_time(student, guidance_scale)
     c = student.network.velocity.path.coefficients(torch.tensor([student.t_start], dtype=torch.float64))
     t, state, output = student.t_start, c.state.item(), c.output.item()

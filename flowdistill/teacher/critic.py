@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def critic_loss(velocity: Tensor, sample: Tensor, noise: Tensor, t: Tensor, path
         t: linear times (B,).
         path: the network's native path.
     """
-    weight = path.coefficients(t).output.pow(-2).to(velocity.dtype)
+    weight = path.prediction_weight(t).to(velocity.dtype)
     return weight * flow_matching_loss(velocity, sample, noise)
 
 
@@ -71,8 +73,8 @@ class Discriminator(nn.Module):
         positions = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
         return velocity, self.head(positions).mean(dim=(1, 2)).float()
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.critic.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, around: Callable[[], Any] = contextlib.nullcontext) -> None:
+        self.critic.enable_gradient_checkpointing(around)
 
 
 class _Keep:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -71,7 +71,7 @@ def load_teacher(
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
             settings that this pipeline has no use for.
     """
-    dtype = _dtype(dtype)
+    weights = _dtype(dtype)
     if isinstance(source, DiffusionPipeline):
         pipeline, name, scheduler = source, source.config.get("_name_or_path") or type(source).__name__, None
         recorded: dict[str, Any] = {}
@@ -79,29 +79,57 @@ def load_teacher(
     else:
         name = os.fspath(source)
         folder = _folder_of(name)
-        pipeline, scheduler, recorded = _load_pipeline(name, folder, dtype)
-    scheduler = scheduler or pipeline.scheduler
-    backbone, codec = _backbone(pipeline), _codec(pipeline)
+        pipeline, scheduler, recorded = _load_pipeline(name, folder, weights)
+
+    def texts(adapter: Adapter, pixels: tuple[int, int]) -> PromptConditions:
+        return _prompts(pipeline, folder, adapter, pixels, negative_prompt, weights)
+
+    null_label = recorded.get("null_label") if null_label is None else null_label
+    parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
+    return assemble(parts, name, null_label, t_max, weights, device, prompts, negative_prompt, image_size, attention)
+
+
+class Parts(NamedTuple):
+    """What a teacher is made of; ``texts(adapter, (height, width))`` makes the prompts' side where there is one."""
+
+    backbone: nn.Module
+    codec: PixelCodec | VaeCodec
+    scheduler: Any
+    texts: Callable[[Adapter, tuple[int, int]], PromptConditions]
+
+
+def assemble(
+    parts: Parts,
+    name: str,
+    null_label: int | None,
+    t_max: float | None,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    prompts: str | os.PathLike[str] | Sequence[str] | None,
+    negative_prompt: str | None,
+    image_size: int | None,
+    attention: str,
+) -> Teacher:
+    """The teacher of a pipeline's parts; see :func:`load_teacher`."""
+    backbone, codec, scheduler, make_texts = parts
     adapter = adapter_for(backbone)
     path = path_from_scheduler(scheduler)
     if t_max is not None:
         path = path.with_t_max(t_max)
     _check_agreement(backbone, adapter, scheduler, path, codec)
-    if null_label is None:
-        null_label = recorded.get("null_label")
     backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
     kernel = choose_attention(attention, backbone, adapter.masked, torch.device(device or "cpu"))
-    network = VelocityNetwork(backbone, path, adapter, kernel)
+    network = VelocityNetwork(backbone, path, adapter, attention=kernel)
     classes = adapter.labels(backbone, null_label)
     shape, texts = adapter.shape(backbone), None
     if adapter.pipelines:
         shape = _resized(shape, codec, image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
-        texts = _prompts(pipeline, folder, adapter, pixels, negative_prompt, dtype)
+        texts = make_texts(adapter, pixels)
         if path.kind == "flow":
             path = path.with_grid(lambda steps: _own_times(adapter, scheduler, steps, shape))
     elif prompts is not None or negative_prompt is not None or image_size is not None:
-        raise UserError(f"teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
+        raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
     if texts is not None and prompts is not None:
         texts.device = torch.device(device or "cpu")
@@ -217,7 +245,8 @@ def _load_pipeline(
               if isinstance(value, list) and (is_text(name) or name in UNUSED)}
     try:
         with quietly():
-            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent)
+            # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
+            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, scheduler=scheduler, **absent)
     except LOADING_ERRORS as error:
         raise _not_loaded(source, error) from error
     return pipeline, scheduler, recorded
@@ -285,6 +314,9 @@ def _check_agreement(
     if isinstance(codec, VaeCodec) and codec.channels != channels:
         raise UserError(f"the network takes {channels} latent channels, but the pipeline's autoencoder has "
                         f"{codec.channels}; they do not belong together")
+    if backbone.config.get("time_embedding_type") == "fourier" and path.kind != "ve":
+        raise UserError("the UNet2DModel has time_embedding_type 'fourier', of the logarithm of sigma, but "
+                        f"{path.scheduler_name} gives its network another time; supported with it is KarrasVeScheduler")
     steps, trained = scheduler.config.get("num_train_timesteps"), backbone.config.get("num_train_timesteps")
     if path.kind == "vp" and steps and trained and steps != trained:
         raise UserError(f"the scheduler has {steps} training timesteps, but the network was made for {trained}; "

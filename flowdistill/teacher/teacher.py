@@ -275,7 +275,8 @@ class Teacher:
     def describe(self) -> str:
         """What was detected, in words."""
         path, network = self.path, getattr(self.network, "backbone", self.network)
-        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)", "flow": "flow matching"}
+        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)",
+                 "ve": "variance-exploding (score)", "flow": "flow matching"}
         parameters = sum(p.numel() for p in network.parameters())
         sample = " x ".join(map(str, self.shape))
         latents = "latents of an autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +61,8 @@ class VelocityNetwork(nn.Module):
         c = self.path.coefficients(t)  # float64: these divide by 1 - t, and half precision loses exactly that
         timestep = c.timestep if asked_at is None else self.path.coefficients(asked_at).timestep
         dtype = self.backbone.dtype
-        native = (x * per_sample(c.input_scale, x)).to(dtype)
+        native = x * per_sample(c.input_scale, x)
+        native = (native + c.input_shift if c.input_shift else native).to(dtype)
         with attention_kernels(self.attention):
             prediction = self.adapter.call(self.backbone, native, timestep.float(), condition)
         # Under autocast the prediction may be half; the affine map must not be.
@@ -81,8 +85,12 @@ class VelocityNetwork(nn.Module):
         backbone = copy.deepcopy(self.backbone)
         if backbone.dtype != torch.float32:
             backbone = backbone.float()
-        copied = VelocityNetwork(backbone, path or self.path, self.adapter, self.attention)
-        return copied.requires_grad_(True).eval()
+        copied = VelocityNetwork(backbone, path or self.path, self.adapter, attention=self.attention)
+        copied.requires_grad_(True).eval()
+        for module in copied.modules():
+            if isinstance(module, GaussianFourierProjection):  # its frequencies are drawn once and never trained
+                module.requires_grad_(False)
+        return copied
 
 
 class ScalarEmbedding(nn.Module):
@@ -114,7 +122,7 @@ class _AddToTimeEmbedding:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if self.value is None else output + self.value.to(output.dtype)
 
-    def checkpoint(self, block: nn.Module, *args: Any) -> Any:
+    def checkpoint(self, around: Callable[[], Any], block: nn.Module, *args: Any) -> Any:
         """Activation checkpointing that recomputes a block with the embedding, and by the attention kernels, of its own
         forward pass."""
         value, kernel = self.value, "math" if only_math() else "sdpa"
@@ -122,7 +130,7 @@ class _AddToTimeEmbedding:
         def run(*inner: Any) -> Any:
             current, self.value = self.value, value
             try:
-                with attention_kernels(kernel):
+                with attention_kernels(kernel), around():
                     return block(*inner)
             finally:
                 self.value = current
@@ -174,6 +182,9 @@ class ExtendedVelocity(nn.Module):
             total = part if total is None else total + part
         return total
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass (diffusers' blocks) to save memory."""
-        self.velocity.backbone.enable_gradient_checkpointing(self._extra.checkpoint)
+    def enable_gradient_checkpointing(self, around: Callable[[], Any] = contextlib.nullcontext) -> None:
+        """Recompute activations in the backward pass (diffusers' blocks) to save memory.
+
+        ``around`` makes a context in which each block runs, the first time and again.
+        """
+        self.velocity.backbone.enable_gradient_checkpointing(partial(self._extra.checkpoint, around))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -111,6 +112,15 @@ class Adapter(ABC):
         """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
         return self.encode_negative(pipeline, [negative or ""], image_size)
 
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one row of what :meth:`encode` returns, without a text encoder; the longest where they differ.
+
+        Args:
+            pipeline: the class in :attr:`pipelines`.
+            clip_tokens: length of a CLIP text encoder's sequence, where the pipeline has one.
+        """
+        raise NotImplementedError
+
     def takes_guidance(self, network: nn.Module) -> bool:
         """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""
         return False
@@ -161,6 +171,11 @@ def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     height, width = shape[-2:]
     x = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(len(tokens), -1, height, width)
+
+
+def longest_prompt(pipeline: Any) -> int:
+    """Tokens of a prompt that a pipeline's ``encode_prompt`` keeps."""
+    return int(inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default)
 
 
 def tensors(condition: Condition | None, x: Tensor, family: str) -> dict[str, Tensor]:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, guidance_of, packed, set_shifted, tensors, unpacked
+from flowdistill.teacher.adapters.base import (
+    Adapter,
+    guidance_of,
+    longest_prompt,
+    packed,
+    set_shifted,
+    tensors,
+    unpacked,
+)
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of its own
 
@@ -58,6 +66,11 @@ class FluxAdapter(Adapter):
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        return {"prompt_embeds": (longest_prompt(pipeline), config.joint_attention_dim),
+                "pooled_embeds": (config.pooled_projection_dim,)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
 
 
 class Lumina2Adapter(Adapter):
@@ -47,6 +47,10 @@ class Lumina2Adapter(Adapter):
         """Guidance brought back to the conditional velocity's norm, row of pixels by row of pixels."""
         guided = null + scale * (conditional - null)
         return guided * (torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        length = longest_prompt(pipeline)
+        return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         # The pipeline takes the number of channels for the number of tokens; its shift is then constant.

@@ -9,7 +9,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, tensors
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, tensors
 
 
 class PixArtAdapter(Adapter):
@@ -32,6 +32,11 @@ class PixArtAdapter(Adapter):
 
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        length = longest_prompt(pipeline)
+        return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,),
+                "image_size": (2,)}
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, packed, set_shifted, tensors, unpacked
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, packed, set_shifted, tensors, unpacked
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
@@ -54,6 +54,10 @@ class QwenImageAdapter(Adapter):
         embeds, mask = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask  # None: nothing is padding
         return {"prompt_embeds": embeds, "attention_mask": mask}
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        length = longest_prompt(pipeline)
+        return {"prompt_embeds": (length, network.config.joint_attention_dim), "attention_mask": (length,)}
 
     @staticmethod
     def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:

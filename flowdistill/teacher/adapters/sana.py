@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, tensors
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, tensors
 
 
 class SanaAdapter(Adapter):
@@ -33,6 +33,10 @@ class SanaAdapter(Adapter):
 
     def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
         return network.patch_embed.proj, network.proj_out
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        length = longest_prompt(pipeline)
+        return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,)}
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default

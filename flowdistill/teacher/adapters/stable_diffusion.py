@@ -59,6 +59,14 @@ class StableDiffusionAdapter(Adapter):
         ids = torch.tensor([*image_size, 0, 0, *image_size], dtype=embeds.dtype).repeat(len(prompts), 1)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled, "time_ids": ids}
 
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (clip_tokens, config.cross_attention_dim)}
+        if config.addition_embed_type == "text_time":
+            ids = 6 * config.addition_time_embed_dim
+            shapes |= {"pooled_embeds": (config.projection_class_embeddings_input_dim - ids,), "time_ids": (6,)}
+        return shapes
+
     def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
         row = super().encode_null(pipeline, negative, image_size)
         if negative is None and _is_xl(pipeline) and pipeline.config.force_zeros_for_empty_prompt:

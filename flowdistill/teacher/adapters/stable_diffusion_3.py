@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
 
 
 class StableDiffusion3Adapter(Adapter):
@@ -31,6 +31,11 @@ class StableDiffusion3Adapter(Adapter):
             prompts, None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        return {"prompt_embeds": (clip_tokens + longest_prompt(pipeline), config.joint_attention_dim),
+                "pooled_embeds": (config.pooled_projection_dim,)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2), max_shift=1.16, sigmas=False)

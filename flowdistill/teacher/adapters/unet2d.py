@@ -19,9 +19,9 @@ class UNet2DAdapter(Adapter):
 
     def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
         config = network.config
-        if config.time_embedding_type != "positional":
-            raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported is "
-                            "'positional', which takes continuous timesteps")
+        if config.time_embedding_type not in ("fourier", "positional"):
+            raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported are "
+                            "'positional' and 'fourier', which take continuous timesteps")
         if config.class_embed_type is not None:
             raise UserError(f"the UNet2DModel has class_embed_type '{config.class_embed_type}'; supported are class "
                             "labels through num_class_embeds, or none")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
@@ -51,6 +51,10 @@ class ZImageAdapter(Adapter):
             for text in texts
         ]
         return Condition.cat(parts).tensors  # padded to the longest
+
+    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        length = longest_prompt(pipeline)
+        return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))

@@ -1,0 +1,157 @@
+"""The memory of one training process, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.config import RunConfig
+from flowdistill.errors import UserError
+from flowdistill.methods.base import Draw
+from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
+from flowdistill.plan.weightless import META, Architecture, read_architecture, weightless_teacher
+from flowdistill.training.average import MovingAverage
+from flowdistill.training.precision import resolve_precision
+from flowdistill.training.run import method_class
+
+STEP_BYTES = 4
+"""AdamW's count of a weight tensor: a float32."""
+
+
+@dataclass
+class Part:
+    """One network and what training keeps beside it; bytes.
+
+    Attributes:
+        parameters: its numbers, those that it shares with an earlier part included.
+        weights: its own weights and buffers: none that an earlier part has.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+
+    @property
+    def lasting(self) -> int:
+        """Bytes that stay from step to step: gradients are dropped after each update."""
+        return self.weights + self.optimizer + self.average
+
+
+@dataclass
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        config, architecture: what was planned.
+        parts: ``teacher``, ``autoencoder`` (where there is one), every role, and ``other networks`` of the method.
+        activations: by role, the most that tensors other than those of the parts take during its update (estimated).
+        rows: of a micro-batch.
+        unknown: why there is no estimate of the activations; then every weight that trains counts as having a gradient.
+    """
+
+    config: RunConfig
+    architecture: Architecture
+    parts: dict[str, Part]
+    rows: int
+    activations: dict[str, int] = field(default_factory=dict)
+    unknown: str | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment: what lasts, and one update's gradients and activations."""
+        updates = [part.gradients + self.activations.get(name, 0) for name, part in self.parts.items()]
+        return sum(part.lasting for part in self.parts.values()) + max(updates)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Count a run's memory without loading it.
+
+    Raises:
+        UserError: the pipeline's configurations are not here, or the method refuses them.
+    """
+    architecture = read_architecture(config.teacher.source)
+    teacher = weightless_teacher(config.teacher, architecture)
+    precision = resolve_precision(config.train.precision, META)
+    torch.manual_seed(config.seed)
+    try:
+        method = method_class(config.method.name)(config.method, teacher).to(META)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(f"the method {config.method.name} needs the teacher's weights to be built with these settings, "
+                        f"for data or pairs of it, so it cannot be planned ({reason})") from error
+    roles = method.roles()
+    seen: set[int] = set()
+    parts = {"teacher": _part(teacher.network, seen)}
+    if any(True for _ in teacher.codec.parameters()):
+        parts["autoencoder"] = _part(teacher.codec, seen)
+    for name, role in roles.items():
+        parts[name] = _part(role.network, seen)
+    averages = {name: MovingAverage(role.network, config.train.ema_decay, config.train.ema_warmup)
+                for name, role in roles.items() if role.ema}
+    for name, average in averages.items():
+        parts[name].average = _bytes(_tensors(average.network), seen)
+    others = [module for module in _modules(method) if _bytes(_tensors(module), set(seen))]
+    if others:
+        parts["other networks"] = _part(nn.ModuleList(others), seen)
+    plan = Plan(config, architecture, parts, config.train.batch_size // config.train.gradient_accumulation)
+    networks = {name: role.network for name, role in roles.items()}
+    calls = simulated(networks, precision, config.train.gradient_checkpointing)
+    for name, network in networks.items():
+        try:
+            plan.activations[name] = _update(method, name, calls, config.seed, plan.rows)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):  # how torch words that a value was asked for
+                raise
+            plan.unknown = str(error).splitlines()[0][:150]
+        # Gradients, and with them moments, are made of weights that the loss reaches.
+        reached = [p for p in network.parameters() if p.requires_grad and (p.grad is not None or plan.unknown)]
+        parts[name].gradients = _bytes(reached)
+        parts[name].optimizer = 2 * parts[name].gradients + STEP_BYTES * len(reached)
+        for other in networks.values():
+            other.zero_grad(set_to_none=True)
+    return plan
+
+
+def _update(method: Any, role: str, calls: dict[str, Any], seed: int, rows: int) -> int:
+    """Activations of one micro-batch of ``role``: the peak of everything that is not a weight's gradient."""
+    draw = Draw(seed, 0, rows=rows, device=META)
+    with teacher_like_a_gpu(method.teacher.network), Live() as live:
+        loss, _ = method.loss(role, calls, draw)
+        loss.backward()
+        gradients = [p.grad for role in method.roles().values() for p in role.network.parameters()]
+        numbers = frozenset(live.number(gradient) for gradient in gradients if gradient is not None)
+    return live.peak(without=numbers)
+
+
+def _part(module: nn.Module, seen: set[int]) -> Part:
+    return Part(sum(p.numel() for p in module.parameters()), _bytes(_tensors(module), seen))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
+    """Of storages that are not in ``seen``, each once."""
+    known, total = set() if seen is None else seen, 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            total += storage.nbytes()
+    return total
+
+
+def _modules(value: Any, depth: int = 2) -> list[nn.Module]:
+    """Networks that a method keeps, directly or in an object of its own."""
+    if isinstance(value, nn.Module):
+        return [value]
+    inner = vars(value).values() if depth and hasattr(value, "__dict__") else ()
+    return [module for each in inner for module in _modules(each, depth - 1)]

@@ -1,0 +1,52 @@
+"""A plan in words and figures."""
+
+from __future__ import annotations
+
+from flowdistill.plan.advice import GIB, RESERVED, Step, fits
+from flowdistill.plan.memory import Plan
+
+COLUMNS = ("parameters", "weights", "gradients", "optimiser", "average")
+
+
+def describe(plan: Plan) -> str:
+    """The parts, the activations and the peak; GiB."""
+    config = plan.config
+    lines = [
+        f"{config.method.name} of {config.teacher.source}, for one process; GiB (2^30 bytes)",
+        f"from {plan.architecture.origin}; nothing was loaded",
+        "",
+        f"{'':16}" + "".join(f"{column:>12}" for column in COLUMNS),
+    ]
+    for name, part in plan.parts.items():
+        sizes = (part.weights, part.gradients, part.optimizer, part.average)
+        lines.append(f"{name:16}{part.parameters / 1e6:>10.1f} M" + "".join(f"{_gib(size):>12}" for size in sizes))
+    lasting = sum(part.lasting for part in plan.parts.values())
+    lines += ["", f"{'stays in memory':40}{_gib(lasting):>12}"]
+    for role, size in plan.activations.items():
+        rows = f"update of the {role}, {plan.rows} row{'s' if plan.rows > 1 else ''}: gradients"
+        lines.append(f"{rows:40}{_gib(plan.parts[role].gradients):>12}  + activations (estimated) {_gib(size):>8}")
+    if plan.unknown is not None:
+        lines.append(f"activations: unknown, because the network reads its tensors' values ({plan.unknown})")
+    without = "" if plan.unknown is None else "  without activations"
+    lines.append(f"{'peak':40}{_gib(plan.peak):>12}{without}")
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan, steps: list[Step], gpu_memory: float) -> str:
+    """Whether it fits, and with what."""
+    room = f"{gpu_memory:g} GiB, {RESERVED:g} of it for the driver and the allocator"
+    if fits(plan, gpu_memory):
+        return f"fits in {room}"
+    lines = [f"does not fit in {room}; with"]
+    lines += [f"  {step.words:30}{' '.join(step.overrides):40}peak {_gib(step.plan.peak):>8}" for step in steps]
+    if steps and fits(steps[-1].plan, gpu_memory):
+        lines.append(f"it fits: add {' '.join(text for step in steps for text in step.overrides)}")
+    else:
+        lines.append("it still does not" if steps else "  (there is no option left)")
+        lines.append("FSDP2 cuts weights that train, their average and their moments into one part a GPU "
+                     "(configs/accelerate/fsdp2.yaml)")
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size >= 0.01 * GIB or size == 0 else f"{size / GIB:.1e}"

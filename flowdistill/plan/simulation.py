@@ -1,0 +1,163 @@
+"""One update on the meta device: the passes of a method, without numbers, while the memory of every tensor is counted.
+
+Meta tensors have shapes, types and lifetimes and no content, so autograd keeps what it would keep. Two things that a
+GPU does differently are put right: attention goes to a fused kernel, and half precision casts as autocast does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flowdistill.teacher.velocity import VelocityNetwork
+from flowdistill.training.precision import DTYPES
+
+HALF = frozenset((
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm,
+    torch.mm, torch.addmm, torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm,
+))
+"""What autocast runs in half precision."""
+SINGLE = frozenset((
+    F.layer_norm, F.group_norm, F.softmax, F.rms_norm, torch.softmax, Tensor.softmax, torch.exp, Tensor.exp, torch.pow,
+    Tensor.pow, torch.rsqrt, Tensor.rsqrt,
+))
+"""What it runs in float32."""
+
+
+class GpuLike(TorchFunctionMode):
+    """Meta tensors' functions as a GPU computes them.
+
+    Args:
+        dtype: of autocast; float32 for none.
+        fused: whether attention is fused: it keeps its inputs, its output and a number a row, no matrix of weights.
+    """
+
+    def __init__(self, dtype: torch.dtype, fused: bool) -> None:
+        super().__init__()
+        self.dtype, self.fused = dtype, fused
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dtype != torch.float32 and (func in HALF or func in SINGLE):
+            wanted = self.dtype if func in HALF else torch.float32
+            args, kwargs = tree_map(partial(_cast, wanted), (args, kwargs))
+        if func is F.scaled_dot_product_attention and self.fused:
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
+        return value.to(dtype)
+    return value
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:
+    """The one fused kernel that meta tensors have on every machine; what it keeps is what the others keep. A mask is
+    there already and changes no size."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(repeats, dim=-3) for x in (key, value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of every tensor storage on ``device`` that comes into being, and when it goes.
+
+    Attributes:
+        events: (storage, bytes) in order of time: positive when it comes, negative when it goes.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device = device
+        self.events: list[tuple[int, int]] = []
+        self._known: dict[int, tuple[int, Any]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+                self._note(tensor.untyped_storage())
+        return out
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Of a tensor's storage in ``events``; None when it was there before."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._count += 1
+        number = self._count
+        self.events.append((number, size))
+
+        def gone(_: Any) -> None:
+            self.events.append((number, -size))
+            self._known.pop(key, None)
+
+        self._known[key] = number, weakref.ref(storage, gone)
+
+    def peak(self, without: frozenset[int] = frozenset()) -> int:
+        """The most bytes alive at once, not counting some storages."""
+        alive = highest = 0
+        for number, size in self.events:
+            if number not in without:
+                alive += size
+                highest = max(highest, alive)
+        return highest
+
+
+def simulated(networks: dict[str, nn.Module], precision: str, checkpointing: bool) -> dict[str, Callable[..., Any]]:
+    """A method's networks as the loop calls them: under autocast of ``precision``, with their blocks recomputed."""
+    calls: dict[str, Callable[..., Any]] = {}
+    for name, network in networks.items():
+        velocity = next(module for module in network.modules() if isinstance(module, VelocityNetwork))
+        around = partial(GpuLike, DTYPES[precision], velocity.attention != "math")
+        if checkpointing:
+            network.enable_gradient_checkpointing(around)  # type: ignore[operator]
+        calls[name] = _Call(network, around)
+    return calls
+
+
+class _Call:
+    def __init__(self, network: nn.Module, around: Callable[[], Any]) -> None:
+        self.network, self.around = network, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.around():
+            out = self.network(*args, **kwargs)
+        return tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, out)
+
+
+@contextlib.contextmanager
+def teacher_like_a_gpu(network: nn.Module) -> Iterator[None]:
+    """In this block a frozen network's attention is computed as on a GPU; it has no autocast."""
+    forward, kernel = network.forward, getattr(network, "attention", "sdpa")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with GpuLike(torch.float32, kernel != "math"):
+            return forward(*args, **kwargs)
+
+    network.forward = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del network.forward

@@ -1,0 +1,85 @@
+"""Tiny random pipelines without prompts, and what their own calls start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeOutput
+from torch import Tensor
+
+from tests.tiny import VP, lively, tiny_unet, vae
+
+
+def ddim() -> diffusers.DDIMPipeline:
+    return diffusers.DDIMPipeline(lively(tiny_unet(num_class_embeds=None)), DDIMScheduler(**VP))
+
+
+def edm(prediction: str = "epsilon", classes: int | None = None) -> diffusers.DDPMPipeline:
+    scheduler = EDMEulerScheduler(sigma_min=0.02, sigma_max=20.0, prediction_type=prediction)
+    return diffusers.DDPMPipeline(lively(tiny_unet(num_class_embeds=classes)), scheduler)
+
+
+def karras_ve() -> diffusers.KarrasVePipeline:
+    unet = lively(tiny_unet(num_class_embeds=None, channels=3, time_embedding_type="fourier"))
+    return diffusers.KarrasVePipeline(unet, diffusers.KarrasVeScheduler(sigma_min=0.2, sigma_max=3.0))
+
+
+class FirstOrder(diffusers.KarrasVeScheduler):
+    """Without churn, and without the correction to second order, which depends on the coordinates."""
+
+    def step_correct(self, model_output: Tensor, sigma: Any, after: Any, x: Tensor, end: Tensor, slope: Tensor) -> Any:
+        return KarrasVeOutput(prev_sample=end, derivative=slope)
+
+
+def first_order(pipeline: Any) -> FirstOrder:
+    return FirstOrder.from_config(pipeline.scheduler.config, s_churn=0.0)
+
+
+def karras_start(teacher: Any) -> float:
+    """Its pipeline's noise levels are squares of the scheduler's settings, but its start state is not."""
+    return 1 / teacher.scheduler.config.sigma_max
+
+
+def dit(**scheduler: Any) -> diffusers.DiTPipeline:
+    transformer = lively(diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ))
+    return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, **scheduler), id2label={0: "zero"})
+
+
+def trailing_ddim(pipeline: Any) -> DDIMScheduler:
+    return DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+
+
+def ddim_start(teacher: Any) -> float:
+    """DDIM starts at the noise itself, not at sigma_T times it."""
+    return 1 / teacher.path.alpha_sigma(torch.tensor(teacher.t_max))[1].item()
+
+
+def edm_start(teacher: Any) -> float:
+    """EDMEulerScheduler starts at sqrt(sigma_max^2 + 1) times the noise, not at sigma_max times it."""
+    sigma = teacher.t_max / (1 - teacher.t_max)
+    return (sigma**2 + 1) ** 0.5 / sigma
+
+
+@torch.no_grad()
+def scheduler_images(
+    pipeline: Any, noise: Tensor, steps: int, scale: float, labels: list[int] | None, null_label: int | None
+) -> Tensor:
+    """The loop over a stock scheduler: scale the input, ask the network, step; guidance on what the network returns."""
+    scheduler, unet = pipeline.scheduler, pipeline.unet
+    scheduler.set_timesteps(steps)
+    sample = noise * scheduler.init_noise_sigma
+    given = None if labels is None else torch.tensor(labels)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, t)
+        output = unet(scaled, t, class_labels=given).sample
+        if given is not None and scale != 1:
+            null = unet(scaled, t, class_labels=torch.full_like(given, null_label)).sample
+            output = null + scale * (output - null)
+        sample = scheduler.step(output, t, sample).prev_sample
+    return (sample / 2 + 0.5).clamp(0, 1)

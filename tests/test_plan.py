@@ -1,0 +1,261 @@
+"""The plan against real runs: bytes of weights, gradients and optimiser exactly, activations within a factor."""
+
+import gc
+
+import pytest
+import torch
+import yaml
+
+from flowdistill.config import load_config
+from flowdistill.errors import UserError
+from flowdistill.methods.base import Draw
+from flowdistill.plan import make_plan
+from flowdistill.plan.advice import GIB, RESERVED, advise, fits
+from flowdistill.plan.weightless import read_architecture, weightless_teacher
+from flowdistill.teacher import load_teacher
+from flowdistill.training import loop, run
+from flowdistill.training.run import distill, method_class
+from tests.families import FAMILIES, PROMPTS
+from tests.tiny import tiny_dit_pipeline
+
+TEXT = [name for name, family in FAMILIES.items() if family.prompts]
+WITHIN = 1.35
+"""The factor within which activations are estimated."""
+
+
+def written(tmp_path, pipeline, method, train=None, **teacher):
+    """A configuration file for a run of a pipeline that is written beside it."""
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    if "text_encoder" in pipeline.components:
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+        teacher["prompts"] = str(tmp_path / "prompts.txt")
+    settings = {
+        "output_dir": str(tmp_path / "run"), "method": method, "evaluation": {"at_end": False},
+        "teacher": {"source": str(tmp_path / "pipeline"), **teacher},
+        "train": {"steps": 1, "batch_size": 4, "trackers": [], "num_samples": 2, "device": "cpu"} | (train or {}),
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "a.yaml"
+
+
+class Counted(loop.Trainer):
+    """A trainer that counts what a plan plans, at its first step."""
+
+    def train(self):
+        seen = set()
+
+        def own(module):
+            tensors = [*module.parameters(), *module.buffers()]
+            fresh = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+            total = sum(size for place, size in fresh.items() if place not in seen)
+            seen.update(fresh)
+            return total
+
+        Counted.real = {"teacher": {"weights": own(self.method.teacher.network)}}
+        if list(self.method.teacher.codec.parameters()):
+            Counted.real["autoencoder"] = {"weights": own(self.method.teacher.codec)}
+        for name, role in self.roles.items():
+            Counted.real[name] = {"weights": own(role.network)}
+        for name, role in self.roles.items():
+            Counted.real[name]["average"] = 0 if role.average is None else own(role.average.network)
+        if getattr(self.method, "_node", None) is not None:
+            Counted.real["other networks"] = {"weights": own(self.method._node)}
+        super().train()
+        for name, role in self.roles.items():
+            state = [v for values in role.optimizer.state.values() for v in values.values()]
+            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": Counted.gradients[name]}
+
+    def _update(self, name, update):
+        apply, role = loop.apply_update, self.roles[name]
+
+        def counting(*args):
+            Counted.gradients[name] = sum(p.grad.nbytes for p in role.network.parameters() if p.grad is not None)
+            return apply(*args)
+
+        loop.apply_update = counting
+        try:
+            super()._update(name, update)
+        finally:
+            loop.apply_update = apply
+
+
+RUNS = {
+    "freeflow": ("dit", {"name": "freeflow", "guidance_max": 2.0}, {}),
+    "boot": ("sd3", {"name": "boot"}, {}),
+    "dmd2, half teacher": ("sd", {"name": "dmd2", "critic_updates": 2}, {"dtype": "bfloat16"}),
+    "sid, no guidance": ("ddim", {"name": "sid"}, {}),
+    "lora critic": ("flux-dev", {"name": "freeflow", "critic": "lora", "critic_lora_rank": 2}, {"dtype": "bfloat16"}),
+    "disback": ("dit", {"name": "disback", "degradation_steps": 1, "degradation_every": 1}, {"dtype": "float16"}),
+    "disback, more nodes": ("edm", {"name": "disback", "degradation_steps": 2, "degradation_every": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bytes_are_those_of_a_run(tmp_path, monkeypatch, name):
+    family, method, teacher = RUNS[name]
+    file = written(tmp_path, FAMILIES[family].make(), method, {"steps": 3}, **teacher)
+    if FAMILIES[family].image_size:
+        file.write_text(file.read_text().replace("teacher:", f"teacher:\n  image_size: {FAMILIES[family].image_size}"))
+    plan = make_plan(load_config(file))
+    monkeypatch.setattr(run, "Trainer", Counted)
+    monkeypatch.setattr(Counted, "gradients", {}, raising=False)
+    monkeypatch.setattr(Counted, "real", {}, raising=False)
+    monkeypatch.setattr(run, "_save_comparison", lambda *args: None)
+    distill(file)
+    planned = {
+        part: {key: getattr(plan.parts[part], key) for key in figures} for part, figures in Counted.real.items()
+    }
+    assert planned == Counted.real and plan.parts.keys() == Counted.real.keys()
+    assert all(figures["weights"] for part, figures in planned.items())
+    assert planned["student"]["gradients"] > 0 and planned["student"]["optimizer"] > 0
+
+
+def real_peak(update):
+    """The most bytes that torch's CPU allocator had given out at once during ``update()``, by torch's profiler."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        update()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        highest = max(highest, alive)
+    return highest
+
+
+WIDE = {"num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 16}
+CASES = {
+    "float32": ({}, {}),
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "bf16": ({"precision": "bf16"}, {}),
+    "bf16, checkpointing": ({"precision": "bf16", "gradient_checkpointing": True}, {}),
+    "math": ({}, {"attention": "math"}),
+}
+
+
+@pytest.mark.parametrize("method", ["freeflow", "dmd2", "sid"])
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_near_a_measurement(tmp_path, case, method):
+    train, teacher = CASES[case]
+    pipeline = tiny_dit_pipeline(layers=6, **WIDE)
+    file = written(tmp_path, pipeline, {"name": method}, {"batch_size": 16} | train, **teacher)
+    config = load_config(file)
+    plan = make_plan(config)
+    built = method_class(method)(config.method, load_teacher(config.teacher.source, **teacher))
+    roles = {name: role.network for name, role in built.roles().items()}
+    calls = dict(roles)
+    for name, network in roles.items():
+        if config.train.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if config.train.precision == "bf16":
+            calls[name] = loop_call(network)
+    for role in roles:
+        def update():
+            built.loss(role, calls, Draw(0, 0, rows=16))[0].backward()  # noqa: B023
+
+        update()  # what is made once
+        for network in roles.values():
+            network.zero_grad()
+        measured, planned = real_peak(update), plan.activations[role] + plan.parts[role].gradients
+        print(f"{method}, {case}, {role}: measured {measured / 2**20:.2f} MiB, planned {planned / 2**20:.2f}")
+        assert measured / WITHIN < planned < measured * WITHIN, (role, planned / measured)
+        for network in roles.values():
+            network.zero_grad()
+
+
+def loop_call(network):
+    from flowdistill.training.precision import HalfPrecisionForward
+
+    return HalfPrecisionForward(network, "bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_prompts_have_the_shapes_of_encoded_ones(tmp_path, name):
+    family = FAMILIES[name]
+    pipeline = family.make()
+    encoded = load_teacher(pipeline, image_size=family.image_size).encode(prompts=PROMPTS[:2])
+    config = load_config(written(tmp_path, pipeline, {"name": "boot"}))
+    config.teacher.image_size = family.image_size
+    teacher = weightless_teacher(config.teacher, read_architecture(config.teacher.source))
+    drawn = teacher.draw_condition(Draw(0, 0, rows=2))
+    assert drawn.tensors.keys() == encoded.tensors.keys() and len(drawn) == 2
+    for key, value in encoded.tensors.items():
+        planned = drawn.tensors[key]
+        assert planned.is_meta and planned.is_floating_point() == value.is_floating_point(), key
+        if name in ("qwen-image", "z-image") and key in ("prompt_embeds", "attention_mask"):  # as long as the prompt
+            assert planned.shape[1] >= value.shape[1] and planned.shape[2:] == value.shape[2:]
+        else:
+            assert planned.shape == value.shape, key
+
+
+# --- the command
+
+
+def test_the_command_says_what_fits(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    plan = make_plan(load_config(file))
+    out = cli("plan", file)
+    assert out.code == 0 and "nothing was loaded" in out.out and "fit" not in out.out
+    assert not (tmp_path / "run").exists()
+    for name in ("teacher", "autoencoder", "student", "critic", "update of the student, 4 rows", "peak"):
+        assert any(line.startswith(name) for line in out.out.splitlines()), name
+    assert f"fits in 8 GiB, {RESERVED:g} of it" in cli("plan", file, "--gpu-memory", 8).out
+    tight = RESERVED + plan.peak * 0.6 / GIB
+    out = cli("plan", file, "--gpu-memory", tight).out
+    steps = advise(file, [], plan, tight)
+    assert "does not fit" in out and steps and fits(steps[-1].plan, tight)
+    advised = out.split("it fits: add ")[1].split()
+    assert fits(make_plan(load_config(file, advised)), tight)
+    assert [step.plan.peak for step in steps] == sorted((step.plan.peak for step in steps), reverse=True)
+    none = cli("plan", file, "--gpu-memory", RESERVED + plan.peak * 0.01 / GIB).out
+    assert "it still does not" in none and "configs/accelerate/fsdp2.yaml" in none
+
+
+def test_the_commands_errors_are_a_sentence(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    out = cli("plan", file, "teacher.source=nobody/nothing")
+    assert out.code == 2 and "nobody/nothing is no pipeline folder here" in out.err and "sit-xl-2-repa" in out.err
+    assert "argument --gpu-memory: must be a number" in cli("plan", file, "--gpu-memory", "much").err
+    assert "must be greater than 0" in cli("plan", file, "--gpu-memory", 0).err
+    out = cli("plan", file, "method.regression_weight=1")
+    assert out.code == 2 and "cannot be planned" in out.err and len(out.err.splitlines()) == 1
+    (tmp_path / "pipeline" / "transformer" / "config.json").write_text("{")
+    out = cli("plan", file)
+    assert out.code == 2 and "is not valid JSON" in out.err
+    (tmp_path / "pipeline" / "transformer" / "config.json").unlink()
+    assert "has no config.json" in cli("plan", file).err
+
+
+def test_weights_are_not_read(tmp_path):
+    """A folder of configurations is enough."""
+    file = written(tmp_path, FAMILIES["sd"].make(), {"name": "dmd2"})
+    whole = make_plan(load_config(file))
+    for weights in (tmp_path / "pipeline").rglob("*.safetensors"):
+        weights.unlink()
+    (tmp_path / "prompts.txt").unlink()
+    bare = make_plan(load_config(file))
+    assert bare.parts == whole.parts and bare.activations == whole.activations
+
+
+def test_a_network_that_reads_values_has_no_estimate(tmp_path, cli):
+    file = written(tmp_path, FAMILIES["z-image"].make(), {"name": "dmd2"}, image_size=16)
+    plan = make_plan(load_config(file))
+    assert not plan.activations and plan.unknown and plan.parts["student"].gradients > 0
+    out = cli("plan", file, "--gpu-memory", 1000)
+    assert out.code == 0 and "activations: unknown" in out.out and "without activations" in out.out
+
+
+def test_a_hub_id_needs_its_configurations_in_the_cache(tmp_path, monkeypatch):
+    FAMILIES["sd"].make().save_pretrained(tmp_path / "p")
+    asked = []
+
+    def cached(repository, file):
+        asked.append((repository, file))
+        return str(tmp_path / "p" / file) if repository == "some/one" else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    found = read_architecture("some/one")
+    assert found.pipeline == "StableDiffusionPipeline" and found.components["unet"]["cross_attention_dim"] == 16
+    assert asked == [("some/one", "model_index.json")]
+    with pytest.raises(UserError, match="some/other is no pipeline folder here"):
+        read_architecture("some/other")

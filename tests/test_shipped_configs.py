@@ -1,0 +1,52 @@
+"""Every configuration that comes with the project is valid, and those of large models can be planned."""
+
+from pathlib import Path
+
+import pytest
+
+from flowdistill.config import load_config
+from flowdistill.plan import make_plan
+from flowdistill.plan.advice import fits
+from flowdistill.plan.weightless import shipped_architectures
+from flowdistill.teacher import load_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(file for file in (ROOT / "configs").glob("*/*.yaml")
+               if file.parent.name not in ("accelerate", "experiments"))
+# Parameters of the network in millions, as its publishers round them.
+LARGE = {"sd15/dmd2": 860, "sdxl/disback": 2567, "sd3/dmd2": 2028, "sit/freeflow": 675, "flux/dmd2": 11901}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_it_is_valid(file):
+    assert load_config(file).output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_can_be_planned(name, monkeypatch):
+    """From the descriptions that come with the project: nothing is in the hub's cache, and no folder is here."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert not Path(config.teacher.source).exists()
+    config.train.batch_size = config.train.gradient_accumulation  # one row
+    plan = make_plan(config)
+    teacher, student, critic = (plan.parts[part] for part in ("teacher", "student", "critic"))
+    assert round(teacher.parameters / 1e6) == pytest.approx(LARGE[name], rel=0.015)
+    assert teacher.weights == pytest.approx(2 * teacher.parameters, rel=0.001)  # bfloat16, and small buffers
+    assert student.weights >= 4 * teacher.parameters and student.average == student.weights
+    assert student.optimizer == pytest.approx(2 * student.gradients, rel=1e-5) and student.gradients <= student.weights
+    if config.method.name == "disback":
+        assert plan.parts["other networks"].weights == teacher.weights
+    elif config.method.critic == "lora":
+        assert critic.weights < 0.1 * student.weights
+    assert set(plan.activations) == {"student", "critic"} and min(plan.activations.values()) > 0
+    assert not fits(plan, 8)
+
+
+def test_every_description_is_used():
+    used = {load_config(ROOT / "configs" / f"{name}.yaml").teacher.source for name in LARGE}
+    described = shipped_architectures()
+    assert used <= described.keys()
+    assert {id(described[source]) for source in used} == {id(content) for content in described.values()}
+    with pytest.raises(Exception, match="could not be loaded|does not exist|sit-xl-2-repa"):
+        load_teacher("sit-xl-2-repa")
