@@ -4,7 +4,8 @@ First the autoencoder, on scenes and on objects in random colours and patterns, 
 caption describes; then UNet and text encoder together on the latents of captioned scenes (v-prediction, Stable
 Diffusion's schedule). One caption in ten is empty, for classifier-free guidance.
 
---minutes ends the command early; the same command then goes on where it stopped, from the state in --work.
+--minutes ends the command early; the same command then goes on where it stopped, from the state in --work. It may name
+another number of steps; flowdistill.json records from which step on which number was planned.
 """
 
 from __future__ import annotations
@@ -109,16 +110,20 @@ class Training:
         self.average = {key: value.detach().clone() for key, value in modules.named_parameters()}
         self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         self.step, self.seconds = 0, 0.0
+        self.plans = [[0, steps]]  # from which step on the rate falls to zero at which
         if self.file.is_file():
             state = torch.load(self.file, weights_only=True)
             modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+            self.plans = state["plans"]
+            if self.plans[-1][1] != steps:
+                self.plans.append([self.step, steps])
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "average": self.average, "step": self.step, "seconds": self.seconds}
+                 "average": self.average, "step": self.step, "seconds": self.seconds, "plans": self.plans}
         partial = self.file.with_suffix(".partial")
         torch.save(state, partial)
         partial.rename(self.file)
@@ -232,14 +237,14 @@ def save(args: argparse.Namespace, vae: AutoencoderKL, parts: nn.ModuleDict) -> 
         f"--vae-steps {args.vae_steps} --vae-batch-size {args.vae_batch_size} --steps {args.steps} "
         f"--batch-size {args.batch_size} --lr {args.lr} --seed {args.seed} --threads {args.threads}"
     )
-    seconds = {name: round(torch.load(args.work / f"{name}.pt", weights_only=True)["seconds"])
-               for name in ("vae", "denoiser")}
+    states = {name: torch.load(args.work / f"{name}.pt", weights_only=True) for name in ("vae", "denoiser")}
     record = {
         "data": "shapes",
         "parameters": {name: sum(p.numel() for p in getattr(pipeline, name).parameters())
                        for name in ("unet", "vae", "text_encoder")},
         "command": command,
-        "training_seconds": seconds,
+        "planned_steps": {name: state["plans"] for name, state in states.items()},
+        "training_seconds": {name: round(state["seconds"]) for name, state in states.items()},
         "torch": torch.__version__,
     }
     (args.out / "flowdistill.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -117,7 +117,8 @@ def test_prompts_file_is_what_the_code_writes():
     prompts = (ASSETS / "shapes" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert prompts == shapes.prompt_list() and len(prompts) == 6 * shapes.NUM_CLASSES
     labels = ShapesClassifier.prompt_labels(prompts)
-    assert torch.equal(labels, torch.arange(shapes.NUM_CLASSES).repeat(6))
+    assert all(len(part.unique()) == shapes.NUM_CLASSES for part in labels.split(shapes.NUM_CLASSES))
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_shipped_classifier_reads_scenes_and_its_features_have_full_rank():
@@ -292,7 +293,7 @@ def test_autoencoder_keeps_what_the_classifier_and_the_judge_read():
 def test_teacher_follows_prompts():
     teacher = load_teacher(asset_path("shapes/teacher"))
     assert teacher.disagreement() is None
-    prompts = shapes.prompt_list()[::27]
+    prompts = shapes.prompt_list()[:48]
     latents = teacher.sample(indexed_noise(teacher.shape, 0, range(len(prompts))), teacher.encode(prompts=prompts), 10,
                              guidance_scale=2.0)
     assert agreement(teacher.decode(latents), prompts) >= 0.9
@@ -301,7 +302,7 @@ def test_teacher_follows_prompts():
 def test_turbo_is_one_step_of_a_generator_and_follows_prompts(pipelines):
     teacher, pipeline = load_teacher(asset_path("shapes/turbo")), pipelines["turbo"]
     pipeline.set_progress_bar_config(disable=True)
-    prompts = shapes.prompt_list()[::13]
+    prompts = shapes.prompt_list()[:108]
     noise = indexed_noise(teacher.shape, 0, range(len(prompts)))
     condition = teacher.encode(prompts=prompts)
     latents = pipeline(prompts, latents=noise, num_inference_steps=1, guidance_scale=0.0, output_type="latent").images

@@ -220,9 +220,10 @@ def caption(label: int, phrasing: int = 0) -> str:
     )
 
 
-def prompt_list(phrasings: Sequence[int] = range(len(CAPTIONS))) -> list[str]:
-    """Every class once in each phrasing; the first ``NUM_CLASSES`` prompts are all classes."""
-    return [caption(label, phrasing) for phrasing in phrasings for label in range(NUM_CLASSES)]
+def prompt_list() -> list[str]:
+    """Every class once in each phrasing, mixed; every ``NUM_CLASSES`` prompts in a row are all classes."""
+    step, phrasings = 125, len(CAPTIONS)  # prime to the number of classes
+    return [caption(step * i % NUM_CLASSES, (i + i // NUM_CLASSES) % phrasings) for i in range(phrasings * NUM_CLASSES)]
 
 
 def read_caption(text: str) -> tuple[int | None, int | None, int | None]:
