@@ -26,6 +26,7 @@ from flowdistill.teacher.velocity import TARGET_TIMES, ExtendedVelocity, Velocit
 
 FORMAT = 1
 KINDS: dict[str, type[Student]] = {student.kind: student for student in (FlowMap, Generator)}
+PERSONAL = "personal"  # a LoRA and a word on top of another pipeline, see flowdistill.student.personal
 WEIGHTS = "model.safetensors"
 
 
@@ -153,6 +154,10 @@ def _load(folder: Path) -> Student:
         kind, version = description["kind"], description["format"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
+    if kind == PERSONAL and version <= FORMAT:
+        from flowdistill.student.personal import load_personal
+
+        return load_personal(folder, description)
     if kind not in KINDS or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
                         f"students up to format {FORMAT}")

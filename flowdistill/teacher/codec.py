@@ -18,6 +18,10 @@ class PixelCodec(nn.Module):
         """Latents (B, C, H, W) to images (B, C, H, W) in [0, 1]."""
         return (latents.float() / 2 + 0.5).clamp(0, 1)
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The same without the limits, with gradients."""
+        return latents.float() / 2 + 0.5
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] to latents."""
         return images * 2 - 1
@@ -57,14 +61,16 @@ class VaeCodec(nn.Module):
         if pixels > WHOLE and hasattr(self.vae, "enable_tiling"):
             self.vae.enable_tiling()
         rows = max(1, AT_ONCE // pixels)
-        return torch.cat([self._decode(latents[start : start + rows]) for start in range(0, len(latents), rows)])
+        parts = [self.pixels(latents[start : start + rows]) for start in range(0, len(latents), rows)]
+        return torch.cat(parts).clamp(0, 1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) to images as the autoencoder makes them, not limited to [0, 1], with gradients."""
         dtype = next(self.vae.parameters()).dtype
         native = (latents * (self.std / self.scale) + self.shift + self.mean).to(dtype)
         images = self.vae.decode(native[:, :, None] if self.frames else native, return_dict=False)[0]
         images = images[:, :, 0] if self.frames else images
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return images.float() / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
