@@ -6,6 +6,7 @@ METHODS: dict[str, str] = {
     "diff_instruct": "flowdistill.methods.score_distillation:DiffInstruct",
     "disback": "flowdistill.methods.disback:DisBack",
     "dmd2": "flowdistill.methods.score_distillation:Dmd2",
+    "echodistill": "flowdistill.methods.echodistill:EchoDistill",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
     "sid": "flowdistill.methods.score_distillation:Sid",
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.draw import Draw
 
-__all__ = ["Draw", "Method", "Role", "SingleStudent", "Staged"]
+__all__ = ["Concluding", "Draw", "Method", "Role", "SingleStudent", "Staged"]
 
 
 @dataclass
@@ -100,6 +100,17 @@ class Staged(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave; the next call is ``begin_step``."""
+
+
+@runtime_checkable
+class Concluding(Protocol):
+    """What a method that ends with more than a saved student has on top of :class:`Method`."""
+
+    def conclude(self, step: int, folder: Path) -> None:
+        """Called by all processes together when all steps are done, before the student is saved."""
+
+    def publish(self, folder: Path) -> None:
+        """Called by the main process once ``student/`` is in the run folder; the last file is ``student/README.md``."""
 
 
 class SingleStudent:

@@ -1,7 +1,7 @@
 """How a one-step student follows what its teacher makes of its samples (EchoDistill, arXiv 2510.20512), per sample.
 
-The student's sample x_S is noised to a time t, the teacher denoises it once to x_T, and the student moves towards x_T in
-latents, in features that tell who is in the picture, and in texture; each term times the share of signal at t.
+The student's sample x_S is noised to a time t, the teacher denoises it once to x_T, and the student moves towards x_T
+in latents, in features that tell who is in the picture, and in texture; each term times the share of signal at t.
 """
 
 from __future__ import annotations

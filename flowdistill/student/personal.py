@@ -34,7 +34,7 @@ EMBEDDINGS = "learned_embeds.safetensors"
 
 
 def one_step_time(source: Teacher) -> float:
-    """The linear time of a pipeline's single step: its schedule's last, or that of the one sigma it was exported with."""
+    """The linear time of a pipeline's single step: its schedule's last, or that of the sigma it was exported with."""
     sigma = None if source.scheduler is None else source.scheduler.config.get("sigma_max")
     return source.t_max if sigma is None or source.path.kind != "vp" else sigma / (1 + sigma)
 

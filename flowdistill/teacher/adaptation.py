@@ -47,13 +47,7 @@ def adapted(velocity: VelocityNetwork, kind: str, rank: int) -> VelocityNetwork:
     """
     network = velocity.frozen_copy()
     backbone, ends = network.backbone.requires_grad_(False), TARGETS[kind]
-    kinds = (nn.Linear,) if ends else (nn.Linear, nn.Conv2d)
-    names = [
-        name
-        for name, module in backbone.named_modules()
-        if isinstance(module, kinds)
-        and (ends is None and getattr(module, "groups", 1) == 1 or ends is not None and f".{name}".endswith(_dotted(ends)))
-    ]
+    names = [name for name, module in backbone.named_modules() if _changes(name, module, ends)]
     if not names:
         raise UserError(f"method.adapter is '{kind}', but the {type(backbone).__name__} has no layers named "
                         f"{', '.join(ends or ())}; choose another of {', '.join(TARGETS)}")
@@ -89,5 +83,7 @@ def lora_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _dotted(ends: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f".{end}" for end in ends)
+def _changes(name: str, module: nn.Module, ends: tuple[str, ...] | None) -> bool:
+    if ends is None:
+        return isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1
+    return isinstance(module, nn.Linear) and f".{name}".endswith(tuple(f".{end}" for end in ends))

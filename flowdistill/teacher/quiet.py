@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffusers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without diffusers' bar over a few files, its remarks on parts left out on purpose, and its warning of
-    torch_dtype, the name every version knows."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    """Without the bars of diffusers and transformers over a few files, their remarks on parts left out on purpose and
+    on new words, and the warning of torch_dtype, the name every version knows."""
+    both = logging, transformers_logging
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in both]
+    for library in both:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             yield
     finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
+        for library, (shown, level) in zip(both, before, strict=True):
+            library.set_verbosity(level)
+            if shown:
+                library.enable_progress_bar()

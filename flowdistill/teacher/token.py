@@ -53,7 +53,9 @@ class TokenEncoder(nn.Module):
         UserError: a token that exists, an initializer of several tokens, or one that the tokenizer does not know.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: nn.Module, token: str, initializer: str, step: float = 1.0) -> None:
+    def __init__(
+        self, tokenizer: Any, text_encoder: nn.Module, token: str, initializer: str, step: float = 1.0
+    ) -> None:
         super().__init__()
         self.tokenizer, self.token, self.initializer = copy.deepcopy(tokenizer), token, initializer
         start = _initializer_id(self.tokenizer, initializer)

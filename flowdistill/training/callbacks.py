@@ -102,10 +102,11 @@ class Reporter:
 
 
 def save_samples(student: Any, path: Path, count: int) -> None:
-    """A grid of ``count`` images, always of the same noise and labels or prompts; a column a class of a few."""
+    """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
     from flowdistill.images import save_grid
 
-    classes = student.num_classes
+    listed = getattr(getattr(student, "prompts", None), "prompts", None)
+    classes = student.num_classes if listed is None else min(len(listed), count)
     columns = classes if classes is not None and 1 < classes <= WIDEST_GRID else None
     images = student.generate(num_images=count, seed=SAMPLE_SEED)
     with disk_errors(str(path)):

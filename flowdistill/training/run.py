@@ -21,6 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from flowdistill.config import RunConfig, TrainConfig, load_config, save_config, validate
 from flowdistill.errors import UserError
 from flowdistill.evaluation.processes import Processes
+from flowdistill.methods.base import Concluding
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints, disk_errors
 from flowdistill.training.loop import Trainer
@@ -103,8 +104,14 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     before = trainer.step
     trainer.train()
     run = Run(folder, trainer.step, trainer.completed, trainer.interrupted)
-    if trainer.step > before or not (folder / "student").is_dir():
+    concluding = run.completed and isinstance(method, Concluding)
+    unpublished = concluding and not (folder / "student" / "README.md").is_file()
+    if trainer.step > before or unpublished or not (folder / "student").is_dir():
+        if concluding:
+            method.conclude(trainer.step, folder)
         _save_student(trainer)
+        if concluding:
+            processes.on_main(lambda: method.publish(folder))
     if run.completed:
         if trainer.step > before or not (folder / "samples" / "final.png").is_file():
             trainer.save_samples("final.png")
