@@ -131,7 +131,7 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
         raise UserError(f"'{setting}' names the weights {file}, which are not there; get them where there is a "
                         f"network with: hf download {hub} model.safetensors, and give that file")
     try:
-        network = timm.create_model(model, pretrained=False, num_classes=0, checkpoint_path=file)
+        network = timm.create_model(model, pretrained=False, checkpoint_path=file)
     except Exception as error:  # damaged or foreign weights raise many unrelated types
         raise UserError(f"'{setting}': the weights {file} do not fit the timm model {model}: "
                         f"{' '.join(str(error).split())[:200]}") from error

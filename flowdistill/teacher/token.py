@@ -115,7 +115,6 @@ def _initializer_id(tokenizer: Any, word: str) -> int:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
         raise UserError(f"method.initializer_token is {word!r}, which the tokenizer reads as {len(ids)} tokens "
                         f"({pieces}); give one common word that is one token")
-    # A tokenizer may use its end token for what it does not know; only a word that begins with a special token is one.
     if ids[0] == tokenizer.unk_token_id:
         raise UserError(f"method.initializer_token is {word!r}, which the tokenizer does not know; give a word it has")
     return ids[0]
