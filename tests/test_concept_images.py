@@ -64,9 +64,10 @@ def test_other_files_are_left_out_with_a_warning(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / "concept.json").write_text("{}")
     with pytest.warns(UserWarning, match="notes.txt") as caught:
         assert len(load_concept_images(tmp_path, 16, "c").images) == 1
-    assert "DS_Store" not in str(caught[0].message)
+    assert "DS_Store" not in str(caught[0].message) and "json" not in str(caught[0].message)
 
 
 def test_bad_folders_and_pictures_are_refused_by_name(tmp_path):

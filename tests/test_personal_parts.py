@@ -41,7 +41,8 @@ def test_prompts_are_encoded_as_the_pipeline_does_and_the_word_starts_as_its_ini
 def test_the_row_of_the_word_is_all_that_gets_a_gradient_and_all_that_moves():
     encoder = encoder_of(step=1.0)
     before = {name: value.clone() for name, value in encoder.encoder.state_dict().items()}
-    assert [name for name, p in encoder.named_parameters() if p.requires_grad] == ["encoder.embeddings.token_embedding.offset"]
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert trained in (["words.offset"], ["encoder.embeddings.token_embedding.offset"])  # one tensor under two names
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     for _ in range(20):
         encoder(encoder.ids([f"a {TOKEN}", "a c"])).square().sum().backward()

@@ -34,6 +34,14 @@ def mean_colour():
     return nn.AdaptiveAvgPool2d(1)
 
 
+class Classifier(nn.Module):
+    def features(self, x):
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.features(x).argmax(1)
+
+
 def test_the_built_in_network_is_its_seed_and_frozen():
     one, same, other = (load_vision(name, "x") for name in ("small:3", "small:3", "small"))
     seen = one(pictures())
@@ -49,6 +57,8 @@ def test_the_built_in_network_is_its_seed_and_frozen():
 def test_a_function_of_ones_own():
     eye = load_vision("python:tests.test_vision:mean_colour", "x")
     torch.testing.assert_close(eye(pictures()).pooled, pictures().mean((2, 3)))
+    torch.testing.assert_close(load_vision("python:tests.test_vision:Classifier", "x")(pictures()).pooled,
+                               pictures().mean((2, 3)))
     tokens = load_vision("python:tests.test_vision:brightness", "x")(pictures())  # (B, 3, 1024): three tokens
     assert tokens.tokens.shape == (2, 3, 1024)
 

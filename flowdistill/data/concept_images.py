@@ -31,7 +31,8 @@ class ConceptImages(NamedTuple):
 def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str) -> ConceptImages:
     """All pictures of a folder in the order of their names: turned upright, in RGB, cut square and shrunk.
 
-    What is transparent becomes white. Files that are no pictures by their name are left out with a warning.
+    What is transparent becomes white. Files that are no pictures by their name are left out, with a warning unless they
+    are descriptions (.json, .jsonl).
 
     Args:
         folder: may hold ``metadata.jsonl`` with ``{"file_name": ..., "text": ...}``, as data sets of diffusers do.
@@ -50,7 +51,8 @@ def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str)
         have = f"it has {', '.join(file.name for file in files[:3])}" if files else "it is empty"
         raise UserError(f"method.instance_data_dir {folder} has no picture ({have}); put a few in it "
                         f"({', '.join(SUFFIXES)})")
-    if others := [file.name for file in files if file not in pictures and file.name != CAPTIONS]:
+    others = [file.name for file in files if file not in pictures and file.suffix not in (".json", ".jsonl")]
+    if others:
         warnings.warn(f"left out of {folder}, for they are no pictures: {', '.join(others)}", stacklevel=2)
     captions = _captions(folder / CAPTIONS, {file.name for file in pictures})
     images = torch.stack([_square(file, size) for file in pictures])

@@ -4,7 +4,8 @@
     timm:NAME=FILE                     a timm model with weights from FILE (pip install timm)
     transformers:FOLDER                a vision model of transformers (DINOv2, CLIP, ViT, ConvNeXt, ...)
     python:package.module:function     whatever ``function()`` returns: a module from pictures (B, 3, H, W) in [0, 1] to
-                                       features (B, D), (B, T, D) or (B, D, H', W')
+                                       features (B, D), (B, T, D) or (B, D, H', W'); one with a method ``features`` is
+                                       asked for those
 """
 
 from __future__ import annotations
@@ -179,4 +180,5 @@ def _python(name: str, module: str, attribute: str, setting: str) -> Vision:
         raise UserError(f"'{setting}' names {name}, which cannot be imported: {error}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"'{setting}' names {name}, which made a {type(network).__name__}, not a torch module")
-    return Vision(name, network, lambda network, x: _seen(network(x)), None, ((0.0,) * 3, (1.0,) * 3))
+    call = "features" if hasattr(network, "features") else "forward"
+    return Vision(name, network, lambda network, x: _seen(getattr(network, call)(x)), None, ((0.0,) * 3, (1.0,) * 3))
