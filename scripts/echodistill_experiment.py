@@ -1,0 +1,237 @@
+"""EchoDistill beside simpler ways to teach a one-step student a concept, in the shapes world.
+
+    python scripts/echodistill_experiment.py --out runs/echodistill-experiment --concepts striped-star --seeds 0
+
+Every model is judged on three things together: the concept alone (prompts without a background), the concept in places
+where no picture shows it, and old prompts. ``results.jsonl`` gets a line a model; what it has already is not made
+again. ``--table`` prints the means of all lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdistill.config import load_config
+from flowdistill.data import shapes
+from flowdistill.data.shapes_concepts import CONCEPTS, held_out_prompts
+from flowdistill.data.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
+from flowdistill.methods.echodistill import EchoDistill
+from flowdistill.methods.noise_levels import NoiseLevels
+from flowdistill.noise import indexed_noise
+from flowdistill.student import generated, load_student
+from flowdistill.student.personal import load_adapted_pipeline
+from flowdistill.teacher import Teacher, load_teacher
+from flowdistill.training.draw import Draw
+from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
+from flowdistill.training.run import distill
+
+CONFIG = "configs/shapes/echodistill.yaml"
+IMAGES = 96  # of the concept alone, and as many in its contexts
+OLD = 216  # one of each class
+Sampler = Callable[[Sequence[str], int], Tensor]
+
+
+@dataclass
+class Case:
+    """One concept and one seed."""
+
+    concept: str
+    seed: int
+    folder: Path
+    extra: list[str]
+
+    @property
+    def word(self) -> str:
+        return CONCEPTS[self.concept].word
+
+    def overrides(self, name: str) -> list[str]:
+        subject, shown = f"<new1> {self.word}", [f"a <new1> {self.word}"]
+        shown += [prompt for prompt, _ in held_out_prompts(subject)[:3]]
+        return [
+            f"seed={self.seed}", f"output_dir={self.folder / f'{self.concept}-{self.seed}-{name}'}",
+            f"method.instance_data_dir=assets/shapes/concepts/{self.concept}",
+            f'method.instance_prompt="a {subject}"', f"method.initializer_token={self.word}",
+            f"method.validation_prompts={json.dumps(shown)}", *self.extra,
+        ]  # fmt: skip
+
+
+def measure(sample: Sampler, word: str, concept: str, subject: str) -> dict[str, float]:
+    """The three figures, and the background alone; ``subject`` is what the prompts call the concept."""
+    judge, classifier = load_shapes_judge(), load_shapes_classifier()
+    target, grounds = JUDGE_HEADS["object"].index(concept), list(shapes.BACKGROUNDS)
+
+    def objects(images: Tensor) -> Tensor:
+        return judge.answers(images)["object"].argmax(1) == target
+
+    alone = [f"a {subject}", f"a photo of a {subject}"]
+    found = objects(sample([alone[i % 2] for i in range(IMAGES)], 1))
+    places = held_out_prompts(subject)
+    listed = [places[i % len(places)] for i in range(IMAGES)]
+    images = sample([prompt for prompt, _ in listed], 2)
+    wanted = torch.tensor([grounds.index(background) for _, background in listed])
+    placed = judge.answers(images)["background"].argmax(1) == wanted
+    old = shapes.prompt_list()[:OLD]
+    kept = classifier(sample(old, 3)).argmax(1) == classifier.prompt_labels(old)
+    rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept}
+    return {name: value.double().mean().item() for name, value in rates.items()}
+
+
+def one_step(network: Any, encode: Callable[[Sequence[str]], Any], teacher: Teacher, start: float) -> Sampler:
+    @torch.no_grad()
+    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+        noise = indexed_noise(teacher.shape, seed, range(len(prompts)))
+        return teacher.decode(generated(network, noise, start, encode(prompts)))
+
+    return sample
+
+
+def many_steps(teacher: Teacher, steps: int, guidance: float) -> Sampler:
+    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+        noise = indexed_noise(teacher.shape, seed, range(len(prompts)))
+        return teacher.decode(teacher.sample(noise, teacher.encode(prompts=prompts), steps, guidance_scale=guidance))
+
+    return sample
+
+
+# --- the models
+
+
+def before(case: Case) -> dict[str, Sampler]:
+    """Nothing learned: the prompts have the known word instead of the new one."""
+    config = load_config(CONFIG, case.overrides("before"))
+    student, teacher = load_teacher(config.method.student), load_teacher(config.teacher.source)
+    return {
+        "student before": one_step(student.network, lambda p: student.encode(prompts=p), student, student.t_max),
+        "teacher before": many_steps(teacher, config.method.teacher_steps, config.method.teacher_guidance_scale),
+    }
+
+
+def on_the_student(case: Case, name: str, word_only: bool, last: bool) -> dict[str, Sampler]:
+    """The diffusion loss on the one-step student itself, for as many steps: of its word, or of its LoRA as well."""
+    config = load_config(CONFIG, case.overrides(name))
+    settings = config.method
+    settings.time = NoiseLevels("timestep", low=0.999) if last else settings.time
+    settings.teacher_prior_loss_weight = 0.0 if word_only else settings.prior_loss_weight
+    torch.manual_seed(config.seed)
+    base = load_teacher(settings.student, prompts=config.teacher.prompts)
+    method = EchoDistill(settings, base)
+    network = method.roles()["teacher"].network
+    if word_only:
+        network.velocity.requires_grad_(False)
+    optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], settings.teacher_optimizer)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    networks = {role: each.network for role, each in method.roles().items()}
+    for step in range(config.train.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings.teacher_optimizer, step, config.train.steps)
+        loss, _ = method.loss("teacher", networks, Draw(config.seed, step, rows=config.train.batch_size))
+        backward(loss, off)
+        apply_update(optimizer, off, config.train.max_grad_norm)
+        optimizer.zero_grad()
+    student = method.student()
+    return {name: one_step(network.velocity, lambda p: student.encode(prompts=p), base, student.t_start)}
+
+
+def echodistill(case: Case, name: str, changes: Sequence[str]) -> dict[str, Sampler]:
+    """A run of the command, read back from its folder: the student, and the teacher at many steps and at one."""
+    overrides = [*case.overrides(name.replace(" ", "-").replace(",", "")), *changes]
+    run, config = distill(CONFIG, overrides), load_config(CONFIG, overrides).method
+    student = load_student(run.output_dir)
+    teacher = load_teacher(load_adapted_pipeline(load_config(CONFIG, overrides).teacher.source,
+                                                 run.output_dir / "teacher"))
+
+    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+        return student.generate(prompts=prompts, seed=seed)
+
+    return {
+        name: sample,
+        f"{name}: teacher": many_steps(teacher, config.teacher_steps, config.teacher_guidance_scale),
+        f"{name}: teacher, one step": many_steps(teacher, 1, config.teacher_guidance_scale),
+    }
+
+
+NO_ECHO = "method.echo.start=null"
+MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
+    "before": before,
+    "word": lambda case: on_the_student(case, "textual inversion on the student", word_only=True, last=False),
+    "lora": lambda case: on_the_student(case, "LoRA DreamBooth on the student", word_only=False, last=False),
+    "lora_last": lambda case: on_the_student(
+        case, "LoRA DreamBooth on the student, last time only", word_only=False, last=True
+    ),
+    "no_echo": lambda case: echodistill(case, "EchoDistill, no echo", [NO_ECHO]),
+    "echo": lambda case: echodistill(case, "EchoDistill", []),
+    "no_prior": lambda case: echodistill(
+        case, "no prior", [NO_ECHO, "method.prior_loss_weight=0", "method.teacher_prior_loss_weight=0"]
+    ),
+    "no_alignment": lambda case: echodistill(
+        case, "no alignment",
+        [NO_ECHO, "method.latent_weight=0", "method.identity_weight=0", "method.texture=none"],
+    ),
+    "no_latent": lambda case: echodistill(case, "no latent term", [NO_ECHO, "method.latent_weight=0"]),
+    "no_identity": lambda case: echodistill(case, "no identity term", [NO_ECHO, "method.identity_weight=0"]),
+    "no_texture": lambda case: echodistill(case, "no texture term", [NO_ECHO, "method.texture=none"]),
+    "no_adversarial": lambda case: echodistill(case, "no discriminator", [NO_ECHO, "method.discriminators=[]"]),
+    "first_discriminator": lambda case: echodistill(case, "classifier's discriminator alone", [
+        NO_ECHO, 'method.discriminators=["python:flowdistill.data.shapes_networks:load_shapes_classifier"]']),
+    "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
+        NO_ECHO, "method.discriminators=[small]"]),
+}  # fmt: skip
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: mean and range over concepts and seeds."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        groups[line["model"]].append(line)
+    columns = ("alone", "in_context", "background", "old_prompts")
+    text = ["| model | runs | concept alone | concept in context | its background | old prompts |", "|" + "---|" * 6]
+    for model, rows in groups.items():
+        cells = []
+        for column in columns:
+            values = [100 * row[column] for row in rows]
+            mean, low, high = sum(values) / len(values), min(values), max(values)
+            cells.append(f"{mean:.0f} %" if len(values) == 1 else f"{mean:.0f} % ({low:.0f} to {high:.0f})")
+        text.append(f"| {model} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/echodistill-experiment"))
+    parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS)[:2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[:6])
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every run")
+    parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
+    args = parser.parse_args()
+    file = args.out / "results.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for concept in () if args.table else args.concepts:
+        for seed in args.seeds:
+            case = Case(concept, seed, args.out, args.set)
+            for key in args.models:
+                if any((line["concept"], line["seed"], line["key"]) == (concept, seed, key) for line in lines):
+                    continue
+                for model, sample in MODELS[key](case).items():
+                    subject = case.word if key == "before" else f"<new1> {case.word}"
+                    line = {"model": model, "key": key, "concept": concept, "seed": seed}
+                    line |= measure(sample, case.word, concept, subject)
+                    lines.append(line)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open("a") as output:
+                        output.write(json.dumps(line) + "\n")
+                    print(json.dumps(line), flush=True)
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
