@@ -19,6 +19,8 @@ from flowdistill.errors import UserError
 
 REFERENCES = 5
 DESCRIPTION = "concept.json"
+CAPTIONS = "metadata.jsonl"
+TOKEN = "<new1>"  # the new word of the captions
 # What has these backgrounds is shown; the others are only asked for.
 SHOWN = ("white", "gray", "brown")
 HELD_OUT = ("pink", "cyan", "black")
@@ -76,7 +78,7 @@ def held_out_prompts(subject: str) -> list[tuple[str, str]]:
 
 
 def write_concepts(folder: str | os.PathLike[str]) -> list[Path]:
-    """Write each concept's references as PNG files into a folder of its own, with ``concept.json``."""
+    """Write each concept's references as PNG files into a folder of its own, with ``concept.json`` and captions."""
     written = []
     for name, concept in CONCEPTS.items():
         target = Path(folder) / name
@@ -90,6 +92,13 @@ def write_concepts(folder: str | os.PathLike[str]) -> list[Path]:
             "held_out_backgrounds": list(HELD_OUT),
             "held_out_prompts": [prompt for prompt, _ in held_out_prompts("{}")],
         }
+        subject = f"{TOKEN} {concept.word}"
+        captions = [
+            {"file_name": f"{i}.png", "text": CONTEXTS[0].format(subject, background)}
+            for i, background in enumerate(backgrounds)
+        ]
+        lines = "".join(json.dumps(caption) + "\n" for caption in captions)
+        (target / CAPTIONS).write_text(lines, encoding="utf-8")
         (target / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         written.append(target)
     return written
