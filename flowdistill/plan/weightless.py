@@ -133,7 +133,7 @@ def weightless_teacher(config: TeacherConfig, architecture: Architecture) -> Tea
     attention = "math" if config.attention == "math" else "sdpa"  # xformers keeps what torch's fused kernels keep
     made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts)
     teacher = assemble(made, config.source, null_label, config.t_max, dtype, META, None, config.negative_prompt,
-                       config.image_size, attention)
+                       config.image_size, attention).to(META)
     if teacher.prompts is not None:
         teacher.prompts.use(_listed(config.prompts))
     return teacher

@@ -86,7 +86,17 @@ def load_teacher(
 
     null_label = recorded.get("null_label") if null_label is None else null_label
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
-    return assemble(parts, name, null_label, t_max, weights, device, prompts, negative_prompt, image_size, attention)
+    teacher = assemble(parts, name, null_label, t_max, weights, device, prompts, negative_prompt, image_size, attention)
+    if labels is not None:
+        if teacher.classes is None:
+            raise UserError(f"teacher.labels is {list(labels)}, but {name} takes no class labels; set it to null")
+        teacher.classes = teacher.classes.restricted(labels)
+    if offload not in PARTS:
+        raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
+    teacher.offload = offload
+    if start is not None:
+        teacher.start = _start(start, teacher)
+    return teacher if device is None else teacher.to(device)
 
 
 class Parts(NamedTuple):
@@ -110,7 +120,7 @@ def assemble(
     image_size: int | None,
     attention: str,
 ) -> Teacher:
-    """The teacher of a pipeline's parts; see :func:`load_teacher`."""
+    """The teacher of a pipeline's parts, which stay where they are; see :func:`load_teacher`."""
     backbone, codec, scheduler, make_texts = parts
     adapter = adapter_for(backbone)
     path = path_from_scheduler(scheduler)
@@ -135,23 +145,13 @@ def assemble(
         texts.device = torch.device(device or "cpu")
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
         texts.prepare()
-    if labels is not None:
-        if classes is None:
-            raise UserError(f"teacher.labels is {list(labels)}, but {name} takes no class labels; set it to null")
-        classes = classes.restricted(labels)
-    teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
-    if offload not in PARTS:
-        raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
-    teacher.offload = offload
-    if start is not None:
-        teacher.start = _start(start, teacher, adapter)
-    return teacher if device is None else teacher.to(device)
+    return Teacher(network, path, shape, codec, classes, name, scheduler, texts)
 
 
-def _start(source: str | os.PathLike[str], teacher: Teacher, adapter: Adapter) -> VelocityNetwork:
+def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:
     from flowdistill.student import load_student
 
-    student = load_student(source)
+    student, adapter = load_student(source), teacher.network.adapter
     network = student.network
     velocity = getattr(network, "velocity", None)
     if velocity is None or len(network.embeddings) or network.target_time != "separate":
