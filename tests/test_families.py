@@ -16,9 +16,10 @@ from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, Sid, SidConfig
 from flowdistill.path import path_from_scheduler
-from flowdistill.student import FlowMap, StudentInfo, export, load_student
+from flowdistill.student import FlowMap, Generator, StudentInfo, export, load_student
 from flowdistill.teacher import codec as codec_module
 from flowdistill.teacher import load_teacher
+from flowdistill.teacher.lora import LoraSettings
 from tests.families import FAMILIES, NEGATIVE, PROMPTS, VP, pipeline_latents
 
 FLOW = ("sd3", "flux-dev", "flux-schnell", "sana", "lumina2", "qwen-image", "z-image")
@@ -105,14 +106,19 @@ def test_mistakes_are_seen(name, mistake):
 # --- students
 
 
+def condition_of(name, model):
+    """Of two samples."""
+    return model.encode(prompts=PROMPTS[:2]) if FAMILIES[name].prompts else model.encode(FAMILIES[name].labels)
+
+
 def near(one, other):
     """Equal up to the last digits: the same product of matrices may round differently at another place in memory."""
     return (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
 
 
-def student_of(name, guidance_range=None, trained=False, **settings):
+def student_of(name, guidance_range=None, trained=False, kind=FlowMap, **settings):
     pipeline, teacher = teacher_of(name, **settings)
-    student = FlowMap.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0))
+    student = kind.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0))
     if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -121,10 +127,11 @@ def student_of(name, guidance_range=None, trained=False, **settings):
     return pipeline, teacher, student
 
 
-@pytest.mark.parametrize("name", TEXT)
-def test_a_student_starts_as_the_teachers_euler_step(name):
-    _, teacher, student = student_of(name, (1.0, 2.0))
-    n, condition = noise(teacher), teacher.encode(prompts=PROMPTS[:2])
+@pytest.mark.parametrize("kind", [FlowMap, Generator])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_starts_as_the_teachers_euler_step(name, kind):
+    _, teacher, student = student_of(name, (1.0, 2.0), kind=kind)
+    n, condition = noise(teacher), condition_of(name, teacher)
     with torch.no_grad():
         assert near(student(n, condition), teacher.sample(n, condition, times=[teacher.t_max, 0.0]))
 
@@ -135,6 +142,8 @@ METHODS = {
         FreeFlowConfig(guidance_max=scale, critic="lora", critic_lora_rank=2), teacher),
     "BOOT": lambda teacher, scale: Boot(BootConfig(guidance_scale=scale), teacher),
     "DMD2": lambda teacher, scale: Dmd2(Dmd2Config(guidance_scale=scale), teacher),
+    "DMD2, LoRA student and critic": lambda teacher, scale: Dmd2(
+        Dmd2Config(guidance_scale=scale, student="lora", critic="lora", lora=LoraSettings(2)), teacher),
     "SiD": lambda teacher, scale: Sid(SidConfig(guidance_scale=scale), teacher),
 }
 
@@ -161,9 +170,10 @@ def test_one_training_step(name, method):
     train_one_step(name, method)
 
 
+@pytest.mark.parametrize("kind", [FlowMap, Generator])
 @pytest.mark.parametrize("name", TEXT)
-def test_disk_round_trip(tmp_path, name):
-    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, prompts=PROMPTS)
+def test_disk_round_trip(tmp_path, name, kind):
+    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, prompts=PROMPTS)
     student.save(tmp_path / "s")
     again = load_student(tmp_path / "s")
     n, condition = noise(student), teacher.encode(prompts=PROMPTS[:2])
@@ -178,9 +188,9 @@ def test_disk_round_trip(tmp_path, name):
         assert torch.equal(value, reencoded.tensors[key]), key
 
 
-def exported(name, folder):
+def exported(name, folder, kind=FlowMap):
     """The stock pipeline of a student, called as its README says; differences of latents (relative) and images."""
-    _, _, student = student_of(name, (1.0, 2.0), trained=True)
+    _, _, student = student_of(name, (1.0, 2.0), trained=True, kind=kind)
     export(student, folder, guidance_scale=1.25)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -207,9 +217,10 @@ def exported(name, folder):
         images - student.decode(expected)).abs().max().item()
 
 
+@pytest.mark.parametrize("kind", [FlowMap, Generator])
 @pytest.mark.parametrize("name", TEXT)
-def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name):
-    _, latents, images = exported(name, tmp_path / "out")
+def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name, kind):
+    _, latents, images = exported(name, tmp_path / "out", kind)
     assert latents < 1e-5 and images < 1e-4
 
 
@@ -241,8 +252,6 @@ def test_variants_that_are_not_supported_are_named():
 
 def test_terms_that_know_labels_only_refuse_prompts():
     teacher = teacher_of("sd", prompts=PROMPTS)[1]
-    with pytest.raises(UserError, match="method.regression_weight needs a teacher with class labels"):
-        Dmd2(Dmd2Config(regression_weight=1.0), teacher)
     with pytest.raises(UserError, match="method.data 'digits' has class labels"):
         Dmd2(Dmd2Config(adversarial_weight=1.0), teacher)
 
@@ -344,3 +353,39 @@ def test_half_precision_at_both_ends(name):
                 single, half = (teacher.velocity(x, t, teacher.encode(**given)) for teacher in teachers)
             assert half.dtype == torch.float32 and not overflown
             assert (half - single).norm() < 5e-3 * single.norm(), (t, size)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux-dev"])
+def test_a_half_precision_teacher_trains_float32_masters(name, dtype):
+    """Losses are those of a float32 teacher to the type's digits; gradients and weights that train are float32."""
+    losses = {}
+    for kind in ("float32", dtype):
+        torch.manual_seed(0)
+        teacher = teacher_of(name, dtype=kind, prompts=PROMPTS)[1]
+        method = Dmd2(Dmd2Config(), teacher)
+        networks = {role: part.network for role, part in method.roles().items()}
+        for role in ("critic", "student"):
+            losses[kind, role] = method.loss(role, networks, Draw(0, 1, rows=4))[0]
+            losses[kind, role].backward()
+        assert {p.dtype for p in teacher.network.parameters()} == {getattr(torch, kind)}
+        for network in networks.values():
+            assert {(p.dtype, p.grad.dtype) for p in network.parameters() if p.grad is not None} == {
+                (torch.float32, torch.float32)}
+            assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    digits = 0.05 if dtype == "bfloat16" else 0.01
+    assert losses[dtype, "critic"].item() == pytest.approx(losses["float32", "critic"].item(), rel=digits)
+
+
+def test_the_regression_term_goes_through_the_prompts():
+    """Pair i is made for prompt i in turn, and another list of prompts is other pairs."""
+    teacher = teacher_of("sd", prompts=PROMPTS)[1]
+    method = Dmd2(Dmd2Config(regression_weight=1.0, regression_pairs=10, regression_steps=2), teacher)
+    ode = teacher.sample(method.pairs.noise, teacher.encode(prompts=[PROMPTS[i % 3] for i in range(10)]), steps=2)
+    assert near(method.pairs.latents, ode)
+    networks = {role: part.network for role, part in method.roles().items()}
+    loss, metrics = method.loss("student", networks, Draw(0, 1, rows=4))
+    assert metrics["regression_error"] > 0 and loss.isfinite()
+    other = teacher_of("sd", prompts=PROMPTS[:2])[1]
+    made = Dmd2(Dmd2Config(regression_weight=1.0, regression_pairs=10, regression_steps=2), other).pairs
+    assert torch.equal(made.noise, method.pairs.noise) and not torch.equal(made.latents, method.pairs.latents)

@@ -179,8 +179,9 @@ def test_on_disk_the_base_is_stored_once_and_bit_for_bit(tmp_path, name, dtype):
     again = load_student(tmp_path / "s")
     n, condition = noise(teacher), some(teacher)
     assert again.network.velocity.lora == LORA
-    with torch.no_grad():
-        assert torch.equal(again(n, condition, 1.5), student(n, condition, 1.5))
+    with torch.no_grad():  # equal weights, but matrix products round differently elsewhere in memory
+        one, other = again(n, condition, 1.5), student(n, condition, 1.5)
+    assert (one - other).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * other.norm()
     again.save(tmp_path / "t")
     assert load_file(tmp_path / "t" / "model.safetensors").keys() == small.keys()
     (tmp_path / "s" / "base.safetensors").unlink()

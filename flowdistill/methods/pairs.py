@@ -6,30 +6,28 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flowdistill.conditions import Condition
-from flowdistill.errors import UserError
 from flowdistill.evaluation.features import module_sha256
 from flowdistill.evaluation.files import atomic_write, cache_folder
 from flowdistill.evaluation.processes import Processes
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
 
-BATCH = 250
+BATCH, TEXT_BATCH = 250, 8
+"""Samples at once; text-to-image networks are large."""
 
 
 class Pairs(NamedTuple):
-    """Unit noise (N, *shape), the ODE's latents from it (N, *shape), and labels (N,) of a conditional teacher."""
+    """Unit noise (N, *shape) and the ODE's latents from it (N, *shape), under ``teacher.examples(range(N))``."""
 
     noise: Tensor
     latents: Tensor
-    labels: Tensor | None
 
 
 def teacher_pairs(
@@ -40,21 +38,16 @@ def teacher_pairs(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> Pairs:
-    """``count`` pairs on the CPU; pair i depends on ``seed`` and i, and its label is i modulo the classes.
+    """``count`` pairs on the CPU; pair i depends on ``seed`` and i, and its condition is ``teacher.examples([i])``: the
+    classes, or the list of prompts, in turn.
 
     All processes must call this together; the main one generates what is missing.
 
     Args:
         steps: Euler steps of the teacher.
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
-            weights, its path and these arguments; a damaged file is made anew.
-
-    Raises:
-        UserError: the teacher takes prompts.
+            weights, its path, its prompts and these arguments; a damaged file is made anew.
     """
-    if teacher.prompts is not None:
-        raise UserError("method.regression_weight needs a teacher with class labels or without conditions, and this "
-                        "one takes prompts; set it to 0")
     file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
 
     def make() -> None:
@@ -67,15 +60,17 @@ def teacher_pairs(
     content = _read(file)
     if content is None:  # another machine's main process wrote it to another disk
         content = _generate(teacher, count, steps, guidance_scale, seed)
-    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
+    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"])
 
 
 def _key(teacher: Teacher, *settings: float) -> str:
     path = teacher.path
-    facts = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max, *teacher.shape, *settings]
+    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max, *teacher.shape, *settings]
     # The schedule itself, whatever it was made from.
     grid = path.time_grid(10)[:-1]
     facts += [*grid.tolist(), *path.coefficients(grid).timestep.tolist()]
+    if (texts := teacher.prompts) is not None:
+        facts += [texts.text.fingerprint, texts.prompts, texts.negative, texts.image_size]
     weights = module_sha256(teacher.network)
     return hashlib.sha256(json.dumps([weights, *facts]).encode()).hexdigest()[:32]
 
@@ -89,11 +84,9 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, seed: int) -> dict[str, Tensor]:
-    parts, classes = [], teacher.num_classes
-    labels = None if classes is None else torch.arange(count) % classes
-    for start in range(0, count, BATCH):
-        rows = range(start, min(start + BATCH, count))
+    parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
+    for start in range(0, count, batch):
+        rows = range(start, min(start + batch, count))
         noise = indexed_noise(teacher.shape, seed, rows).to(teacher.device)
-        condition: Condition | None = None if labels is None else teacher.encode(labels[rows.start : rows.stop])
-        parts.append(teacher.sample(noise, condition, steps, guidance_scale=guidance_scale).cpu())
-    return {"latents": torch.cat(parts)} | ({} if labels is None else {"labels": labels})
+        parts.append(teacher.sample(noise, teacher.examples(rows), steps, guidance_scale=guidance_scale).cpu())
+    return {"latents": torch.cat(parts)}

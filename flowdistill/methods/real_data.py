@@ -28,7 +28,7 @@ class RealData:
             raise UserError(f"method.data '{name}' has class labels, and the teacher takes prompts; images with "
                             "prompts are not supported")
         pictures, self.labels = images or load_images(name)
-        self.latents = teacher.codec.encode(pictures)
+        self.latents = teacher.codec.encode(pictures.to(teacher.device)).cpu()
         self.teacher = teacher
         if self.latents.shape[1:] != teacher.shape:
             raise UserError(f"method.data '{name}' has samples of shape {tuple(self.latents.shape[1:])}, but "

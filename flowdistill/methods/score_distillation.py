@@ -205,8 +205,7 @@ class ScoreDistillation(SingleStudent):
         """Mean squared error to the teacher's samples from the same noise, for the record and to train on."""
         index = draw.integers(len(self.pairs.noise))
         rows, place = index.cpu(), index.device
-        labels = self.pairs.labels
-        condition = None if labels is None else self.teacher.classes.wrap(labels[rows].to(place))
+        condition = self.teacher.examples(rows.tolist())
         sample = self._generate(networks, self.pairs.noise[rows].to(place), condition)
         error = (sample - self.pairs.latents[rows].to(place)).square().mean()
         return error.detach(), error

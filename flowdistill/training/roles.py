@@ -95,8 +95,8 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
     loss = method.loss(name, networks, draw)
-    if method.teacher is not None:
-        method.teacher.rest()
+    if (rest := getattr(method.teacher, "rest", None)) is not None:
+        rest()
     return loss
 
 
