@@ -65,7 +65,8 @@ def teacher_pairs(
 
 def _key(teacher: Teacher, *settings: float) -> str:
     path = teacher.path
-    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max, *teacher.shape, *settings]
+    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max, *teacher.shape]
+    facts += settings
     # The schedule itself, whatever it was made from.
     grid = path.time_grid(10)[:-1]
     facts += [*grid.tolist(), *path.coefficients(grid).timestep.tolist()]
