@@ -116,13 +116,13 @@ def near(one, other):
     return (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
 
 
-def student_of(name, guidance_range=None, trained=False, kind=FlowMap, **settings):
+def student_of(name, guidance_range=None, trained=False, kind=FlowMap, lora=None, **settings):
     pipeline, teacher = teacher_of(name, **settings)
-    student = kind.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0))
+    student = kind.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0), lora=lora)
     if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for parameter in student.network.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, student.network.parameters()):
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return pipeline, teacher, student
 
@@ -188,9 +188,9 @@ def test_disk_round_trip(tmp_path, name, kind):
         assert torch.equal(value, reencoded.tensors[key]), key
 
 
-def exported(name, folder, kind=FlowMap):
+def exported(name, folder, kind=FlowMap, lora=None):
     """The stock pipeline of a student, called as its README says; differences of latents (relative) and images."""
-    _, _, student = student_of(name, (1.0, 2.0), trained=True, kind=kind)
+    _, _, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, lora=lora)
     export(student, folder, guidance_scale=1.25)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -217,10 +217,10 @@ def exported(name, folder, kind=FlowMap):
         images - student.decode(expected)).abs().max().item()
 
 
-@pytest.mark.parametrize("kind", [FlowMap, Generator])
+@pytest.mark.parametrize(("kind", "lora"), [(FlowMap, None), (Generator, None), (FlowMap, LoraSettings(2))])
 @pytest.mark.parametrize("name", TEXT)
-def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name, kind):
-    _, latents, images = exported(name, tmp_path / "out", kind)
+def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name, kind, lora):
+    _, latents, images = exported(name, tmp_path / "out", kind, lora)
     assert latents < 1e-5 and images < 1e-4
 
 
