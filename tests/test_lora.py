@@ -243,7 +243,7 @@ def lora_file(name, folder, kind=FlowMap):
     pipe.load_lora_weights(folder)
     added = sum(p.numel() for p in backbone.parameters()) - plain
     adapters = sum(p.numel() for key, p in student.network.named_parameters() if ".lora_" in key)
-    call = next(line for line in lines if line.startswith('images = pipe("a prompt"'))
+    call = [line for line in lines if line.startswith('images = pipe("a prompt"')][-1]
     settings = eval(f"dict({call.split(', ', 1)[1].split(').images')[0]})") | family.call
     n, condition = noise(student, 2), student.encode(prompts=PROMPTS[:2])
     latents = pipe(prompt=PROMPTS[:2], latents=family.pack(n.clone()), output_type="latent", **settings).images
