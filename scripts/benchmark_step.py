@@ -55,6 +55,8 @@ def check(config: Any) -> None:
         raise UserError(f"the benchmark counts the passes of {', '.join(PASSES)}, and method.name is '{method.name}'")
     if method.name != "boot" and method.critic != "full":
         raise UserError(f"the benchmark counts a full critic, and method.critic is '{method.critic}'")
+    if method.student != "full":
+        raise UserError(f"the benchmark counts a full student, and method.student is '{method.student}'")
     if method.name == "freeflow":
         if method.derivative == "jvp":
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
