@@ -1,6 +1,6 @@
 """A command that trains students of real backbones, whole or in parts (FSDP2), for tests in other processes.
 
-    python -m tests.sharded FOLDER [steps=4] [fsdp2=1]
+    python -m tests.sharded FOLDER [steps=2] [fsdp2=1]
 
 Digits with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies and once with adapters.
 """
@@ -47,9 +47,9 @@ def method_of(name):
     return Dmd2(Dmd2Config(guidance_scale=2.0, **low, **OPTIMIZERS), teacher)
 
 
-def trainer_of(name, folder, steps=4, fsdp2=False):
+def trainer_of(name, folder, steps=2, fsdp2=False):
     config = RunConfig(output_dir=str(folder), teacher=TeacherConfig(source=name), method=None, train=TrainConfig(
-        steps=steps, batch_size=8, log_every=1, checkpoint_every=2, trackers=[], device="cpu", precision="fp32",
+        steps=steps, batch_size=8, log_every=1, checkpoint_every=1, trackers=[], device="cpu", precision="fp32",
         ema_decay=0.5, max_grad_norm=0.1))
     accelerator = make_accelerator(config.train, folder)
     if fsdp2:
