@@ -10,19 +10,19 @@ from safetensors.torch import load_file
 from flowdistill.student import load_student
 from flowdistill.training.state import network_tensors
 from tests.sharded import NAMES, trainer_of
-from tests.test_training_processes import BIN, ENVIRONMENT, figures, run
+from tests.test_training_processes import BIN, figures, run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of one process, and of two that shard, who stopped half-way and went on; and what the two said."""
     folder = tmp_path_factory.mktemp("sharded")
-    ENVIRONMENT["XDG_CACHE_HOME"] = str(folder / "cache")
-    run(sys.executable, "-m", "tests.sharded", folder / "one")
+    cached = ("env", f"XDG_CACHE_HOME={folder / 'cache'}")  # encoded prompts
+    run(*cached, sys.executable, "-m", "tests.sharded", folder / "one")
     lines = []
     for steps in (1, 2):
-        out = run(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "tests.sharded", folder / "two",
-                  f"steps={steps}", "fsdp2=1")
+        launched = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "tests.sharded")
+        out = run(*cached, *launched, folder / "two", f"steps={steps}", "fsdp2=1")
         lines += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return folder, lines
 
