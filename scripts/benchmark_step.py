@@ -67,6 +67,8 @@ def check(config: Any) -> None:
         raise UserError("method.backtrack is false, so there is no node to be the target; benchmark the host itself")
     if method.name != "boot" and host.critic != "full":
         raise UserError(f"the benchmark counts a full critic, and method.critic is '{host.critic}'")
+    if host.student != "full":
+        raise UserError(f"the benchmark counts a full student, and method.student is '{host.student}'")
     if method.name == "freeflow":
         if method.derivative == "jvp":
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")

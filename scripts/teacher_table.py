@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "teachers.md"
 BEGIN, END = "<!-- made by scripts/teacher_table.py -->", "<!-- end of the table -->"
 HEAD = ("tiny pipeline", "class", "backbone", "path", "prediction", "conditions", "guidance", "difference",
-        "trains a step of", "export", "export's difference")
+        "trains a step of", "export", "export's difference", "LoRA export's difference", "LoRA file's difference")
 
 
 def row(name: str) -> list[str]:
@@ -25,6 +25,7 @@ def row(name: str) -> list[str]:
     from flowdistill.errors import UserError
     from tests import test_families as tests
     from tests.families import FAMILIES, NEGATIVE
+    from tests.test_lora import LORA, lora_file
 
     family = FAMILIES[name]
     pipeline, teacher = tests.teacher_of(name)
@@ -47,10 +48,17 @@ def row(name: str) -> list[str]:
             apart = f"{images if latents is None else latents:.0e}"
         except UserError as error:
             export, apart = f"no: {error}", "-"
+        low, file = "-", "-"
+        if apart != "-":
+            _, latents, images = tests.exported(name, Path(folder) / "lora", lora=LORA)
+            low = f"{images if latents is None else latents:.0e}"
+        if family.prompts and (found := lora_file(name, Path(folder) / "file")) is not None:
+            file = f"{found[0]:.0e}"
     conditions = "prompt" if teacher.prompts else "class" if teacher.classes else "none"
     guidance = "input" if teacher.takes_guidance else "two passes" if teacher.can_guide else "-"
     return [name, type(pipeline).__name__, type(teacher.network.backbone).__name__, teacher.path.kind,
-            teacher.path.prediction, conditions, guidance, f"{worst:.0e}", "; ".join(trained), export, apart]
+            teacher.path.prediction, conditions, guidance, f"{worst:.0e}", "; ".join(trained), export, apart,
+            low, file]
 
 
 def table(rows: list[list[str]]) -> str:

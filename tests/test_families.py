@@ -19,9 +19,10 @@ from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, Sid, SidConfig
 from flowdistill.path import path_from_scheduler
-from flowdistill.student import FlowMap, StudentInfo, export, load_student
+from flowdistill.student import FlowMap, Generator, StudentInfo, export, load_student
 from flowdistill.teacher import codec as codec_module
 from flowdistill.teacher import load_teacher
+from flowdistill.teacher.lora import LoraSettings
 from tests.families import FAMILIES, NEGATIVE, PROMPTS, pipeline_latents
 from tests.tiny import VP
 
@@ -109,26 +110,32 @@ def test_mistakes_are_seen(name, mistake):
 # --- students
 
 
+def condition_of(name, model):
+    """Of two samples."""
+    return model.encode(prompts=PROMPTS[:2]) if FAMILIES[name].prompts else model.encode(FAMILIES[name].labels)
+
+
 def near(one, other):
     """Equal up to the last digits: the same product of matrices may round differently at another place in memory."""
     return (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
 
 
-def student_of(name, guidance_range=None, trained=False, **settings):
+def student_of(name, guidance_range=None, trained=False, kind=FlowMap, lora=None, **settings):
     pipeline, teacher = teacher_of(name, **settings)
-    student = FlowMap.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0))
+    student = kind.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0), lora=lora)
     if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for parameter in student.network.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, student.network.parameters()):
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return pipeline, teacher, student
 
 
-@pytest.mark.parametrize("name", TEXT)
-def test_a_student_starts_as_the_teachers_euler_step(name):
-    _, teacher, student = student_of(name, (1.0, 2.0))
-    n, condition = noise(teacher), teacher.encode(prompts=PROMPTS[:2])
+@pytest.mark.parametrize("kind", [FlowMap, Generator])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_starts_as_the_teachers_euler_step(name, kind):
+    _, teacher, student = student_of(name, (1.0, 2.0), kind=kind)
+    n, condition = noise(teacher), condition_of(name, teacher)
     with torch.no_grad():
         assert near(student(n, condition), teacher.sample(n, condition, times=[teacher.t_max, 0.0]))
 
@@ -139,6 +146,8 @@ METHODS = {
         FreeFlowConfig(guidance_max=scale, critic="lora", critic_lora_rank=2), teacher),
     "BOOT": lambda teacher, scale: Boot(BootConfig(guidance_scale=scale), teacher),
     "DMD2": lambda teacher, scale: Dmd2(Dmd2Config(guidance_scale=scale), teacher),
+    "DMD2, LoRA student and critic": lambda teacher, scale: Dmd2(
+        Dmd2Config(guidance_scale=scale, student="lora", critic="lora", lora=LoraSettings(2)), teacher),
     "SiD": lambda teacher, scale: Sid(SidConfig(guidance_scale=scale), teacher),
 }
 
@@ -165,9 +174,10 @@ def test_one_training_step(name, method):
     train_one_step(name, method)
 
 
+@pytest.mark.parametrize("kind", [FlowMap, Generator])
 @pytest.mark.parametrize("name", TEXT)
-def test_disk_round_trip(tmp_path, name):
-    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, prompts=PROMPTS)
+def test_disk_round_trip(tmp_path, name, kind):
+    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, prompts=PROMPTS)
     student.save(tmp_path / "s")
     again = load_student(tmp_path / "s")
     n, condition = noise(student), teacher.encode(prompts=PROMPTS[:2])
@@ -182,9 +192,9 @@ def test_disk_round_trip(tmp_path, name):
         assert torch.equal(value, reencoded.tensors[key]), key
 
 
-def exported(name, folder):
+def exported(name, folder, kind=FlowMap, lora=None):
     """The stock pipeline of a student, called as its README says; differences of latents (relative) and images."""
-    _, _, student = student_of(name, (1.0, 2.0), trained=True)
+    _, _, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, lora=lora)
     export(student, folder, guidance_scale=1.25)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -213,9 +223,10 @@ def exported(name, folder):
         images - student.decode(expected)).abs().max().item()
 
 
+@pytest.mark.parametrize(("kind", "lora"), [(FlowMap, None), (Generator, None), (FlowMap, LoraSettings(2))])
 @pytest.mark.parametrize("name", TEXT)
-def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name):
-    _, latents, images = exported(name, tmp_path / "out")
+def test_exported_pipeline_gives_the_same_latents_and_images(tmp_path, name, kind, lora):
+    _, latents, images = exported(name, tmp_path / "out", kind, lora)
     assert latents < 1e-5 and images < 1e-4
 
 

@@ -179,8 +179,9 @@ def test_on_disk_the_base_is_stored_once_and_bit_for_bit(tmp_path, name, dtype):
     again = load_student(tmp_path / "s")
     n, condition = noise(teacher), some(teacher)
     assert again.network.velocity.lora == LORA
-    with torch.no_grad():
-        assert torch.equal(again(n, condition, 1.5), student(n, condition, 1.5))
+    with torch.no_grad():  # equal weights, but matrix products round differently elsewhere in memory
+        one, other = again(n, condition, 1.5), student(n, condition, 1.5)
+    assert (one - other).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * other.norm()
     again.save(tmp_path / "t")
     assert load_file(tmp_path / "t" / "model.safetensors").keys() == small.keys()
     (tmp_path / "s" / "base.safetensors").unlink()
@@ -219,36 +220,47 @@ WITH_LORA_FILES = ("sd", "sd-v", "sdxl", "lcm", "sd3", "flux-dev", "flux-schnell
                    "z-image")
 
 
+def lora_file(name, folder, kind=FlowMap):
+    """The teacher's pipeline with the LoRA file of a student's export, called as the export's README says.
+
+    Returns:
+        Relative differences of its latents to the student's and to those before training; parameters of the file's
+        adapters and of the student's. None where there is no such file.
+    """
+    family, teacher = FAMILIES[name], teacher_of(name)
+    student = trained(kind.from_teacher(teacher, StudentInfo("freeflow", "base"), lora=LoraSettings(2, 3.0)), 0.05)
+    export(student, folder)
+    if not (folder / "pytorch_lora_weights.safetensors").exists():
+        return None
+    pipe = family.make()
+    pipe.set_progress_bar_config(disable=True)
+    lines = (folder / "README.md").read_text().splitlines()
+    names = {"pipe": pipe, "EulerDiscreteScheduler": EulerDiscreteScheduler,
+             "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}
+    exec(next(line for line in lines if line.startswith("pipe.scheduler = ")), names)
+    backbone = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    plain = sum(p.numel() for p in backbone.parameters())
+    pipe.load_lora_weights(folder)
+    added = sum(p.numel() for p in backbone.parameters()) - plain
+    adapters = sum(p.numel() for key, p in student.network.named_parameters() if ".lora_" in key)
+    call = [line for line in lines if line.startswith('images = pipe("a prompt"')][-1]
+    settings = eval(f"dict({call.split(', ', 1)[1].split(').images')[0]})") | family.call
+    n, condition = noise(student, 2), student.encode(prompts=PROMPTS[:2])
+    latents = pipe(prompt=PROMPTS[:2], latents=family.pack(n.clone()), output_type="latent", **settings).images
+    with torch.no_grad():
+        expected, before = student(n, condition), teacher.denoise(teacher.t_max * n, teacher.t_max, condition)
+    size = expected.abs().max()
+    apart, moved = ((other - expected).abs().max().item() / size.item() for other in (family.unpack(latents), before))
+    return apart, moved, added, adapters
+
+
 @pytest.mark.parametrize("kind", [FlowMap, Generator])
 @pytest.mark.parametrize("name", WITH_LORA_FILES)
 def test_the_teachers_pipeline_takes_the_lora_file(tmp_path, name, kind):
-    """Called as the README of the export says; constants in the time embedding are a rank of their own."""
-    family, teacher = FAMILIES[name], teacher_of(name)
-    student = trained(kind.from_teacher(teacher, StudentInfo("freeflow", "base"), lora=LoraSettings(2, 3.0)), 0.05)
-    export(student, tmp_path / "out")
-    pipe = family.make()
-    pipe.set_progress_bar_config(disable=True)
-    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
-    scheduler = next(line for line in lines if line.startswith("pipe.scheduler = "))
-    names = {"pipe": pipe, "EulerDiscreteScheduler": EulerDiscreteScheduler,
-             "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}
-    exec(scheduler, names)
-    plain = sum(p.numel() for p in getattr(pipe, "unet", getattr(pipe, "transformer", None)).parameters())
-    pipe.load_lora_weights(tmp_path / "out")
-    added = sum(p.numel() for p in getattr(pipe, "unet", getattr(pipe, "transformer", None)).parameters()) - plain
-    adapters = sum(p.numel() for key, p in student.network.named_parameters() if ".lora_" in key)
-    extra = {FlowMap: added > adapters, Generator: added == adapters}
-    assert adapters and extra[kind]
-    call = next(line for line in lines if line.startswith('images = pipe("a prompt"'))
-    settings = eval(f"dict({call.split(', ', 1)[1].split(').images')[0]})") | family.call
-    n = noise(student, 2)
-    latents = family.unpack(pipe(prompt=PROMPTS[:2], latents=family.pack(n.clone()), output_type="latent", **settings)
-                            .images)
-    with torch.no_grad():
-        expected, before = (student(n, student.encode(prompts=PROMPTS[:2])),
-                            teacher.denoise(teacher.t_max * n, teacher.t_max, teacher.encode(prompts=PROMPTS[:2])))
-    size = expected.abs().max()
-    assert (latents - expected).abs().max() < 1e-4 * size < 1e-2 * (before - expected).abs().max()
+    """Constants in the time embedding are a rank of their own."""
+    apart, moved, added, adapters = lora_file(name, tmp_path / "out", kind)
+    assert apart < 1e-4 and moved > 1e-2
+    assert added > adapters if kind is FlowMap else added == adapters
 
 
 def test_no_lora_file_where_a_pipeline_could_not_use_it(tmp_path):

@@ -38,11 +38,7 @@ def recorded(visitor, module, name, moves):
     """Let accelerate's hook move to a device whose name only differs from the CPU's, and write moves down."""
     visitor.hook.hook.execution_device = "cpu"  # a text, which is no torch.device: the hook does not skip the move
     to = module.to
-    module.to = lambda device: (moves.append(f"{name} {'home' if visitor_rests(visitor) else 'out'}"), to(device))[1]
-
-
-def visitor_rests(visitor):
-    return visitor.resting
+    module.to = lambda device: (moves.append(f"{name} {'home' if visitor.resting else 'out'}"), to(device))[1]
 
 
 class Noted(Visitor):
@@ -105,7 +101,8 @@ def test_the_device_of_a_teacher_is_where_it_works():
     assert teacher.device.type == "meta" and next(teacher.network.parameters()).device.type == "cpu"
     assert teacher.codec.mean.device.type == "meta" and next(teacher.codec.vae.parameters()).device.type == "cpu"
     assert teacher.encode([0, 1]).tensors["class_labels"].device.type == "meta"
-    teacher.to("cpu")
+    teacher = load_teacher(tiny_dit_pipeline(), offload="all", device="cpu")
+    teacher.to("cpu")  # once more
     n, plain = torch.randn(2, *teacher.shape), load_teacher(tiny_dit_pipeline())
     latents = teacher.sample(n, teacher.encode([0, 1]), steps=2)
     assert torch.equal(latents, plain.sample(n, plain.encode([0, 1]), steps=2))

@@ -128,9 +128,11 @@ def make_trainer(folder, method=None, seed=0, fsdp2=False, **train):
     return Trainer(ToyMethod(config.method), config, Path(folder), accelerator)
 
 
-def shard(accelerator):
+def shard(accelerator, **settings):
     """Make accelerate shard on the CPU, which it does on GPUs only; its state is shared by all its objects."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True, **settings
+    )
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     assert accelerator.is_fsdp2

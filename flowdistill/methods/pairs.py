@@ -22,7 +22,8 @@ from flowdistill.evaluation.processes import Processes
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
 
-BATCH = 250
+BATCH, TEXT_BATCH = 250, 8
+"""Samples at once; text-to-image networks are large."""
 
 
 class Pairs(NamedTuple):
@@ -89,7 +90,7 @@ def teacher_pairs(
     content = _read(file)
     if content is None:  # another machine's main process wrote it to another disk
         content = _generate(teacher, count, steps, guidance_scale, seed)
-    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
+    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"])
 
 
 def _key(teacher: Teacher, *settings: float) -> str:
@@ -115,11 +116,11 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, seed: int) -> dict[str, Tensor]:
-    parts = []
+    parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
     number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
     labels = None if number is None else torch.arange(count) % number
-    for start in range(0, count, BATCH):
-        rows = range(start, min(start + BATCH, count))
+    for start in range(0, count, batch):
+        rows = range(start, min(start + batch, count))
         noise = indexed_noise(teacher.shape, seed, rows).to(teacher.device)
         condition: Condition | None = None
         if teacher.prompts is not None:

@@ -35,7 +35,7 @@ class RealData:
             if not mine.any():
                 raise UserError(f"method.data '{name}' has no image of the labels {list(teacher.classes.own)}")
             pictures, self.labels = pictures[mine], self.labels[mine]
-        self.latents = teacher.codec.encode(pictures)
+        self.latents = teacher.codec.encode(pictures.to(teacher.device)).cpu()
         self.teacher = teacher
         if self.latents.shape[1:] != teacher.shape:
             raise UserError(f"method.data '{name}' has samples of shape {tuple(self.latents.shape[1:])}, but "

@@ -90,11 +90,19 @@ class VaeCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to the mean latents."""
+        """Images (B, 3, H, W) in [0, 1] to the mean latents; in passes and tiles as :meth:`decode`."""
+        pixels = images.shape[2] * images.shape[3]
+        if pixels > WHOLE and hasattr(self.vae, "enable_tiling"):
+            self.vae.enable_tiling()
+        rows = max(1, AT_ONCE // pixels)
+        latents = torch.cat([self._encode(images[start : start + rows]) for start in range(0, len(images), rows)])
+        self._rest()
+        return latents
+
+    def _encode(self, images: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
         pixels = (images * 2 - 1).to(dtype)
         out = self.vae.encode(pixels[:, :, None] if self.frames else pixels)
         native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent).float()
-        self._rest()
         native = native[:, :, 0] if self.frames else native
         return (native - self.mean - self.shift) * (self.scale / self.std)

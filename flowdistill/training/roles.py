@@ -20,6 +20,7 @@ from flowdistill.teacher.offload import check_not_shared
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.optimizer import make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
+from flowdistill.training.shards import cut
 from flowdistill.training.state import assign, gather, network_tensors
 
 SUPPORTED = (
@@ -95,8 +96,8 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
     loss = method.loss(name, networks, draw)
-    if method.teacher is not None:
-        method.teacher.rest()
+    if (rest := getattr(method.teacher, "rest", None)) is not None:
+        rest()
     return loss
 
 
@@ -123,11 +124,11 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     # Copies come before the wrapping: a sharded network cannot be copied.
     average = MovingAverage(network, config.ema_decay, config.ema_warmup) if role.ema else None
     template = copy.deepcopy(network).cpu() if sharded and name == "student" else None
-    optimizer = make_optimizer(trained, role.optimizer)
-    with warnings.catch_warnings():
-        # accelerate passes DDP an option that torch has begun to rename.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        prepared, optimizer = _wrap(network, optimizer, average, accelerator)
+    if sharded:
+        for whole in [network] if average is None else [network, average.network]:
+            cut(whole, accelerator)  # alike: the average follows its network without communication
+    optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], role.optimizer)
+    prepared = network if sharded else _wrap(network, accelerator)
     call = torch.compile(prepared) if config.compile else prepared
     return TrainedRole(
         network=network,
@@ -143,14 +144,8 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     )
 
 
-def _wrap(
-    network: nn.Module, optimizer: torch.optim.AdamW, average: MovingAverage | None, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.AdamW]:
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return accelerator.prepare(network), optimizer
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-    prepared, wrapper = accelerator.prepare(network, optimizer)
-    if average is not None:  # sharded alike, it follows its network without communication
-        fsdp2_prepare_model(accelerator, average.network)
-    return prepared, wrapper.optimizer
+def _wrap(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    with warnings.catch_warnings():
+        # accelerate passes DDP an option that torch has begun to rename.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return accelerator.prepare(network)

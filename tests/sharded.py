@@ -1,0 +1,83 @@
+"""A command that trains students of real backbones, whole or in parts (FSDP2), for tests in other processes.
+
+    python -m tests.sharded FOLDER [steps=2] [fsdp2=1]
+
+Digits with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies and once with adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.leave import leave
+from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
+from flowdistill.teacher import load_teacher
+from flowdistill.teacher.lora import LoraSettings
+from flowdistill.training.loop import Trainer
+from flowdistill.training.run import _save_student, make_accelerator
+from tests.families import FAMILIES, PROMPTS
+from tests.toy_method import shard
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("digits", "text", "adapters")
+# A large eps: otherwise AdamW makes a whole step of a gradient that is rounding and nothing else.
+OPTIMIZERS = {key: OptimizerConfig(lr=1e-2, eps=1e-2) for key in ("optimizer", "critic_optimizer")}
+
+
+def shipped() -> dict:
+    """What configs/accelerate/fsdp2.yaml sets, with a size that tiny networks reach."""
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_version"] == 2 and settings["fsdp_auto_wrap_policy"] == "SIZE_BASED_WRAP"
+    return {"auto_wrap_policy": settings["fsdp_auto_wrap_policy"].lower(), "min_num_params": 1000}
+
+
+def method_of(name):
+    if name == "digits":
+        return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(ROOT / "assets" / "digits-flow"))
+    low = {"student": "lora", "critic": "lora", "lora": LoraSettings(4)} if name == "adapters" else {}
+    teacher = load_teacher(FAMILIES["sd"].make(), prompts=PROMPTS)
+    return Dmd2(Dmd2Config(guidance_scale=2.0, **low, **OPTIMIZERS), teacher)
+
+
+def trainer_of(name, folder, steps=2, fsdp2=False):
+    config = RunConfig(output_dir=str(folder), teacher=TeacherConfig(source=name), method=None, train=TrainConfig(
+        steps=steps, batch_size=8, log_every=1, checkpoint_every=1, trackers=[], device="cpu", precision="fp32",
+        ema_decay=0.5, max_grad_norm=0.1))
+    accelerator = make_accelerator(config.train, folder)
+    if fsdp2:
+        shard(accelerator, **shipped())
+    torch.manual_seed(0)
+    method = method_of(name)
+    config.method = method.config
+    return Trainer(method, config, Path(folder), accelerator)
+
+
+def parts(network: nn.Module) -> dict:
+    """Of a network's parameters that train: how many elements are here, and how many there are."""
+    trained = [value for value in network.parameters() if value.requires_grad]
+    here = sum(value.to_local().numel() if hasattr(value, "to_local") else value.numel() for value in trained)
+    return {"here": here, "all": sum(value.numel() for value in trained)}
+
+
+def main(arguments):
+    folder, *settings = arguments
+    values = {key: int(value) for key, value in (text.split("=") for text in settings)}
+    for name in NAMES:
+        trainer = trainer_of(name, Path(folder) / name, **values)
+        print(json.dumps({"name": name, "rank": trainer.rank, "world": trainer.world, "from": trainer.step,
+                          **parts(trainer.roles["student"].network)}), flush=True)
+        trainer.train()
+        _save_student(trainer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    leave(0)
