@@ -83,8 +83,9 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         validate(config)
     else:
         config = load_config(config, overrides)
-    plan = getattr(method_class(config.method.name), "distill", None)  # of several runs
-    return distill_one(config) if plan is None else plan(config)
+    if hasattr(config.method, "hosted"):  # a plan of several runs of another method
+        return method_class(config.method.name).distill(config)
+    return distill_one(config)
 
 
 def distill_one(config: RunConfig) -> Run:
