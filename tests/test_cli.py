@@ -174,7 +174,7 @@ def test_a_warning_of_this_package_is_one_line() -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = (
         "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"
-        "class Run: output_dir, steps, interrupted, report, holds = 'x' * 100_000, 1, 0, None, \n"
+        "class Run: output_dir, steps, interrupted, report, holds = 'x' * 100_000, 1, 0, None, ''\n"
         "fake.distill = lambda *a: Run; sys.modules['flowdistill.training.run'] = fake\n"
         "from flowdistill.cli import main; sys.exit(main(['distill', 'a.yaml']))"
     )

@@ -96,7 +96,7 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     written = json.loads(path.read_text())
     assert set(written) == {"rows", "num_images", "features", "reference", "seed", "fid_floor", "protocol"}
     columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"} | {
-        "precision", "recall"
+        "precision", "recall", "per_part_fid", "stored_parameters", "active_parameters"
     }
     assert all(set(row) == columns for row in written["rows"])
     assert (written["num_images"], written["features"], written["reference"], written["seed"]) == (

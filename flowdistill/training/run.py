@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from flowdistill.evaluation import Report
 
 REPORT = "report.json"
-PARTITION = "partition.json"
-"""In the folder of a run of several students."""
 FREE = frozenset(
     f"train.{name}"
     for name in (
@@ -84,8 +82,9 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         validate(config)
     else:
         config = load_config(config, overrides)
-    plan = getattr(method_class(config.method.name), "distill", None)  # of several runs
-    return distill_one(config) if plan is None else plan(config)
+    if hasattr(config.method, "hosted"):  # a plan of several runs of another method
+        return method_class(config.method.name).distill(config)
+    return distill_one(config)
 
 
 def distill_one(config: RunConfig) -> Run:
@@ -198,6 +197,12 @@ def difference(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any,
     return None
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run, or one of several in its folder, has saved anything that another configuration would spoil."""
+    return any(path for pattern in ("", "*/") for name in ("checkpoints/step-*", "student")
+               for path in folder.glob(pattern + name))
+
+
 def check_folder(folder: Path, config: RunConfig) -> bool:
     """UserError unless the run folder is free or holds this run; tells whether its ``evaluation`` is the same."""
     from omegaconf import OmegaConf
@@ -205,8 +210,7 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
     file, same = folder / "config.yaml", False
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; it must be a folder")
-    begun = checkpoints(folder / "checkpoints") or any((folder / name).exists() for name in ("student", PARTITION))
-    if file.is_file() and begun:
+    if file.is_file() and has_begun(folder):
         try:
             saved = OmegaConf.to_container(OmegaConf.load(file))
         except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file

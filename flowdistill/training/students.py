@@ -18,15 +18,17 @@ from flowdistill.methods.tsm import Tsm
 from flowdistill.student import is_student_folder, load_student, write_manifest
 from flowdistill.training.checkpoint import checkpoints, disk_errors
 from flowdistill.training.run import (
-    PARTITION,
     Run,
     check_folder,
     distill_one,
+    has_begun,
     make_accelerator,
     make_report,
     resolved,
     write_config,
 )
+
+PARTITION = "partition.json"
 
 
 def distill_students(config: RunConfig) -> Run:
@@ -92,9 +94,9 @@ def is_complete(run: RunConfig) -> bool:
 
 
 def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partition:
-    """The stored partition, or a new one."""
+    """The partition that the students there were trained with, or a new one."""
     file = folder / PARTITION
-    if file.is_file():
+    if file.is_file() and has_begun(folder):
         try:
             partition = Partition.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
