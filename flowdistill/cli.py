@@ -242,8 +242,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     plan = make_plan(load_config(args.config, args.overrides))
     print(describe(plan))
+    sys.stdout.flush()  # the advice takes several more plans
     if args.gpu_memory is not None:
-        sys.stdout.flush()  # the advice takes several plans
         print("\n" + verdict(plan, advise(args.config, args.overrides, plan, args.gpu_memory), args.gpu_memory))
     return 0
 
@@ -293,9 +293,9 @@ def _positive(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
     return number
 
 
@@ -332,9 +332,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command(
         "plan", _plan, lambda args: args.config, "say how much memory a run takes",
-        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate its\n"
-        "activations, from the pipeline's configurations alone: nothing is loaded. With --gpu-memory, say which\n"
-        "settings make it fit.",
+        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate that of\n"
+        "activations, from the pipeline's configurations alone. With --gpu-memory, say which settings make it fit.",
         ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/digits/freeflow.yaml train.batch_size=256"],
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")

@@ -216,7 +216,7 @@ def test_the_commands_errors_are_a_sentence(tmp_path, cli):
     out = cli("plan", file, "teacher.source=nobody/nothing")
     assert out.code == 2 and "nobody/nothing is no pipeline folder here" in out.err and "sit-xl-2-repa" in out.err
     assert "argument --gpu-memory: must be a number" in cli("plan", file, "--gpu-memory", "much").err
-    assert "must be greater than 0" in cli("plan", file, "--gpu-memory", 0).err
+    assert "greater than 0, not '0'" in cli("plan", file, "--gpu-memory", 0).err
     out = cli("plan", file, "method.regression_weight=1")
     assert out.code == 2 and "cannot be planned" in out.err and len(out.err.splitlines()) == 1
     (tmp_path / "pipeline" / "transformer" / "config.json").write_text("{")

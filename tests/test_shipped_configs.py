@@ -13,8 +13,8 @@ from flowdistill.teacher import load_teacher
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(file for file in (ROOT / "configs").glob("*/*.yaml")
                if file.parent.name not in ("accelerate", "experiments"))
-# Parameters of the network in millions, as its publishers round them. SiT-XL/2 has 675: diffusers' DiT has a time embedding
-# and a table of labels in each of the 28 blocks, 2.8 million together, where SiT has one.
+# Parameters of the network in millions, as its publishers round them. SiT-XL/2 has 675: diffusers' DiT has a time
+# embedding and a table of labels in each of the 28 blocks, 2.8 million together, where SiT has one.
 LARGE = {"sd15/dmd2": 860, "sdxl/disback": 2567, "sd3/dmd2": 2028, "sit/freeflow": 750, "flux/dmd2": 11901}
 
 
