@@ -235,16 +235,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from flowdistill.config import load_config
-    from flowdistill.plan import make_plan
-    from flowdistill.plan.advice import advise
-    from flowdistill.plan.report import describe, verdict
+    from flowdistill.plan.report import report
 
-    plan = make_plan(load_config(args.config, args.overrides))
-    print(describe(plan))
-    sys.stdout.flush()  # the advice takes several more plans
-    if args.gpu_memory is not None:
-        print("\n" + verdict(plan, advise(args.config, args.overrides, plan, args.gpu_memory), args.gpu_memory))
+    for part in report(args.config, args.overrides, args.gpu_memory):
+        print(part, flush=True)
     return 0
 
 
