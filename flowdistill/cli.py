@@ -249,16 +249,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from flowdistill.config import load_config
-    from flowdistill.plan import make_plan
-    from flowdistill.plan.advice import advise
-    from flowdistill.plan.report import describe, verdict
+    from flowdistill.plan.report import report
 
-    plan = make_plan(load_config(args.config, args.overrides))
-    print(describe(plan))
-    if args.gpu_memory is not None:
-        sys.stdout.flush()  # the advice takes several plans
-        print("\n" + verdict(plan, advise(args.config, args.overrides, plan, args.gpu_memory), args.gpu_memory))
+    for part in report(args.config, args.overrides, args.gpu_memory):
+        print(part, flush=True)
     return 0
 
 
@@ -307,9 +301,9 @@ def _positive(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
     return number
 
 
@@ -346,9 +340,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = command(
         "plan", _plan, lambda args: args.config, "say how much memory a run takes",
-        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate its\n"
-        "activations, from the pipeline's configurations alone: nothing is loaded. With --gpu-memory, say which\n"
-        "settings make it fit.",
+        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate that of\n"
+        "activations, from the pipeline's configurations alone. With --gpu-memory, say which settings make it fit.",
         ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/digits/freeflow.yaml train.batch_size=256"],
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")

@@ -19,7 +19,7 @@ from tests.families import FAMILIES, PROMPTS
 from tests.tiny import tiny_dit_pipeline
 
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
-WITHIN = 1.35
+WITHIN = 2.0
 """The factor within which activations are estimated."""
 
 
@@ -195,12 +195,12 @@ def test_the_command_says_what_fits(tmp_path, cli):
     file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
     plan = make_plan(load_config(file))
     out = cli("plan", file)
-    assert out.code == 0 and "nothing was loaded" in out.out and "fit" not in out.out
+    assert out.code == 0 and "nothing was loaded" in out.out and "fits in" not in out.out
     assert not (tmp_path / "run").exists()
     for name in ("teacher", "autoencoder", "student", "critic", "update of the student, 4 rows", "peak"):
         assert any(line.startswith(name) for line in out.out.splitlines()), name
     assert f"fits in 8 GiB, {RESERVED:g} of it" in cli("plan", file, "--gpu-memory", 8).out
-    tight = RESERVED + plan.peak * 0.6 / GIB
+    tight = RESERVED + plan.peak * 0.94 / GIB
     out = cli("plan", file, "--gpu-memory", tight).out
     steps = advise(file, [], plan, tight)
     assert "does not fit" in out and steps and fits(steps[-1].plan, tight)
@@ -216,7 +216,7 @@ def test_the_commands_errors_are_a_sentence(tmp_path, cli):
     out = cli("plan", file, "teacher.source=nobody/nothing")
     assert out.code == 2 and "nobody/nothing is no pipeline folder here" in out.err and "sit-xl-2-repa" in out.err
     assert "argument --gpu-memory: must be a number" in cli("plan", file, "--gpu-memory", "much").err
-    assert "must be greater than 0" in cli("plan", file, "--gpu-memory", 0).err
+    assert "greater than 0, not '0'" in cli("plan", file, "--gpu-memory", 0).err
     out = cli("plan", file, "method.regression_weight=1")
     assert out.code == 2 and "cannot be planned" in out.err and len(out.err.splitlines()) == 1
     (tmp_path / "pipeline" / "transformer" / "config.json").write_text("{")

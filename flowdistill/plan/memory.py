@@ -50,7 +50,7 @@ class Plan:
     Attributes:
         config, architecture: what was planned.
         parts: ``teacher``, ``autoencoder`` (where there is one), every role, and ``other networks`` of the method.
-        activations: by role, the most that tensors other than those of the parts take during its update (estimated).
+        activations: by role, what its update takes beyond its gradients at the worst moment (estimated).
         rows: of a micro-batch.
         unknown: why there is no estimate of the activations; then every weight that trains counts as having a gradient.
     """
@@ -104,12 +104,12 @@ def make_plan(config: RunConfig) -> Plan:
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
     for name, network in networks.items():
         try:
-            plan.activations[name] = _update(method, name, calls, config.seed, plan.rows)
+            plan.activations[name] = _update(method, name, calls, config, plan.rows)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):  # how torch words that a value was asked for
                 raise
             plan.unknown = str(error).splitlines()[0][:150]
-        # Gradients, and with them moments, are made of weights that the loss reaches.
+        # Gradients and moments are made for the weights that the loss reaches.
         reached = [p for p in network.parameters() if p.requires_grad and (p.grad is not None or plan.unknown)]
         parts[name].gradients = _bytes(reached)
         parts[name].optimizer = 2 * parts[name].gradients + STEP_BYTES * len(reached)
@@ -118,15 +118,19 @@ def make_plan(config: RunConfig) -> Plan:
     return plan
 
 
-def _update(method: Any, role: str, calls: dict[str, Any], seed: int, rows: int) -> int:
-    """Activations of one micro-batch of ``role``: the peak of everything that is not a weight's gradient."""
-    draw = Draw(seed, 0, rows=rows, device=META)
+def _update(method: Any, role: str, calls: dict[str, Any], config: RunConfig, rows: int) -> int:
+    """Bytes that an update of ``role`` takes at its worst moment beyond its gradients."""
+    draw = Draw(config.seed, 0, rows=rows, device=META)
     with teacher_like_a_gpu(method.teacher.network), Live() as live:
         loss, _ = method.loss(role, calls, draw)
         loss.backward()
-        gradients = [p.grad for role in method.roles().values() for p in role.network.parameters()]
-        numbers = frozenset(live.number(gradient) for gradient in gradients if gradient is not None)
-    return live.peak(without=numbers)
+        trained = [p for role in method.roles().values() for p in role.network.parameters() if p.grad is not None]
+        numbers = frozenset(live.number(p.grad) for p in trained)
+    if config.train.gradient_accumulation > 1:  # from the second micro-batch on, all gradients are there all the time
+        return live.peak(without=numbers)
+    # Gradients come while the rest goes: the two never have their full sizes at once.
+    own = [p for p in method.roles()[role].network.parameters() if p.grad is not None]
+    return max(0, live.peak() - _bytes(p.grad for p in own))
 
 
 def _part(module: nn.Module, seen: set[int]) -> Part:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from flowdistill.plan.advice import GIB, RESERVED, Step, fits
-from flowdistill.plan.memory import Plan
+import os
+from collections.abc import Iterator, Sequence
+
+from flowdistill.config import load_config
+from flowdistill.plan.advice import GIB, RESERVED, Step, advise, fits
+from flowdistill.plan.memory import Plan, make_plan
 
 COLUMNS = ("parameters", "weights", "gradients", "optimiser", "average")
+
+
+def report(path: str | os.PathLike[str], overrides: Sequence[str], gpu_memory: float | None) -> Iterator[str]:
+    """The plan of a configuration, and with ``gpu_memory`` (GiB) what makes it fit, which takes several more plans."""
+    plan = make_plan(load_config(path, overrides))
+    yield describe(plan)
+    if gpu_memory is not None:
+        yield "\n" + verdict(plan, advise(path, overrides, plan, gpu_memory), gpu_memory)
 
 
 def describe(plan: Plan) -> str:

@@ -143,9 +143,19 @@ def _on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise UserError(f"a component is a {config.get('_class_name')}, which diffusers does not have")
-    with quietly(), META:
-        module = kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    return module.to(device=META, dtype=dtype).eval()  # some buffers come from numpy
+    with quietly():
+        with META:
+            module = kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    module.to(META)  # some buffers come from numpy
+    # As from_pretrained does: what is in the file gets the type, what is computed (position embeddings) keeps its own.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    stored = module.state_dict().keys()
+    for name, buffer in list(module.named_buffers()):
+        if name in stored and buffer.is_floating_point():
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, buffer.to(dtype))
+    return module.eval()
 
 
 def _scheduler(config: dict[str, Any]) -> Any:
