@@ -50,6 +50,8 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     evaluator = Evaluator(settings.features, settings.reference, curve["num_images"], 0, settings.batch_size,
                           kid=False, per_class=False, manifold=False, progress=False)  # fmt: skip
     for step, path in saved:
+        if step % curve["every"] and step != saved[-1][0]:
+            continue  # where a signal stopped the run; the other seeds have no such point
         odd = student.network.load_state_dict(read_tensors(path, "student.average"), strict=False).unexpected_keys
         if odd:
             raise UserError(f"{path} does not fit the student: {odd[0]} is not in its network")
