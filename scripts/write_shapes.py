@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowdistill.data.shapes import make_shapes, prompt_list
+from flowdistill.data.shapes import NUM_CLASSES, make_shapes, prompt_list
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, references, write_concepts
 from flowdistill.images import save_grid
 
@@ -16,7 +16,7 @@ from flowdistill.images import save_grid
 def picture() -> Tensor:
     """Two rows of scenes and one of the concepts, (54, 3, SIZE, SIZE)."""
     concepts = [concept for name in CONCEPTS for concept in (references(name)[0], draw_concept(name, ["pink"], 0))]
-    return torch.cat([make_shapes(36, 0)[0], *concepts])
+    return torch.cat([make_shapes(NUM_CLASSES, 0)[0][:36], *concepts])
 
 
 def main() -> None:
