@@ -42,7 +42,7 @@ def turbo(student: Generator) -> StableDiffusionPipeline:
     unet = UNet2DConditionModel.from_config(backbone.config)
     unet.load_state_dict(backbone.state_dict())
     scheduler = EulerDiscreteScheduler(
-        **{name: student.scheduler.config[name] for name in SCHEDULE}, timestep_spacing="trailing",
+        **{name: student.scheduler.config[name] for name in SCHEDULE}, timestep_spacing="trailing", steps_offset=1,
     )
     with student.prompts.text.opened(torch.device("cpu")) as text:
         return StableDiffusionPipeline(
@@ -60,11 +60,12 @@ def difference(pipeline: StableDiffusionPipeline, student: Generator, prompts: l
     return (made - student(noise, student.encode(prompts=prompts))).abs().max().item()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder or student folder")
     parser.add_argument("--out", type=Path, default=Path("assets/shapes/turbo"), help="pipeline folder to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         student = load_student(args.run)
         pipeline = turbo(student)

@@ -5,7 +5,7 @@ caption describes; then UNet and text encoder together on the latents of caption
 Diffusion's schedule). One caption in ten is empty, for classifier-free guidance.
 
 --minutes ends the command early; the same command then goes on where it stopped, from the state in --work. It may name
-another number of steps; flowdistill.json records from which step on which number was planned.
+another number of steps or rate; flowdistill.json records from which step on which were planned.
 """
 
 from __future__ import annotations
@@ -44,19 +44,28 @@ def build_tokenizer() -> CLIPTokenizer:
         for label in range(shapes.NUM_CLASSES):
             words.update(shapes.caption(label, phrasing).replace(",", " ").split())
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[str] = []
-    for word in sorted(words, key=lambda word: (-len(word), word)):
+    order = sorted(words, key=lambda word: (-len(word), word))
+    merges = word_merges(order)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), BOS, EOS]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    while True:
+        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=word_merges(order), model_max_length=MAX_TOKENS)
+        # A word falls apart when another word's merge of its inner letters comes first: "re" of "red" splits "green".
+        split = [word for word in order if len(tokenizer.tokenize(word)) > 1]
+        if not split:
+            return tokenizer
+        order = [*split, *(word for word in order if word not in split)]
+
+
+def word_merges(words: list[str]) -> list[tuple[str, str]]:
+    """The merges that put each word together from its first letter on, in the order of the words."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
-            merge = f"{parts[0]} {parts[1]}"
+            merges[parts[0], parts[1]] = None
             parts = [parts[0] + parts[1], *parts[2:]]
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append(parts[0])
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*tokens, BOS, EOS]))}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=MAX_TOKENS)
+    return list(merges)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -110,15 +119,15 @@ class Training:
         self.average = {key: value.detach().clone() for key, value in modules.named_parameters()}
         self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         self.step, self.seconds = 0, 0.0
-        self.plans = [[0, steps]]  # from which step on the rate falls to zero at which
+        self.plans = [[0, steps, lr]]  # from which step on: at which step the rate ends, and where it started
         if self.file.is_file():
             state = torch.load(self.file, weights_only=True)
             modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
             self.plans = state["plans"]
-            if self.plans[-1][1] != steps:
-                self.plans.append([self.step, steps])
+            if self.plans[-1][1:] != [steps, lr]:
+                self.plans.append([self.step, steps, lr])
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,10 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "shapes/classifier": (
         ("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py classifier",
     ),
-    "shapes/judge": (("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py judge"),
+    "shapes/judge": (
+        ("config.json", "model.safetensors"),
+        "python scripts/train_shapes_networks.py judge --teacher assets/shapes/teacher",
+    ),
     "shapes/teacher": (_TEXT_TO_IMAGE, "python scripts/train_shapes_teacher.py --out assets/shapes/teacher"),
     "shapes/turbo": (_TEXT_TO_IMAGE, "python scripts/make_shapes_turbo.py runs/shapes-dmd2 --out assets/shapes/turbo"),
 }

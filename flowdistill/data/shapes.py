@@ -196,7 +196,7 @@ def draw_shapes(classes: Tensor, seed: int) -> Tensor:
 
 
 def make_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` images, every class as often up to one image, in random order, and their classes int64 (count,)."""
+    """``count`` images, in random order, and their classes int64 (count,): each as often, the first ones once more."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     classes = (torch.arange(count) % NUM_CLASSES)[order]
     return draw_shapes(classes, seed + 1_000_003), classes
