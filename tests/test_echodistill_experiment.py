@@ -1,6 +1,7 @@
 """The experiment that compares EchoDistill with simpler ways: its settings and its table."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def script():
     spec = importlib.util.spec_from_file_location("echodistill_experiment", ROOT / "scripts/echodistill_experiment.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
