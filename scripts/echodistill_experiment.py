@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
-from flowdistill.data.shapes_concepts import CONCEPTS, held_out_prompts
+from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, held_out_prompts
 from flowdistill.data.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
 from flowdistill.methods.echodistill import EchoDistill
 from flowdistill.methods.noise_levels import NoiseLevels
@@ -37,6 +37,7 @@ from flowdistill.training.run import distill
 CONFIG = "configs/shapes/echodistill.yaml"
 IMAGES = 96  # of the concept alone, and as many in its contexts
 OLD = 216  # one of each class
+FEWER = 2  # at many steps: half as many
 Sampler = Callable[[Sequence[str], int], Tensor]
 
 
@@ -56,16 +57,20 @@ class Case:
     def overrides(self, name: str) -> list[str]:
         subject, shown = f"<new1> {self.word}", [f"a <new1> {self.word}"]
         shown += [prompt for prompt, _ in held_out_prompts(subject)[:3]]
+        places = [CONTEXTS[0].format(subject, background) for background in shapes.BACKGROUNDS]
         return [
             f"seed={self.seed}", f"output_dir={self.folder / f'{self.concept}-{self.seed}-{name}'}",
             f"method.instance_data_dir=assets/shapes/concepts/{self.concept}",
             f'method.instance_prompt="a {subject}"', f"method.initializer_token={self.word}",
-            f"method.validation_prompts={json.dumps(shown)}", *self.extra,
+            f"method.validation_prompts={json.dumps(shown)}", f"method.student_prompts={json.dumps(places)}",
+            *self.extra,
         ]  # fmt: skip
 
 
-def measure(sample: Sampler, word: str, concept: str, subject: str) -> dict[str, float]:
-    """The three figures, and the background alone; ``subject`` is what the prompts call the concept."""
+def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, float]:
+    """The three figures, and the background alone, of 1 / ``share`` of the images; ``subject`` is what the prompts call
+    the concept."""
+    images_each, old_images = IMAGES // share, OLD // share
     judge, classifier = load_shapes_judge(), load_shapes_classifier()
     target, grounds = JUDGE_HEADS["object"].index(concept), list(shapes.BACKGROUNDS)
 
@@ -73,13 +78,13 @@ def measure(sample: Sampler, word: str, concept: str, subject: str) -> dict[str,
         return judge.answers(images)["object"].argmax(1) == target
 
     alone = [f"a {subject}", f"a photo of a {subject}"]
-    found = objects(sample([alone[i % 2] for i in range(IMAGES)], 1))
+    found = objects(sample([alone[i % 2] for i in range(images_each)], 1))
     places = held_out_prompts(subject)
-    listed = [places[i % len(places)] for i in range(IMAGES)]
+    listed = [places[i % len(places)] for i in range(images_each)]
     images = sample([prompt for prompt, _ in listed], 2)
     wanted = torch.tensor([grounds.index(background) for _, background in listed])
     placed = judge.answers(images)["background"].argmax(1) == wanted
-    old = shapes.prompt_list()[:OLD]
+    old = shapes.prompt_list()[:old_images]
     kept = classifier(sample(old, 3)).argmax(1) == classifier.prompt_labels(old)
     rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept}
     return {name: value.double().mean().item() for name, value in rates.items()}
@@ -224,7 +229,8 @@ def main() -> None:
                 for model, sample in MODELS[key](case).items():
                     subject = case.word if key == "before" else f"<new1> {case.word}"
                     line = {"model": model, "key": key, "concept": concept, "seed": seed}
-                    line |= measure(sample, case.word, concept, subject)
+                    many = "teacher" in model and "one step" not in model
+                    line |= measure(sample, concept, subject, FEWER if many else 1)
                     lines.append(line)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with file.open("a") as output:
