@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flowdistill import __version__
+from flowdistill.arguments import Parser, at_least, integers, positive
 from flowdistill.errors import UserError
 from flowdistill.leave import leave
 
@@ -277,52 +278,12 @@ def _is_main() -> bool:
 # --- the arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with this command's own form of an error, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"flowdistill: error: {message} (see '{self.prog} --help')\n")
-
-
-def _at_least(low: int) -> Any:
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}") from None
-        if number < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {number}")
-        return number
-
-    return convert
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
-    return number
-
-
-def _integers(low: int) -> Any:
-    def convert(text: str) -> list[int]:
-        parts = text.split(",")
-        if not all(part.strip().isdecimal() and int(part) >= low for part in parts):
-            raise argparse.ArgumentTypeError(f"must be integers of at least {low} such as 1,2,4, not {text!r}")
-        return [int(part) for part in parts]
-
-    return convert
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flowdistill", description="Distil a diffusers pipeline into a one-step generator.")
+    parser = Parser(prog="flowdistill", description="Distil a diffusers pipeline into a one-step generator.")
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, run: Any, target: Any, help: str, description: str, examples: Sequence[str]) -> _Parser:
+    def command(name: str, run: Any, target: Any, help: str, description: str, examples: Sequence[str]) -> Parser:
         epilog = "examples:\n" + "\n".join(f"  flowdistill {name} {example}" for example in examples)
         form = argparse.RawDescriptionHelpFormatter
         added = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=form)
@@ -346,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
-    plan.add_argument("--gpu-memory", metavar="GIB", type=_positive, help="memory of the GPU in GiB")
+    plan.add_argument("--gpu-memory", metavar="GIB", type=positive, help="memory of the GPU in GiB")
 
     sample = command(
         "sample", _sample, lambda args: args.out, "generate images",
@@ -356,15 +317,15 @@ def _parser() -> argparse.ArgumentParser:
          "assets/digits-flow --steps 10 --num-images 30 --labels 3,7,9 --out grid.png"],
     )
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
-    sample.add_argument("--num-images", metavar="N", type=_at_least(1), required=True, help="images to make")
+    sample.add_argument("--num-images", metavar="N", type=at_least(1), required=True, help="images to make")
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
     what = sample.add_mutually_exclusive_group()
-    what.add_argument("--labels", metavar="0,1,2", type=_integers(0), help="labels to cycle through (default: all)")
+    what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
     what.add_argument("--prompts", metavar="FILE", help="text-to-image models: a prompt a line, or .jsonl")
-    sample.add_argument("--seed", type=_at_least(0), default=0, help="seed of the noise (default: 0)")
-    sample.add_argument("--steps", metavar="N", type=_at_least(1), help="steps of a pipeline (default: 50)")
+    sample.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
     sample.add_argument("--guidance-scale", metavar="G", type=float, help="default: the student's own, or 1")
-    sample.add_argument("--batch-size", metavar="N", type=_at_least(1), default=64, help="images a call (default: 64)")
+    sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
     sample.add_argument("--device", help="default: the GPU when there is one")
 
     evaluate = command(
@@ -375,17 +336,17 @@ def _parser() -> argparse.ArgumentParser:
          "runs/my-run --features inception --weights inception.pt --reference images/"],
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
-    evaluate.add_argument("--num-images", metavar="N", type=_at_least(2), help="images of each model (default: 10000)")
+    evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
     evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: digits)")
     evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: digits)")
     evaluate.add_argument("--weights", metavar="FILE", help="local weights of the feature extractor 'inception'")
-    evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=_integers(1), help="default: 1,2,4,10,50")
+    evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
     evaluate.add_argument("--guidance-scale", metavar="G", type=float, help="default: the run's or the student's own")
-    evaluate.add_argument("--seed", type=_at_least(0), default=0, help="seed of the noise (default: 0)")
-    evaluate.add_argument("--batch-size", metavar="N", type=_at_least(1), help="images a call (default: 250)")
+    evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--device", help="default: the GPU when there is one")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
 
@@ -406,5 +367,5 @@ def _parser() -> argparse.ArgumentParser:
         ["assets/digits-flow", "google/ddpm-cifar10-32"],
     )
     inspect.add_argument("pipeline", metavar="PIPELINE", help="pipeline folder or hub id")
-    inspect.add_argument("--null-label", metavar="K", type=_at_least(0), help="label that means 'no class'")
+    inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
     return parser

@@ -85,6 +85,8 @@ RUNS = {
     "dmd2, half teacher": ("sd", {"name": "dmd2", "critic_updates": 2}, {"dtype": "bfloat16"}),
     "sid, no guidance": ("ddim", {"name": "sid"}, {}),
     "lora critic": ("flux-dev", {"name": "freeflow", "critic": "lora", "critic_lora_rank": 2}, {"dtype": "bfloat16"}),
+    "lora student": ("dit", {"name": "dmd2", "student": "lora", "critic": "lora", "lora": {"rank": 2}},
+                     {"dtype": "bfloat16"}),
     "disback": ("dit", {"name": "disback", "degradation_steps": 1, "degradation_every": 1}, {"dtype": "float16"}),
     "disback, more nodes": ("edm", {"name": "disback", "degradation_steps": 2, "degradation_every": 1}, {}),
 }

@@ -90,7 +90,7 @@ def teacher_pairs(
     content = _read(file)
     if content is None:  # another machine's main process wrote it to another disk
         content = _generate(teacher, count, steps, guidance_scale, seed)
-    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"])
+    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
 
 
 def _key(teacher: Teacher, *settings: float) -> str:

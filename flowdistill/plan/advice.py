@@ -40,11 +40,14 @@ def _smaller_batches(config: RunConfig) -> Sequence[str]:
     return [] if more is None else [f"train.gradient_accumulation={more}"]
 
 
-def _lora_critic(config: RunConfig) -> Sequence[str]:
-    for prefix, settings in (("method", config.method), ("method.host", getattr(config.method, "host", None))):
-        if getattr(settings, "critic", None) == "full":
-            return [f"{prefix}.critic=lora"]
-    return []
+def _low_rank(role: str) -> Callable[[RunConfig], Sequence[str]]:
+    def overrides(config: RunConfig) -> Sequence[str]:
+        for prefix, settings in (("method", config.method), ("method.host", getattr(config.method, "host", None))):
+            if getattr(settings, role, None) == "full":
+                return [f"{prefix}.{role}=lora"]
+        return []
+
+    return overrides
 
 
 OPTIONS = (
@@ -52,7 +55,8 @@ OPTIONS = (
     Option("passes in half precision", _half_passes),
     Option("activations recomputed", _checkpointing),
     Option("smaller micro-batches", _smaller_batches),
-    Option("a low-rank critic", _lora_critic),
+    Option("a low-rank critic", _low_rank("critic")),
+    Option("a low-rank student", _low_rank("student")),
 )
 """In the order in which they are tried: those that change what is learned come last."""
 

@@ -1,0 +1,52 @@
+"""The command line's parser, and what its arguments are read by."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this command's own form of an error, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"flowdistill: error: {message} (see '{self.prog} --help')\n")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Of an integer that is ``low`` or more."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}") from None
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {number}")
+        return number
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
+    return number
+
+
+def integers(low: int) -> Callable[[str], list[int]]:
+    """Of integers of ``low`` or more, separated by commas."""
+
+    def convert(text: str) -> list[int]:
+        parts = text.split(",")
+        if not all(part.strip().isdecimal() and int(part) >= low for part in parts):
+            raise argparse.ArgumentTypeError(f"must be integers of at least {low} such as 1,2,4, not {text!r}")
+        return [int(part) for part in parts]
+
+    return convert
