@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 from flowdistill.errors import UserError
 
@@ -54,3 +57,31 @@ def asset_path(name: str) -> Path:
     if missing:
         raise UserError(f"the asset {name!r} lacks {folder / missing[0]}; make it with: {command}")
     return folder
+
+
+def load_network(kind: type[Any], folder: str | os.PathLike[str], what: str) -> Any:
+    """The network in a folder with ``config.json`` and ``model.safetensors``, frozen, in eval mode, on the CPU.
+
+    Args:
+        kind: its class, made from the ``architecture`` in the config.
+        what: words for it, for messages.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the network its config describes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config_file, weights_file = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise UserError(f"{folder} is no {what}: {file.name} is missing")
+    try:
+        model = kind(**json.loads(config_file.read_text(encoding="utf-8"))["architecture"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config_file} does not describe a {what}: {error!r}") from error
+    try:
+        model.load_state_dict(load_file(weights_file))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{weights_file} is damaged or does not fit {config_file.name}: {error}") from error
+    return model.eval().requires_grad_(False)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowdistill.data.assets import asset_path
+from flowdistill.data.assets import asset_path, load_network
 from flowdistill.errors import UserError
 
 
@@ -107,16 +104,4 @@ def load_digits_classifier(path: str | Path | None = None) -> DigitsClassifier:
         UserError: a file is missing, damaged, or does not fit the network its config describes.
     """
     folder = asset_path("digits-classifier") if path is None else Path(path)
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise UserError(f"{folder} is no digit classifier: {file.name} is missing")
-    try:
-        model = DigitsClassifier(**json.loads(config_file.read_text())["architecture"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} does not describe a digit classifier: {error!r}") from error
-    try:
-        model.load_state_dict(load_file(weights_file))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{weights_file} is damaged or does not fit {config_file.name}: {error}") from error
-    return model.eval().requires_grad_(False)
+    return load_network(DigitsClassifier, folder, "digit classifier")

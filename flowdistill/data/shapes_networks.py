@@ -7,18 +7,15 @@ learnt one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowdistill.data import shapes
-from flowdistill.data.assets import asset_path
+from flowdistill.data.assets import asset_path, load_network
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept
 from flowdistill.errors import UserError
 
@@ -193,25 +190,10 @@ def load_shapes_classifier(path: str | Path | None = None) -> ShapesClassifier:
     Raises:
         UserError: a file is missing, damaged, or does not fit the network its config describes.
     """
-    return _load(ShapesClassifier, asset_path("shapes/classifier") if path is None else Path(path))
+    folder = asset_path("shapes/classifier") if path is None else path
+    return load_network(ShapesClassifier, folder, "classifier of shapes")
 
 
 def load_shapes_judge(path: str | Path | None = None) -> ShapesNet:
     """The judge, frozen, as :func:`load_shapes_classifier`."""
-    return _load(ShapesNet, asset_path("shapes/judge") if path is None else Path(path))
-
-
-def _load(kind: type[ShapesNet], folder: Path) -> ShapesNet:
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise UserError(f"{folder} is no network of the shapes: {file.name} is missing")
-    try:
-        model = kind(**json.loads(config_file.read_text(encoding="utf-8"))["architecture"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config_file} does not describe a network of the shapes: {error!r}") from error
-    try:
-        model.load_state_dict(load_file(weights_file))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{weights_file} is damaged or does not fit {config_file.name}: {error}") from error
-    return model.eval().requires_grad_(False)
+    return load_network(ShapesNet, asset_path("shapes/judge") if path is None else path, "judge of shapes")

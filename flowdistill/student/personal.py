@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
+from flowdistill.evaluation.files import atomic_folder
 from flowdistill.student.flow_map import Student, StudentInfo
 from flowdistill.student.generator import Generator, generated
 from flowdistill.student.storage import PERSONAL
@@ -77,19 +77,12 @@ def save_adaptation(
     folder: Path, backbone: nn.Module, encoder: TokenEncoder, description: dict[str, Any] | None = None
 ) -> None:
     """The LoRA of an adapted backbone and the word of its encoder as a folder; an older one is replaced at once."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=lora_tensors(backbone))
-    row = encoder.words.row.detach().cpu()[None].contiguous()  # (1, D): other programs refuse (D,)
-    save_file({encoder.token: row}, partial / EMBEDDINGS, metadata={"format": "pt"})
-    if description is not None:
-        (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as partial:
+        StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=lora_tensors(backbone))
+        row = encoder.words.row.detach().cpu()[None].contiguous()  # (1, D): other programs refuse (D,)
+        save_file({encoder.token: row}, partial / EMBEDDINGS, metadata={"format": "pt"})
+        if description is not None:
+            (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowdistill.errors import UserError
+from flowdistill.evaluation.files import atomic_folder
 from flowdistill.path import path_from_scheduler
 from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
 from flowdistill.student.generator import Generator
@@ -82,26 +82,19 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         "text": None if student.prompts is None else _describe_prompts(student.prompts),
         "settings": info.settings,
     }
-    partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    network.velocity.backbone.save_config(partial / "backbone")
-    student.scheduler.save_pretrained(partial / "scheduler")
-    if isinstance(student.codec, VaeCodec):
-        student.codec.vae.save_pretrained(partial / "vae")
-    if student.prompts is not None:
-        student.prompts.text.save(partial / "text")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    if network.velocity.lora is not None:  # what trained by itself, and the teacher's weights in their own type
-        weights, base = split(weights)
-        save_file(base, partial / BASE, metadata={"format": "pt"})
-    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(target) as partial:
+        network.velocity.backbone.save_config(partial / "backbone")
+        student.scheduler.save_pretrained(partial / "scheduler")
+        if isinstance(student.codec, VaeCodec):
+            student.codec.vae.save_pretrained(partial / "vae")
+        if student.prompts is not None:
+            student.prompts.text.save(partial / "text")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        if network.velocity.lora is not None:  # what trained by itself, and the teacher's weights in their own type
+            weights, base = split(weights)
+            save_file(base, partial / BASE, metadata={"format": "pt"})
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
