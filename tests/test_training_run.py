@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 import flowdistill
 from flowdistill import UserError
-from flowdistill.config import load_config, save_config
+from flowdistill.config import TrainConfig, load_config, save_config
 from flowdistill.evaluation import Report, Row
+from flowdistill.evaluation.files import atomic_folder
 from flowdistill.methods import METHODS
+from flowdistill.methods.echodistill import EchoDistill
 from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
 from tests.tiny import tiny_unet_pipeline
@@ -224,3 +228,44 @@ def test_the_shipped_launch_configs_are_read_by_accelerate():
         "fsdp2": ("FSDP", "bf16"),
     }
     assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+
+
+def test_a_kill_after_the_last_checkpoint_leaves_no_older_student(tmp_path, measured, monkeypatch):
+    """The student and report of a shorter run must not pass for those of the longer one."""
+    folder, weights = tmp_path / "run", tmp_path / "run" / "student" / "model.safetensors"
+    distill(make_config(folder))
+    short = weights.read_bytes()
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowdistill.training.run._save_student", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(make_config(folder, steps=12))
+    assert checkpoints(folder / "checkpoints")[-1][0] == 12 and weights.read_bytes() == short
+    assert not (folder / "report.json").exists() and not (folder / "samples" / "final.png").exists()
+    run = distill(make_config(folder, steps=12))
+    assert run.report is not None and (folder / "samples" / "final.png").is_file()
+    distill(make_config(tmp_path / "whole", steps=12))
+    assert weights.read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes() != short
+
+
+def test_a_method_may_refuse_shards():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    with pytest.raises(UserError, match="echodistill cannot be sharded"):
+        prepare_roles(EchoDistill.__new__(EchoDistill), TrainConfig(), "fp32", accelerator)
+
+
+def test_a_folder_is_replaced_only_once_it_is_complete(tmp_path):
+    target = tmp_path / "student"
+    with atomic_folder(target) as new:
+        (new / "a").write_text("1")
+    with pytest.raises(OSError), atomic_folder(target) as new:
+        (new / "a").write_text("2")
+        raise OSError("no space left")
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target) as new:
+        (new / "b").write_text("3")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"] and (target / "b").read_text() == "3"
+    assert not (target / "a").exists()

@@ -37,7 +37,8 @@ class Method(Protocol):
 
     A class behind the name in ``flowdistill.methods.METHODS`` also has ``Config``, the dataclass of its settings, and
     is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``. A ``Config`` may have
-    ``check_steps(steps)``, which returns a warning about the length of a run or None, or raises UserError.
+    ``check_steps(steps)``, which returns a warning about the length of a run or None, or raises UserError. ``shards =
+    False`` on the class refuses FSDP.
     """
 
     name: str

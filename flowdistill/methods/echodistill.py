@@ -57,6 +57,7 @@ class EchoDistill:
 
     name = "echodistill"
     Config = EchoDistillConfig
+    shards = False  # its pictures are made by the main process alone
 
     def __init__(self, config: EchoDistillConfig, teacher: Teacher, student: Any = None) -> None:
         """``student``: a live pipeline in the place of ``config.student``."""

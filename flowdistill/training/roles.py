@@ -76,8 +76,8 @@ def prepare_roles(
     """Place the method on the accelerator's device and wrap its networks.
 
     Raises:
-        UserError: a launcher that is not supported, weights that are not float32, nothing to train, or gradient
-            checkpointing for a network that has none, or adapters on a teacher that is away at times.
+        UserError: a launcher that is not supported, or not by this method, weights that are not float32, nothing to
+            train, gradient checkpointing for a network that has none, or adapters on a teacher that is away at times.
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -85,6 +85,9 @@ def prepare_roles(
             f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
             "(MULTI_GPU) or FSDP with fsdp_version 2"
         )
+    if kind == DistributedType.FSDP and not getattr(method, "shards", True):
+        raise UserError(f"the method {method.name} cannot be sharded (FSDP); use one process, or several with whole "
+                        "networks (MULTI_GPU)")
     roles = method.roles()
     check_not_shared(method.teacher, [role.network for role in roles.values()])
     method.to(accelerator.device)

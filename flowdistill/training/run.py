@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from flowdistill.evaluation import Report
 
 REPORT = "report.json"
+FINAL = Path("samples") / "final.png"
+"""Written last of what shows a finished student; gone from the run folder as soon as training goes on."""
 FREE = frozenset(
     f"train.{name}"
     for name in (
@@ -114,22 +116,27 @@ def distill_one(config: RunConfig) -> Run:
     processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step
+    if before < config.train.steps:
+        processes.on_main(lambda: withdraw_results(folder))
     trainer.train()
     run = Run(folder, trainer.step, trainer.completed, trainer.interrupted)
     concluding = run.completed and isinstance(method, Concluding)
-    unpublished = concluding and not (folder / "student" / "README.md").is_file()
-    if trainer.step > before or unpublished or not (folder / "student").is_dir():
+    # A run that was killed after its last checkpoint may still have the student of an earlier stop.
+    outdated = trainer.step > before or not processes.on_main((folder / FINAL).is_file)
+    if concluding and not (folder / "student" / "README.md").is_file():  # the last file that such a method writes
+        outdated = True
+    if outdated:
         if concluding:
             method.conclude(trainer.step, folder)
         _save_student(trainer)
         if concluding:
             processes.on_main(lambda: method.publish(folder))
     if run.completed:
-        if trainer.step > before or not (folder / "samples" / "final.png").is_file():
-            trainer.save_samples("final.png")
+        if outdated:
             _save_comparison(trainer, teacher)
+            trainer.save_samples(FINAL.name)
         if config.evaluation.at_end:
-            reuse = trainer.step == before and same_evaluation
+            reuse = not outdated and same_evaluation
             run.report = make_report(folder, teacher, accelerator, reuse)
             if accelerator.is_main_process:
                 print(run.report)
@@ -239,6 +246,13 @@ def write_config(folder: Path, config: RunConfig) -> None:
     with disk_errors(str(folder / "config.yaml")):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
+
+
+def withdraw_results(folder: Path) -> None:
+    """Remove what shows the student of an earlier end: after a kill it must not pass for the new one's."""
+    with disk_errors(str(folder)):
+        for file in (FINAL, REPORT):
+            (folder / file).unlink(missing_ok=True)
 
 
 def _save_student(trainer: Trainer) -> None:

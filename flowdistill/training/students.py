@@ -18,6 +18,7 @@ from flowdistill.methods.tsm import Tsm
 from flowdistill.student import is_student_folder, load_student, write_manifest
 from flowdistill.training.checkpoint import checkpoints, disk_errors
 from flowdistill.training.run import (
+    FINAL,
     Run,
     check_folder,
     distill_one,
@@ -25,6 +26,7 @@ from flowdistill.training.run import (
     make_accelerator,
     make_report,
     resolved,
+    withdraw_results,
     write_config,
 )
 
@@ -71,6 +73,7 @@ def distill_students(config: RunConfig) -> Run:
         if run is start and config.method.tsm_steps == 0:
             _save_untrained(run)
             continue
+        processes.on_main(lambda: withdraw_results(folder))
         done = distill_one(run)
         steps, trained = steps + done.steps, True
         if not done.completed:
@@ -90,7 +93,9 @@ def is_complete(run: RunConfig) -> bool:
     if not is_student_folder(folder):
         return False
     found = checkpoints(folder / "checkpoints")
-    return found[-1][0] >= run.train.steps if found else run.method.name == Tsm.name
+    if not found:
+        return run.method.name == Tsm.name
+    return found[-1][0] >= run.train.steps and (folder / FINAL).is_file()
 
 
 def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partition:
@@ -156,13 +161,13 @@ def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse:
     processes.on_main(manifest)
     teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
     pictures = folder / "samples"
-    if not reuse or not (pictures / "final.png").is_file():
+    if not reuse or not (folder / FINAL).is_file():
         student = load_student(folder, device)
 
         def draw() -> None:
-            save_samples(student, pictures / "final.png", config.train.num_samples)
             with disk_errors(str(pictures / "comparison.png")):
                 save_comparison(teacher, student, pictures / "comparison.png")
+            save_samples(student, folder / FINAL, config.train.num_samples)
 
         processes.on_main(draw)
     if not config.evaluation.at_end:
