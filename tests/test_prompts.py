@@ -13,6 +13,12 @@ from flowdistill.training.draw import Draw
 from tests.families import PROMPTS, sdxl, stable_diffusion
 
 
+@pytest.fixture(autouse=True)
+def no_embeddings_of_other_tests(tmp_path, monkeypatch):
+    """What counts as encoded must not depend on which tests came before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd") / "pipeline"
