@@ -87,8 +87,8 @@ def build_autoencoder() -> AutoencoderKL:
 
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 96), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8, cross_attention_dim=64, attention_head_dim=4,
     )
 
@@ -264,13 +264,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/shapes/teacher"), help="pipeline folder to write")
     parser.add_argument("--work", type=Path, default=Path("runs/shapes-teacher"), help="folder of its state, to go on")
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--vae-batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
+    parser.add_argument("--threads", type=int, default=2, help="fixed, because sums depend on it in the last bit")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
     args = parser.parse_args()
     deadline = time.monotonic() + 60.0 * args.minutes

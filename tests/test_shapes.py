@@ -319,7 +319,7 @@ def agreement(images: torch.Tensor, prompts: list[str]) -> float:
 @shipped("turbo")
 def test_pipelines_are_small_and_know_the_worlds_words(pipelines):
     files = [file for name in pipelines for file in asset_path(f"shapes/{name}").rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 8e6
+    assert sum(file.stat().st_size for file in files) < 14e6
     for pipeline in pipelines.values():
         assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
         words = pipeline.tokenizer.tokenize("a photo of an orange star on a gray background")

@@ -159,17 +159,16 @@ def tint(colours: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def place(shape: Tensor, pattern: Tensor, first: Tensor, second: Tensor, ground: Tensor, seed: int) -> Scenes:
-    """Scenes of these objects (N,) in these colours (N, 3; 255ths), at random places and sizes, a little turned."""
+    """Scenes of objects (N,) in colours (N, 3; 255ths), near the middle, in slightly different sizes and turns."""
     generator, rows = torch.Generator().manual_seed(seed), len(shape)
 
-    def moved(room: Tensor) -> Tensor:
-        return SIZE / 2.0 + room * uniform(generator, rows, -1.0, 1.0)
+    def centre() -> Tensor:
+        return SIZE / 2.0 + uniform(generator, rows, -2.0, 2.0)
 
-    radius = uniform(generator, rows, 9.0, 13.0)
-    room = SIZE / 2.0 - 1.5 - 0.9 * radius
+    radius = uniform(generator, rows, 11.0, 13.0)
     return Scenes(
         shape, pattern, tint(first, generator), tint(second, generator), tint(ground, generator),
-        moved(room), moved(room), radius, uniform(generator, rows, -0.2, 0.2),
+        centre(), centre(), radius, uniform(generator, rows, -0.12, 0.12),
     )
 
 
