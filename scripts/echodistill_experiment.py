@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
-from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, held_out_prompts
+from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, held_out_prompts, references
 from flowdistill.data.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
 from flowdistill.methods.echodistill import EchoDistill
 from flowdistill.methods.noise_levels import NoiseLevels
@@ -57,7 +58,7 @@ class Case:
     def overrides(self, name: str) -> list[str]:
         subject, shown = f"<new1> {self.word}", [f"a <new1> {self.word}"]
         shown += [prompt for prompt, _ in held_out_prompts(subject)[:3]]
-        places = [CONTEXTS[0].format(subject, background) for background in shapes.BACKGROUNDS]
+        places = [shown[0], *(CONTEXTS[0].format(subject, background) for background in shapes.BACKGROUNDS)]
         return [
             f"seed={self.seed}", f"output_dir={self.folder / f'{self.concept}-{self.seed}-{name}'}",
             f"method.instance_data_dir=assets/shapes/concepts/{self.concept}",
@@ -68,8 +69,8 @@ class Case:
 
 
 def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, float]:
-    """The three figures, and the background alone, of 1 / ``share`` of the images; ``subject`` is what the prompts call
-    the concept."""
+    """The three figures, the background alone and the likeness, of 1 / ``share`` of the images; ``subject`` is what the
+    prompts call the concept. Likeness: mean cosine of the judge's features of the concept alone to the references'."""
     images_each, old_images = IMAGES // share, OLD // share
     judge, classifier = load_shapes_judge(), load_shapes_classifier()
     target, grounds = JUDGE_HEADS["object"].index(concept), list(shapes.BACKGROUNDS)
@@ -77,8 +78,12 @@ def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict
     def objects(images: Tensor) -> Tensor:
         return judge.answers(images)["object"].argmax(1) == target
 
+    def features(images: Tensor) -> Tensor:
+        return F.normalize(judge.features(images), dim=1)
+
     alone = [f"a {subject}", f"a photo of a {subject}"]
-    found = objects(sample([alone[i % 2] for i in range(images_each)], 1))
+    shown = sample([alone[i % 2] for i in range(images_each)], 1)
+    found, likeness = objects(shown), features(shown) @ features(references(concept)[0]).T
     places = held_out_prompts(subject)
     listed = [places[i % len(places)] for i in range(images_each)]
     images = sample([prompt for prompt, _ in listed], 2)
@@ -86,7 +91,8 @@ def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict
     placed = judge.answers(images)["background"].argmax(1) == wanted
     old = shapes.prompt_list()[:old_images]
     kept = classifier(sample(old, 3)).argmax(1) == classifier.prompt_labels(old)
-    rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept}
+    rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept,
+             "likeness": likeness}
     return {name: value.double().mean().item() for name, value in rates.items()}
 
 
@@ -146,17 +152,19 @@ def on_the_student(case: Case, name: str, word_only: bool, last: bool) -> dict[s
     return {name: one_step(network.velocity, lambda p: student.encode(prompts=p), base, student.t_start)}
 
 
-def echodistill(case: Case, name: str, changes: Sequence[str]) -> dict[str, Sampler]:
-    """A run of the command, read back from its folder: the student, and the teacher at many steps and at one."""
+def echodistill(case: Case, name: str, changes: Sequence[str], teacher_too: bool = False) -> dict[str, Sampler]:
+    """A run of the command, read back from its folder: the student, and perhaps the teacher at many steps and one."""
     overrides = [*case.overrides(name.replace(" ", "-").replace(",", "")), *changes]
     run, config = distill(CONFIG, overrides), load_config(CONFIG, overrides).method
     student = load_student(run.output_dir)
-    teacher = load_teacher(load_adapted_pipeline(load_config(CONFIG, overrides).teacher.source,
-                                                 run.output_dir / "teacher"))
 
     def sample(prompts: Sequence[str], seed: int) -> Tensor:
         return student.generate(prompts=prompts, seed=seed)
 
+    if not teacher_too:
+        return {name: sample}
+    teacher = load_teacher(load_adapted_pipeline(load_config(CONFIG, overrides).teacher.source,
+                                                 run.output_dir / "teacher"))
     return {
         name: sample,
         f"{name}: teacher": many_steps(teacher, config.teacher_steps, config.teacher_guidance_scale),
@@ -172,8 +180,8 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "lora_last": lambda case: on_the_student(
         case, "LoRA DreamBooth on the student, last time only", word_only=False, last=True
     ),
-    "no_echo": lambda case: echodistill(case, "EchoDistill, no echo", [NO_ECHO]),
-    "echo": lambda case: echodistill(case, "EchoDistill", []),
+    "no_echo": lambda case: echodistill(case, "EchoDistill, no echo", [NO_ECHO], teacher_too=True),
+    "echo": lambda case: echodistill(case, "EchoDistill", [], teacher_too=True),
     "no_prior": lambda case: echodistill(
         case, "no prior", [NO_ECHO, "method.prior_loss_weight=0", "method.teacher_prior_loss_weight=0"]
     ),
@@ -197,14 +205,17 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         groups[line["model"]].append(line)
-    columns = ("alone", "in_context", "background", "old_prompts")
-    text = ["| model | runs | concept alone | concept in context | its background | old prompts |", "|" + "---|" * 6]
+    columns = ("alone", "in_context", "background", "old_prompts", "likeness")
+    text = ["| model | runs | concept alone | concept in context | its background | old prompts | likeness |",
+            "|" + "---|" * 7]
     for model, rows in groups.items():
         cells = []
         for column in columns:
-            values = [100 * row[column] for row in rows]
+            factor, form, unit = (1, ".2f", "") if column == "likeness" else (100, ".0f", " %")
+            values = [factor * row[column] for row in rows]
             mean, low, high = sum(values) / len(values), min(values), max(values)
-            cells.append(f"{mean:.0f} %" if len(values) == 1 else f"{mean:.0f} % ({low:.0f} to {high:.0f})")
+            spread = "" if len(values) == 1 else f" ({low:{form}} to {high:{form}})"
+            cells.append(f"{mean:{form}}{unit}{spread}")
         text.append(f"| {model} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(text)
 

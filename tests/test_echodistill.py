@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowdistill.config import OptimizerConfig
+from flowdistill.methods.echo_stage import Pool
 from flowdistill.noise import indexed_noise
 from flowdistill.objectives import alignment
 from flowdistill.objectives import distribution_matching as dm
@@ -64,6 +65,30 @@ def test_the_adversarial_term_reaches_the_student_through_the_frozen_networks(tm
     assert gradients(method, "student")["student"]
     assert not make_method(tmp_path, **off, discriminators=[]).roles().get("discriminator")
     assert not gradients(make_method(tmp_path, **off, discriminators=[]), "student")
+
+
+def test_prompts_without_pictures_are_not_compared_with_pictures(tmp_path):
+    """A discriminator that has seen gray and white alone would teach the student never to paint pink."""
+    method = make_method(tmp_path)
+    captioned, other = method.word.ids([f"a {TOKEN} c", f"a {TOKEN} on b"])
+    draws = [Draw(0, step, rows=4) for step in range(8)]
+    ids, pictured = (torch.cat(rows) for rows in zip(*(method.concept.draw_prompts(draw, None) for draw in draws),
+                                              strict=True))
+    assert pictured.tolist() == [torch.equal(row, captioned) for row in ids] and 0 < pictured.sum() < len(ids)
+    pool = Pool(torch.rand(1, 3, 16, 16), torch.tensor([method.concept.prompts.index(f"a {TOKEN} on b")]))
+    assert all(method.concept.draw_prompts(draw, pool)[1].all() for draw in draws)
+    asked = []
+
+    def teacher(state=None, time=None, ids=None, embeds=None):
+        asked.append(ids)
+        return method.roles()["teacher"].network(ids=ids)
+
+    method.loss("discriminator", bare(method) | {"teacher": teacher}, Draw(0, 2, rows=4))
+    assert len(asked) == 1 and torch.equal(asked[0], captioned.expand(4, -1)) and not torch.equal(captioned, other)
+    off = {"latent_weight": 0.0, "identity_weight": 0.0, "texture": "none", "prior_loss_weight": 0.0}
+    method = make_method(tmp_path, **off)
+    method.concept._captions = torch.tensor([-1])  # no prompt has a picture
+    assert not gradients(method, "student")
 
 
 def test_nothing_frozen_moves_in_training(tmp_path):
@@ -151,7 +176,7 @@ def test_the_students_terms_are_their_weights_times_the_objectives(tmp_path):
                          prior_loss_weight=0.4)
     _, figures = method.loss("student", bare(method), Draw(0, 1, rows=2))
     draw, config = Draw(0, 1, rows=2), method.config
-    noise, ids = draw.normal((4, 8, 8)), method.concept.draw_ids(draw)
+    noise, (ids, pictured) = draw.normal((4, 8, 8)), method.concept.draw_prompts(draw, None)
     before, other, _, _ = method.kept.draw(draw)
     embeds = method.word(ids).detach()
     with torch.no_grad():
@@ -168,7 +193,7 @@ def test_the_students_terms_are_their_weights_times_the_objectives(tmp_path):
         "latent": (2.0 * share * 0.5 * (sample - target).square().mean((1, 2, 3))).mean().item(),
         "identity": (0.3 * share * alignment.identity_distance(seen, goal)).mean().item(),
         "texture": (0.7 * share * texture).mean().item(),
-        "adversarial": 0.2 * torch.nn.functional.softplus(-logits).mean().item(),
+        "adversarial": 0.2 * (pictured * torch.nn.functional.softplus(-logits).sum(1)).mean().item(),
     }
     assert set(figures) == set(expected)
     for name, value in expected.items():
@@ -187,7 +212,7 @@ def test_the_prior_terms_measure_the_distance_to_the_untrained_models(tmp_path):
     draw = Draw(0, 1, rows=2)
     found = method.loss("student", bare(method), draw)[1]["prior"].item()
     draw = Draw(0, 1, rows=2)
-    draw.normal((4, 8, 8)), method.concept.draw_ids(draw)
+    draw.normal((4, 8, 8)), method.concept.draw_prompts(draw, None)
     before, noise, condition, ids = method.kept.draw(draw)
     assert torch.equal(method.word(ids), condition.tensors["prompt_embeds"])
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_every_case_is_a_valid_configuration(script, concept, monkeypatch):
     assert method.instance_prompt == f"a <new1> {word}" and method.initializer_token == word
     assert Path(method.instance_data_dir).is_dir()
     assert all(word in prompt for prompt in [*method.validation_prompts, *method.student_prompts])
-    assert len(method.student_prompts) == len(shapes.BACKGROUNDS)
+    assert len(method.student_prompts) == 1 + len(shapes.BACKGROUNDS)
 
 
 def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
@@ -57,9 +57,10 @@ def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
 
 
 def test_the_table_has_mean_and_range(script):
-    each = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0}
+    each = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9}
     lines = [{"model": "a", **each}, {"model": "a", **{key: value / 2 for key, value in each.items()}},
              {"model": "b", **each}]
     rows = script.table(lines).splitlines()
-    assert rows[2] == "| a | 2 | 75 % (50 to 100) | 38 % (25 to 50) | 19 % (12 to 25) | 0 % (0 to 0) |"
-    assert rows[3] == "| b | 1 | 100 % | 50 % | 25 % | 0 % |"
+    assert rows[2] == ("| a | 2 | 75 % (50 to 100) | 38 % (25 to 50) | 19 % (12 to 25) | 0 % (0 to 0) | "
+                       "0.68 (0.45 to 0.90) |")
+    assert rows[3] == "| b | 1 | 100 % | 50 % | 25 % | 0 % | 0.90 |"

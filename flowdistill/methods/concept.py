@@ -52,9 +52,14 @@ class Concept:
         for name in ("images", "_captions", "_trained", "echo", "ids"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def draw_ids(self, draw: Draw) -> Tensor:
-        """Ids (B, L) of what the student is trained on: captions and ``student_prompts``, evenly."""
-        return self.ids[self._trained[draw.integers(len(self._trained))]]
+    def draw_prompts(self, draw: Draw, pool: Pool | None) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) of what the student is trained on, captions and ``student_prompts`` evenly, and which of them (B,)
+        have pictures. A discriminator's pictures say nothing about the other prompts."""
+        numbers = self._trained[draw.integers(len(self._trained))]
+        pictured = torch.isin(numbers, self._captions)
+        if pool is not None:
+            pictured |= torch.isin(numbers, pool.prompts.to(numbers.device))
+        return self.ids[numbers], pictured
 
     def draw(self, draw: Draw, pool: Pool | None) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) and ids (B, L); with a pool some are the student's own."""

@@ -136,7 +136,8 @@ class EchoDistill:
     def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
         config, noise = self.config, draw.normal(self.teacher.shape)
         with torch.no_grad():
-            embeds = networks["teacher"](ids=self.concept.draw_ids(draw))
+            ids, pictured = self.concept.draw_prompts(draw, self.echo.pool)
+            embeds = networks["teacher"](ids=ids)
         terms: Figures = {}
         if config.prior_loss_weight:
             before, other, condition, _ = self.kept.draw(draw)
@@ -149,14 +150,14 @@ class EchoDistill:
         terms |= self.align(networks["teacher"], draw, sample, pictures, noise, embeds)
         if self.critics:
             logits = networks["discriminator"]([eye(pictures).pooled for eye in self.critics])
-            terms["adversarial"] = config.adversarial_weight * adversarial.generator_loss(logits).sum(1)
+            terms["adversarial"] = config.adversarial_weight * pictured * adversarial.generator_loss(logits).sum(1)
         means = {name: value.mean() for name, value in terms.items()}
         return torch.stack(list(means.values())).sum(), {name: value.detach() for name, value in means.items()}
 
     def _discriminator_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
-        real, _ = self.concept.draw(draw, self.echo.pool)
+        real, ids = self.concept.draw(draw, self.echo.pool)
         with torch.no_grad():
-            embeds = networks["teacher"](ids=self.concept.draw_ids(draw))
+            embeds = networks["teacher"](ids=ids)  # so that prompts do not tell samples from pictures
             sample = self._make(networks, draw.normal(self.teacher.shape), embeds)
             pictures = torch.cat([self.teacher.codec.pixels(sample), real])
             seen = [eye(pictures).pooled for eye in self.critics]
