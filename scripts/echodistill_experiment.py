@@ -4,13 +4,14 @@
 
 Every model is judged on three things together: the concept alone (prompts without a background), the concept in places
 where no picture shows it, and old prompts. ``results.jsonl`` gets a line a model; what it has already is not made
-again. ``--table`` prints the means of all lines.
+again. ``--table`` prints the means of all lines and makes nothing, ``--write-docs`` puts them into a page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
-from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, held_out_prompts, references
+from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, draw_concept, held_out_prompts, references
 from flowdistill.data.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
+from flowdistill.errors import UserError
+from flowdistill.images import save_grid
 from flowdistill.methods.echodistill import EchoDistill
 from flowdistill.methods.noise_levels import NoiseLevels
 from flowdistill.noise import indexed_noise
@@ -38,6 +41,7 @@ from flowdistill.training.run import distill
 CONFIG = "configs/shapes/echodistill.yaml"
 IMAGES = 96  # of the concept alone, and as many in its contexts
 OLD = 216  # one of each class
+DRAWN = 64
 FEWER = 2  # at many steps: half as many
 Sampler = Callable[[Sequence[str], int], Tensor]
 
@@ -69,8 +73,11 @@ class Case:
 
 
 def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, float]:
-    """The three figures, the background alone and the likeness, of 1 / ``share`` of the images; ``subject`` is what the
-    prompts call the concept. Likeness: mean cosine of the judge's features of the concept alone to the references'."""
+    """The figures of 1 / ``share`` of the images; ``subject`` is what the prompts call the concept.
+
+    Beside the three: the background alone; likeness, the mean cosine of the judge's features of the concept alone to the
+    references'; variety, how much pictures of one background differ, as a share of how much drawn ones do.
+    """
     images_each, old_images = IMAGES // share, OLD // share
     judge, classifier = load_shapes_judge(), load_shapes_classifier()
     target, grounds = JUDGE_HEADS["object"].index(concept), list(shapes.BACKGROUNDS)
@@ -89,11 +96,20 @@ def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict
     images = sample([prompt for prompt, _ in listed], 2)
     wanted = torch.tensor([grounds.index(background) for _, background in listed])
     placed = judge.answers(images)["background"].argmax(1) == wanted
+    variety = torch.stack([
+        images[wanted == ground].std(0).mean() / draw_concept(concept, [grounds[ground]] * DRAWN, 1).std(0).mean()
+        for ground in wanted.unique().tolist()
+    ])
     old = shapes.prompt_list()[:old_images]
     kept = classifier(sample(old, 3)).argmax(1) == classifier.prompt_labels(old)
     rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept,
-             "likeness": likeness}
+             "likeness": likeness, "variety": variety}
     return {name: value.double().mean().item() for name, value in rates.items()}
+
+
+def show(sample: Sampler, subject: str, file: Path) -> None:
+    """A row of pictures: the concept alone, then in the places that no picture shows."""
+    save_grid(sample([f"a {subject}"] * 2 + [prompt for prompt, _ in held_out_prompts(subject)], 4), file, columns=8)
 
 
 def one_step(network: Any, encode: Callable[[Sequence[str]], Any], teacher: Teacher, start: float) -> Sampler:
@@ -198,6 +214,16 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip
+MAIN = tuple(MODELS)[:6]
+
+
+def compared(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the two tables by its name; the ablation's are beside the whole method in the same cases."""
+    ablation = [line for line in lines if line["key"] not in MAIN]
+    cases = {(line["concept"], line["seed"]) for line in ablation}
+    whole = [line for line in lines if line["key"] == "no_echo" and ":" not in line["model"]]
+    beside = [line for line in whole if (line["concept"], line["seed"]) in cases]
+    return {"echodistill": [line for line in lines if line["key"] in MAIN], "echodistill_ablation": beside + ablation}
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -205,13 +231,13 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         groups[line["model"]].append(line)
-    columns = ("alone", "in_context", "background", "old_prompts", "likeness")
-    text = ["| model | runs | concept alone | concept in context | its background | old prompts | likeness |",
-            "|" + "---|" * 7]
+    columns = ("alone", "in_context", "background", "old_prompts", "likeness", "variety")
+    text = ["| model | runs | concept alone | concept in context | its background | old prompts | likeness | variety |",
+            "|" + "---|" * 8]
     for model, rows in groups.items():
         cells = []
         for column in columns:
-            factor, form, unit = (1, ".2f", "") if column == "likeness" else (100, ".0f", " %")
+            factor, form, unit = (1, ".2f", "") if column in ("likeness", "variety") else (100, ".0f", " %")
             values = [factor * row[column] for row in rows]
             mean, low, high = sum(values) / len(values), min(values), max(values)
             spread = "" if len(values) == 1 else f" ({low:{form}} to {high:{form}})"
@@ -220,15 +246,27 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/echodistill-experiment"))
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS)[:2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[:6])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=MAIN)
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every run")
     parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
-    args = parser.parse_args()
+    parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="put the tables between their markers in PAGE")
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"echodistill_experiment: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make what is missing, and print the tables."""
     file = args.out / "results.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     for concept in () if args.table else args.concepts:
@@ -239,6 +277,7 @@ def main() -> None:
                     continue
                 for model, sample in MODELS[key](case).items():
                     subject = case.word if key == "before" else f"<new1> {case.word}"
+                    show(sample, subject, args.out / "pictures" / f"{concept}-{seed}" / f"{model}.png")
                     line = {"model": model, "key": key, "concept": concept, "seed": seed}
                     many = "teacher" in model and "one step" not in model
                     line |= measure(sample, concept, subject, FEWER if many else 1)
@@ -247,8 +286,14 @@ def main() -> None:
                     with file.open("a") as output:
                         output.write(json.dumps(line) + "\n")
                     print(json.dumps(line), flush=True)
-    print(table(lines))
+    for name, part in compared(lines).items():
+        text = table(part) + "\n"
+        print(text)
+        if args.write_docs:
+            from experiment_results import write_docs
+
+            write_docs(args.write_docs, name, text)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,6 +1,7 @@
 """The experiment that compares EchoDistill with simpler ways: its settings and its table."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -51,16 +52,53 @@ def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
         return torch.cat(images)
 
     perfect = script.measure(lambda prompts, seed: paint(prompts, False), "striped-star", "<new1> star", share=4)
+    likeness, variety = perfect.pop("likeness"), perfect.pop("variety")
+    assert 0.7 < variety < 1.3
     assert all(value > 0.9 for value in perfect.values()), perfect
+    plain = script.measure(lambda prompts, seed: paint(["a red star on a white background"] * len(prompts), False),
+                           "striped-star", "<new1> star", share=4)
+    assert likeness > 0.5 and plain["likeness"] < 0.4 and plain["alone"] < 0.1
     forgetful = script.measure(lambda prompts, seed: paint(prompts, True), "striped-star", "<new1> star", share=4)
     assert forgetful["alone"] > 0.9 and forgetful["in_context"] < 0.1 and forgetful["background"] < 0.1
 
 
 def test_the_table_has_mean_and_range(script):
-    each = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9}
+    each = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9, "variety": 0.5}
     lines = [{"model": "a", **each}, {"model": "a", **{key: value / 2 for key, value in each.items()}},
              {"model": "b", **each}]
     rows = script.table(lines).splitlines()
     assert rows[2] == ("| a | 2 | 75 % (50 to 100) | 38 % (25 to 50) | 19 % (12 to 25) | 0 % (0 to 0) | "
-                       "0.68 (0.45 to 0.90) |")
-    assert rows[3] == "| b | 1 | 100 % | 50 % | 25 % | 0 % | 0.90 |"
+                       "0.68 (0.45 to 0.90) | 0.38 (0.25 to 0.50) |")
+    assert rows[3] == "| b | 1 | 100 % | 50 % | 25 % | 0 % | 0.90 | 0.50 |"
+
+
+def test_the_ablation_is_beside_the_whole_method_in_its_own_cases(script, tmp_path, capsys, monkeypatch):
+    figures = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9, "variety": 0.5}
+    models = [("no_echo", "EchoDistill, no echo"), ("no_echo", "EchoDistill, no echo: teacher"), ("echo", "EchoD")]
+    lines = [{"model": model, "key": key, "concept": "striped-star", "seed": seed, **figures}
+             for key, model in models for seed in range(2)]
+    lines.append({"model": "no prior", "key": "no_prior", "concept": "striped-star", "seed": 1, **figures})
+    parts = script.compared(lines)
+    assert parts["echodistill"] == lines[:-1]
+    assert parts["echodistill_ablation"] == [lines[1], lines[-1]]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "page.md"
+    names = ("echodistill", "echodistill_ablation")
+    page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in names))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    assert script.main(["--out", str(tmp_path), "--table", "--write-docs", str(page)]) == 0
+    assert "| no prior | 1 | 100 % |" in page.read_text() and "| EchoD | 2 | 100 % (100 to 100) |" in page.read_text()
+    assert script.main(["--out", str(tmp_path), "--table", "--write-docs", str(tmp_path / "none.md")]) == 2
+    assert "none.md does not exist" in capsys.readouterr().err
+
+
+def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
+    asked = []
+
+    def paint(prompts, seed):
+        asked.extend(prompts)
+        return torch.rand(len(prompts), 3, 32, 32)
+
+    script.show(paint, "<new1> star", tmp_path / "row.png")
+    assert asked[:2] == ["a <new1> star"] * 2 and asked[2:] == [text for text, _ in held_out_prompts("<new1> star")]
+    assert (tmp_path / "row.png").is_file()
