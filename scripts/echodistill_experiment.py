@@ -75,8 +75,8 @@ class Case:
 def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, float]:
     """The figures of 1 / ``share`` of the images; ``subject`` is what the prompts call the concept.
 
-    Beside the three: the background alone; likeness, the mean cosine of the judge's features of the concept alone to the
-    references'; variety, how much pictures of one background differ, as a share of how much drawn ones do.
+    Beside the three: the background alone; likeness, the mean cosine of the judge's features of the concept alone to
+    the references'; variety, how much pictures of one background differ, as a share of how much drawn ones do.
     """
     images_each, old_images = IMAGES // share, OLD // share
     judge, classifier = load_shapes_judge(), load_shapes_classifier()

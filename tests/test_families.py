@@ -1,5 +1,8 @@
 """Every text-to-image family against its own pipeline, on tiny random pipelines of real diffusers classes."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -15,9 +18,18 @@ from diffusers import (
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw
 from flowdistill.methods.boot import Boot, BootConfig
+from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.pairs import teacher_pairs
-from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, Sid, SidConfig
+from flowdistill.methods.score_distillation import (
+    DiffInstruct,
+    DiffInstructConfig,
+    Dmd2,
+    Dmd2Config,
+    HostConfig,
+    Sid,
+    SidConfig,
+)
 from flowdistill.path import path_from_scheduler
 from flowdistill.student import FlowMap, Generator, StudentInfo, export, load_student
 from flowdistill.teacher import codec as codec_module
@@ -152,6 +164,9 @@ METHODS = {
     "DMD2, LoRA student and critic": lambda teacher, scale: Dmd2(
         Dmd2Config(guidance_scale=scale, student="lora", critic="lora", lora=LoraSettings(2)), teacher),
     "SiD": lambda teacher, scale: Sid(SidConfig(guidance_scale=scale), teacher),
+    "Diff-Instruct": lambda teacher, scale: DiffInstruct(DiffInstructConfig(guidance_scale=scale), teacher),
+    "DisBack": lambda teacher, scale: DisBack(DisBackConfig(
+        degradation_steps=1, degradation_every=1, interval=[9], host=HostConfig(guidance_scale=scale)), teacher),
 }
 
 
@@ -161,6 +176,9 @@ def train_one_step(name, method):
     teacher = teacher_of(name, **settings)[1]
     trained = METHODS[method](teacher, 2.0 if teacher.can_guide else 1.0)
     networks = {role: part.network for role, part in trained.roles().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(2 * hasattr(trained, "begin_step")):  # DisBack: to the target that is recorded at step 1
+            trained.begin_step(step, Path(folder))
     for role, network in networks.items():
         before = {key: p.detach().clone() for key, p in network.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
