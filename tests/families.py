@@ -45,6 +45,7 @@ from tests.pixel_families import (
     karras_start,
     karras_ve,
     scheduler_images,
+    sit,
     trailing_ddim,
 )
 from tests.tiny import VP, lively, vae
@@ -283,6 +284,7 @@ def edm_euler() -> EDMEulerScheduler:
 FAMILIES: dict[str, Family] = {
     "ddim": Family(ddim, trailing_ddim, scale_argument=lambda scale: {}, negative=False, start=ddim_start),
     "dit": Family(dit, trailing_ddim, negative=False, labels=[3, 7], start=ddim_start),
+    "sit": Family(sit, negative=False, labels=[3, 7], null_label=1000, loop=True),
     "edm": Family(edm, scale_argument=lambda scale: {}, negative=False, start=edm_start, loop=True),
     "edm-class": Family(lambda: edm("v_prediction", 4), negative=False, labels=[0, 2], start=edm_start, null_label=3,
                         loop=True),

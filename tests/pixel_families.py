@@ -51,6 +51,13 @@ def dit(**scheduler: Any) -> diffusers.DiTPipeline:
     return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**VP, **scheduler), id2label={0: "zero"})
 
 
+def sit() -> diffusers.DiTPipeline:
+    """What scripts/convert_sit.py writes."""
+    pipeline = dit()
+    pipeline.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    return pipeline
+
+
 def trailing_ddim(pipeline: Any) -> DDIMScheduler:
     return DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
 
@@ -71,15 +78,25 @@ def scheduler_images(
     pipeline: Any, noise: Tensor, steps: int, scale: float, labels: list[int] | None, null_label: int | None
 ) -> Tensor:
     """The loop over a stock scheduler: scale the input, ask the network, step; guidance on what the network returns."""
-    scheduler, unet = pipeline.scheduler, pipeline.unet
-    scheduler.set_timesteps(steps)
-    sample = noise * scheduler.init_noise_sigma
+    scheduler = pipeline.scheduler
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    # Even steps to 0 are SiT's own; by itself the scheduler's last but one sigma is 0.001.
+    scheduler.set_timesteps(**({"sigmas": [1 - i / steps for i in range(steps)]} if flow else
+                               {"num_inference_steps": steps}))
+    sample = noise if flow else noise * scheduler.init_noise_sigma
     given = None if labels is None else torch.tensor(labels)
+
+    def ask(x: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
+        return network(x, t.expand(len(x)), class_labels=classes).sample[:, : x.shape[1]]
+
     for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, t)
-        output = unet(scaled, t, class_labels=given).sample
+        scaled = sample if flow else scheduler.scale_model_input(sample, t)
+        output = ask(scaled, t, given)
         if given is not None and scale != 1:
-            null = unet(scaled, t, class_labels=torch.full_like(given, null_label)).sample
+            null = ask(scaled, t, torch.full_like(given, null_label))
             output = null + scale * (output - null)
         sample = scheduler.step(output, t, sample).prev_sample
+    if hasattr(pipeline, "vae"):
+        sample = pipeline.vae.decode(sample / pipeline.vae.config.scaling_factor).sample
     return (sample / 2 + 0.5).clamp(0, 1)
