@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
@@ -142,12 +144,14 @@ def before(case: Case) -> dict[str, Sampler]:
     }
 
 
-def on_the_student(case: Case, name: str, word_only: bool, last: bool) -> dict[str, Sampler]:
+def on_the_student(
+    case: Case, name: str, word_only: bool = False, last: bool = False, prior: bool = True
+) -> dict[str, Sampler]:
     """The diffusion loss on the one-step student itself, for as many steps: of its word, or of its LoRA as well."""
     config = load_config(CONFIG, case.overrides(name))
     settings = config.method
     settings.time = NoiseLevels("timestep", low=0.999) if last else settings.time
-    settings.teacher_prior_loss_weight = 0.0 if word_only else settings.prior_loss_weight
+    settings.teacher_prior_loss_weight = settings.prior_loss_weight if prior else 0.0
     torch.manual_seed(config.seed)
     base = load_teacher(settings.student, prompts=config.teacher.prompts)
     method = EchoDistill(settings, base)
@@ -191,11 +195,10 @@ def echodistill(case: Case, name: str, changes: Sequence[str], teacher_too: bool
 NO_ECHO = "method.echo.start=null"
 MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "before": before,
-    "word": lambda case: on_the_student(case, "textual inversion on the student", word_only=True, last=False),
-    "lora": lambda case: on_the_student(case, "LoRA DreamBooth on the student", word_only=False, last=False),
-    "lora_last": lambda case: on_the_student(
-        case, "LoRA DreamBooth on the student, last time only", word_only=False, last=True
-    ),
+    "word": lambda case: on_the_student(case, "textual inversion on the student", word_only=True, prior=False),
+    "lora_plain": lambda case: on_the_student(case, "LoRA DreamBooth on the student, no prior", prior=False),
+    "lora": lambda case: on_the_student(case, "LoRA DreamBooth on the student"),
+    "lora_last": lambda case: on_the_student(case, "LoRA DreamBooth on the student, last time only", last=True),
     "no_echo": lambda case: echodistill(case, "EchoDistill, no echo", [NO_ECHO], teacher_too=True),
     "echo": lambda case: echodistill(case, "EchoDistill", [], teacher_too=True),
     "no_prior": lambda case: echodistill(
@@ -214,7 +217,9 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip
-MAIN = tuple(MODELS)[:6]
+MAIN = tuple(MODELS)[:7]
+SHOWN = ("student before", "textual inversion on the student", "LoRA DreamBooth on the student",
+         "EchoDistill: teacher, one step", "EchoDistill, no echo", "EchoDistill", "EchoDistill: teacher")
 
 
 def compared(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -246,6 +251,19 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def picture(folders: Sequence[Path], models: Sequence[str], file: Path) -> None:
+    """The kept rows of these models below each other, the cases (concept and seed) side by side.
+
+    Raises:
+        UserError: a row has not been made.
+    """
+    missing = [path for folder in folders for name in models if not (path := folder / f"{name}.png").is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} has not been made")
+    cases = [torch.cat([pil_to_tensor(Image.open(folder / f"{name}.png")) for name in models], 1) for folder in folders]
+    to_pil_image(torch.cat(cases, 2)).save(file)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,9 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every run")
     parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
     parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="put the tables between their markers in PAGE")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="the students' pictures of the first of --seeds")
     args = parser.parse_args(arguments)
     try:
         run(args)
+        if args.picture:
+            folders = [args.out / "pictures" / f"{concept}-{args.seeds[0]}" for concept in args.concepts]
+            picture(folders, SHOWN, args.picture)
     except UserError as error:
         print(f"echodistill_experiment: error: {error}", file=sys.stderr)
         return 2

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, held_out_prompts
+from flowdistill.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,3 +104,15 @@ def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
     script.show(paint, "<new1> star", tmp_path / "row.png")
     assert asked[:2] == ["a <new1> star"] * 2 and asked[2:] == [text for text, _ in held_out_prompts("<new1> star")]
     assert (tmp_path / "row.png").is_file()
+
+
+def test_the_picture_has_a_row_a_model_and_a_column_a_case(script, tmp_path):
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        for model in ("a", "b"):
+            script.show(lambda prompts, seed: torch.rand(len(prompts), 3, 32, 32), "star", folder / f"{model}.png")
+    script.picture(folders, ["a", "b"], tmp_path / "all.png")
+    row = Image.open(folders[0] / "a.png")
+    assert Image.open(tmp_path / "all.png").size == (2 * row.width, 2 * row.height)
+    with pytest.raises(UserError, match=r"c\.png has not been made"):
+        script.picture(folders, ["a", "c"], tmp_path / "all.png")
