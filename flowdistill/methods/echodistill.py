@@ -66,7 +66,10 @@ class EchoDistill:
         if teacher.prompts is None:
             raise UserError(f"teacher.source {teacher.source} is no text-to-image pipeline, which echodistill needs")
         size = teacher.prompts.image_size[0]
-        self.source = load_teacher(student or config.student, image_size=size if student is None else None)
+        try:
+            self.source = load_teacher(student or config.student, image_size=size if student is None else None)
+        except UserError as error:
+            raise UserError(f"method.student cannot be the student: {error}") from error
         check_pair(teacher, self.source)
         start = one_step_time(self.source)
         step = (config.token_lr or config.teacher_optimizer.lr) / config.teacher_optimizer.lr
