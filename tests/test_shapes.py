@@ -300,11 +300,6 @@ def test_turbo_of_a_generator_is_its_one_step(prediction, tmp_path):
         make_shapes_turbo.turbo(early)
 
 
-def shipped(name: str) -> pytest.MarkDecorator:
-    missing = not (ASSETS / "shapes" / name / "model_index.json").is_file()
-    return pytest.mark.skipif(missing, reason=f"assets/shapes/{name} has not been made")
-
-
 @pytest.fixture(scope="module")
 def pipelines():
     folders = {name: asset_path(f"shapes/{name}") for name in ("teacher", "turbo")}
@@ -316,7 +311,6 @@ def agreement(images: torch.Tensor, prompts: list[str]) -> float:
     return (load_shapes_classifier()(images).argmax(1) == labels).double().mean().item()
 
 
-@shipped("turbo")
 def test_pipelines_are_small_and_know_the_worlds_words(pipelines):
     files = [file for name in pipelines for file in asset_path(f"shapes/{name}").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 14e6
@@ -328,7 +322,6 @@ def test_pipelines_are_small_and_know_the_worlds_words(pipelines):
         assert pipeline.tokenizer.tokenize("a <new1> star")[1] == "<new1>"
 
 
-@shipped("teacher")
 def test_autoencoder_keeps_what_the_classifier_and_the_judge_read():
     teacher = load_teacher(asset_path("shapes/teacher"))
     images, answers = classifier_data(216, seed=88)
@@ -342,7 +335,6 @@ def test_autoencoder_keeps_what_the_classifier_and_the_judge_read():
         assert (said == JUDGE_HEADS["object"].index(name)).float().mean() >= 0.8
 
 
-@shipped("teacher")
 def test_teacher_follows_prompts():
     teacher = load_teacher(asset_path("shapes/teacher"))
     assert teacher.disagreement() is None
@@ -352,7 +344,6 @@ def test_teacher_follows_prompts():
     assert agreement(teacher.decode(latents), prompts) >= 0.9
 
 
-@shipped("turbo")
 def test_turbo_is_one_step_of_a_generator_and_follows_prompts(pipelines):
     teacher, pipeline = load_teacher(asset_path("shapes/turbo")), pipelines["turbo"]
     pipeline.set_progress_bar_config(disable=True)
