@@ -10,6 +10,7 @@ again. ``--table`` prints the means of all lines and makes nothing, ``--write-do
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import defaultdict
@@ -287,33 +288,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """What has been measured; a line that a crash cut short is not there."""
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
     """Make what is missing, and print the tables."""
+    from experiment_results import write_docs
+    from run_experiment import append_line
+
     file = args.out / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = read_lines(file)
     for concept in () if args.table else args.concepts:
         for seed in args.seeds:
             case = Case(concept, seed, args.out, args.set)
             for key in args.models:
                 if any((line["concept"], line["seed"], line["key"]) == (concept, seed, key) for line in lines):
                     continue
+                made = []
                 for model, sample in MODELS[key](case).items():
                     subject = case.word if key == "before" else f"<new1> {case.word}"
                     show(sample, subject, args.out / "pictures" / f"{concept}-{seed}" / f"{model}.png")
                     line = {"model": model, "key": key, "concept": concept, "seed": seed}
                     many = "teacher" in model and "one step" not in model
-                    line |= measure(sample, concept, subject, FEWER if many else 1)
-                    lines.append(line)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open("a") as output:
-                        output.write(json.dumps(line) + "\n")
+                    made.append(line | measure(sample, concept, subject, FEWER if many else 1))
+                # Together, so that a run that is killed meanwhile is measured again as a whole.
+                args.out.mkdir(parents=True, exist_ok=True)
+                for line in made:
+                    append_line(file, line)
                     print(json.dumps(line), flush=True)
+                lines += made
     for name, part in compared(lines).items():
         text = table(part) + "\n"
         print(text)
         if args.write_docs:
-            from experiment_results import write_docs
-
             write_docs(args.write_docs, name, text)
 
 

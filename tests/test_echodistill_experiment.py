@@ -83,7 +83,8 @@ def test_the_ablation_is_beside_the_whole_method_in_its_own_cases(script, tmp_pa
     parts = script.compared(lines)
     assert parts["echodistill"] == lines[:-1]
     assert parts["echodistill_ablation"] == [lines[1], lines[-1]]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "results.jsonl").write_text(kept + '{"model": "cut sho')
     page = tmp_path / "page.md"
     names = ("echodistill", "echodistill_ablation")
     page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in names))
@@ -92,6 +93,29 @@ def test_the_ablation_is_beside_the_whole_method_in_its_own_cases(script, tmp_pa
     assert "| no prior | 1 | 100 % |" in page.read_text() and "| EchoD | 2 | 100 % (100 to 100) |" in page.read_text()
     assert script.main(["--out", str(tmp_path), "--table", "--write-docs", str(tmp_path / "none.md")]) == 2
     assert "none.md does not exist" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_short_goes_on_with_what_is_missing(script, tmp_path, monkeypatch):
+    """Killed between the two models of one key: both are measured again."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    made, fail = [], [True]
+
+    def measure(sample, *rest):
+        if sample == "teacher" and fail:
+            raise KeyboardInterrupt
+        made.append(sample)
+        return {"alone": 1.0, "in_context": 1.0, "background": 1.0, "old_prompts": 1.0, "likeness": 1.0, "variety": 1.0}
+
+    monkeypatch.setattr(script, "measure", measure)
+    monkeypatch.setattr(script, "show", lambda *rest: None)
+    monkeypatch.setitem(script.MODELS, "before", lambda case: {"student": "student", "teacher": "teacher"})
+    monkeypatch.setitem(script.MODELS, "word", lambda case: {"word": "word"})
+    arguments = ["--out", str(tmp_path / "out"), "--concepts", "ring-circle", "--models", "word", "before"]
+    with pytest.raises(KeyboardInterrupt):
+        script.main(arguments)
+    fail.clear()
+    assert script.main(arguments) == 0 and made == ["word", "student", "student", "teacher"]
+    assert script.main(arguments) == 0 and len(made) == 4
 
 
 def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
