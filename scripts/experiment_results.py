@@ -127,42 +127,79 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
 
 
 def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path) -> None:
-    """FID against step and wall time and paired error against step: mean over seeds, band of one standard deviation.
+    """Draw FID and paired error against training steps and time, or against time where no curves were asked for.
 
-    Nothing is drawn for an experiment without curves.
+    Curves are means over seeds with a band of one standard deviation. Without them a run is a small dot and the mean of
+    a label a large one; several students have their time together and, beside it, the time of one.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if not any(line["curve"] for line in lines):
-        return
-    panels = [("step", "fid", "FID"), ("seconds", "fid", "FID"), ("step", "paired_error", "paired error")]
+    curves = any(line["curve"] for line in lines)
+    panels = CURVE_PANELS if curves else POINT_PANELS
     drawing, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
-    for axis, (horizontal, vertical, name) in zip(axes, panels, strict=True):
+    for axis, (below, horizontal, vertical) in zip(axes, panels, strict=True):
         for label in labels:
-            curves = [line["curve"] for line in lines if line["label"] == label]
-            points = [point for point in zip(*curves, strict=False) if all(one[vertical] is not None for one in point)]
-            x = [statistics.fmean(one[horizontal] for one in point) for point in points]
-            y = [statistics.fmean(one[vertical] for one in point) for point in points]
-            spread = [statistics.stdev(one[vertical] for one in point) if len(point) > 1 else 0.0 for point in points]
-            (drawn,) = axis.plot(x, y, marker=".", label=label)
-            # A band that reaches zero has no lower edge on a logarithmic axis.
-            lower = [max(mean - width, mean / 10) for mean, width in zip(y, spread, strict=True)]
-            upper = [mean + width for mean, width in zip(y, spread, strict=True)]
-            axis.fill_between(x, lower, upper, alpha=0.2, color=drawn.get_color(), linewidth=0)
+            mine = [line for line in lines if line["label"] == label]
+            if curves:
+                _draw_curve(axis, label, mine, horizontal, vertical)
+            elif mine:
+                _draw_points(axis, label, [{**_last(line), **line} for line in mine], horizontal, vertical)
         teachers = [row for row in lines[0]["rows"] if row["model"] == "teacher"] if vertical == "fid" else []
         for row in teachers[-2:]:
             axis.axhline(row["fid"], color="grey", linestyle=":", linewidth=1)
             axis.annotate(f"teacher, {row['calls']} calls", (0.99, row["fid"]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
-        below = "training step" if horizontal == "step" else "training time in seconds"
-        axis.set(xlabel=below, ylabel=name, yscale="log")
+        axis.set(xlabel=below, ylabel={"fid": "FID", "paired_error": "paired error"}[vertical])
+        low, high = axis.get_ylim()
+        if curves or high > 10 * max(low, 0.1):  # the ticks of a logarithmic axis are hard to read within one decade
+            axis.set_yscale("log")
     axes[0].legend(fontsize=8)
     drawing.suptitle(title)
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
+
+
+CURVE_PANELS = (
+    ("training step", "step", "fid"),
+    ("training time in seconds", "seconds", "fid"),
+    ("training step", "step", "paired_error"),
+)
+POINT_PANELS = (
+    ("training time of one student in seconds", "seconds_each", "fid"),
+    ("training time of all students in seconds", "train_seconds", "fid"),
+    ("training time of all students in seconds", "train_seconds", "paired_error"),
+)
+
+
+def _draw_curve(axis: Any, label: str, mine: Sequence[Line], horizontal: str, vertical: str) -> None:
+    points = list(zip(*(line["curve"] for line in mine), strict=False))
+    points = [point for point in points if all(one[vertical] is not None for one in point)]
+    x = [statistics.fmean(one[horizontal] for one in point) for point in points]
+    y = [statistics.fmean(one[vertical] for one in point) for point in points]
+    spread = [statistics.stdev(one[vertical] for one in point) if len(point) > 1 else 0.0 for point in points]
+    (drawn,) = axis.plot(x, y, marker=".", label=label)
+    # A band that reaches zero has no lower edge on a logarithmic axis.
+    lower = [max(mean - width, mean / 10) for mean, width in zip(y, spread, strict=True)]
+    upper = [mean + width for mean, width in zip(y, spread, strict=True)]
+    axis.fill_between(x, lower, upper, alpha=0.2, color=drawn.get_color(), linewidth=0)
+
+
+def _last(line: Line) -> Line:
+    """FID of a run's student and the time of one student, where there are several."""
+    row = next(row for row in line["rows"] if row["model"] == "student")
+    share = row["active_parameters"] / row["stored_parameters"] if row.get("stored_parameters") else 1.0
+    return {"fid": row["fid"], "seconds_each": share * line["train_seconds"]}
+
+
+def _draw_points(axis: Any, label: str, mine: Sequence[Line], horizontal: str, vertical: str) -> None:
+    x, y = ([one[key] for one in mine if one[vertical] is not None] for key in (horizontal, vertical))
+    if not x:
+        return
+    (drawn,) = axis.plot(statistics.fmean(x), statistics.fmean(y), "o", markersize=9, label=label)
+    axis.plot(x, y, "o", markersize=4, alpha=0.5, color=drawn.get_color())
 
 
 def write_docs(page: Path, name: str, text: str) -> None:
