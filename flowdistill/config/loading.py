@@ -68,13 +68,16 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def method_config_class(name: str, key: str = "method.name") -> type:
-    """The settings dataclass of a registered method; for another name (at ``key``) a UserError with the closest one."""
+def method_config_class(name: str, key: str = "method.name", barred: Sequence[str] = ()) -> type:
+    """The settings dataclass of a registered method; for another name (at ``key``) a UserError with the closest one.
+
+    ``barred`` methods have no place at ``key``.
+    """
     from flowdistill.methods import METHODS
 
-    if name not in METHODS:
-        allowed = ", ".join(sorted(METHODS))
-        raise UserError(f"'{key}' must be one of {allowed}, not {name!r}{closest(name, METHODS)}")
+    known = sorted(set(METHODS) - set(barred))
+    if name not in known:
+        raise UserError(f"'{key}' must be one of {', '.join(known)}, not {name!r}{closest(name, known)}")
     module, _, attribute = METHODS[name].partition(":")
     config: type = getattr(importlib.import_module(module), attribute).Config
     if "name" not in {item.name for item in fields(config)}:

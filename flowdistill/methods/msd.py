@@ -69,7 +69,7 @@ class MsdConfig:
         if host in NO_HOSTS:
             raise UserError(f"'method.host.name' is '{host}', which makes no one-step student; name a method such as "
                             "dmd2 or freeflow")
-        return _hosted(cls, method_config_class(host, "method.host.name"))
+        return _hosted(cls, method_config_class(host, "method.host.name", barred=NO_HOSTS))
 
     def validate(self) -> None:
         """UserError for settings that contradict each other."""
