@@ -72,6 +72,8 @@ def check(config: Any) -> None:
     if method.name == "freeflow":
         if method.derivative == "jvp":
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
+        if method.regression_weight:
+            raise UserError("the benchmark counts no regression term; set method.regression_weight to 0")
         if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
                             "to 1")

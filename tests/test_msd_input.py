@@ -31,7 +31,7 @@ def source(tmp_path_factory):
         (["method.partition_file=x"], "method.partition_file goes with method.partition 'file'"),
         (["method.partition=balanced_kmeans"], "which splits prompts, and the teacher takes class labels"),
         (["method.partition=alphabetical"], "'method.partition' must be one of sequential, interleaved"),
-        (["method.host.name=dmd3"], "'method.host.name' must be one of boot.*, freeflow, sid, not 'dmd3'; did you mean"),
+        (["method.host.name=dmd3"], "'method.host.name' must be one of boot.*, sid, not 'dmd3'; did you mean 'dmd2'"),
         (["method.host.name=msd"], "'method.host.name' is 'msd', which makes no one-step student"),
         (["method.host.weightin=sid"], "unknown key 'method.host.weightin'"),
         (["method.host.critic_updates=0"], "'method.host.critic_updates' must be at least 1"),

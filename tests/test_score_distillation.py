@@ -7,6 +7,7 @@ from torch import nn
 
 from flowdistill.config import OptimizerConfig
 from flowdistill.errors import UserError
+from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.noise_levels import NoiseLevels
 from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.score_distillation import (
@@ -312,9 +313,30 @@ def test_pairs_are_made_once(tmp_path, monkeypatch):
     assert torch.allclose(repaired.latents, pairs.latents, atol=1e-6) and len(file.read_bytes()) == len(content)
 
 
-def test_regression_pulls_to_the_teachers_samples():
-    teacher = TEACHERS["flow"]()
-    method = Dmd2(Dmd2Config(regression_weight=1e3, regression_pairs=12, regression_steps=4), teacher)
+REGRESSED = {
+    "dmd2": lambda **settings: Dmd2(Dmd2Config(**settings), TEACHERS["flow"]()),
+    "freeflow": lambda **settings: FreeFlow(FreeFlowConfig(**settings), TEACHERS["flow"]()),
+}
+
+
+@pytest.mark.parametrize("name", REGRESSED)
+def test_an_untrained_student_has_no_error_to_one_euler_step(name):
+    """So that noise, time and condition of a pair are those of its latents."""
+    method = REGRESSED[name](regression_weight=2.0, regression_pairs=12, regression_steps=1)
+    networks = {name: role.network for name, role in method.roles().items()}
+    _, metrics = method.loss("student", networks, Draw(0, 0, rows=12))
+    assert metrics["regression_error"] < 1e-10
+    finer = REGRESSED[name](regression_weight=2.0, regression_pairs=12, regression_steps=8)
+    with_term, metrics = finer.loss("student", networks, Draw(0, 0, rows=12))
+    finer.pairs = None
+    without, _ = finer.loss("student", networks, Draw(0, 0, rows=12))
+    assert metrics["regression_error"] > 1e-4
+    assert (with_term - without).item() == pytest.approx(2 * metrics["regression_error"].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", REGRESSED)
+def test_regression_pulls_to_the_teachers_samples(name):
+    method = REGRESSED[name](regression_weight=1e3, regression_pairs=12, regression_steps=4)
     networks = {name: role.network for name, role in method.roles().items()}
     optimizer = torch.optim.AdamW(networks["student"].parameters(), lr=1e-3)
     errors = []
@@ -325,6 +347,18 @@ def test_regression_pulls_to_the_teachers_samples():
         optimizer.step()
         errors.append(metrics["regression_error"].item())
     assert sum(errors[-5:]) < 0.5 * sum(errors[:5])
+
+
+def test_pairs_have_one_guidance_scale_at_all_times():
+    teacher = TEACHERS["flow"]()
+    with pytest.raises(UserError, match="pairs have one guidance scale and the student learns a range"):
+        FreeFlow(FreeFlowConfig(regression_weight=1.0, guidance_max=2.0), teacher)
+    one = {"regression_weight": 1.0, "guidance_min": 2.0, "guidance_max": 2.0, "regression_pairs": 4}
+    with pytest.raises(UserError, match=r"method.guidance_interval is \[0.0, 0.8\]; set it to \[0, 1\]"):
+        FreeFlow(FreeFlowConfig(guidance_interval=[0.0, 0.8], **one), teacher)
+    pairs = FreeFlow(FreeFlowConfig(regression_steps=2, **one), teacher).pairs
+    expected = teacher.sample(pairs.noise, teacher.encode(pairs.labels), steps=2, guidance_scale=2.0)
+    assert torch.allclose(pairs.latents, expected, atol=1e-6)
 
 
 def test_bad_settings():

@@ -7,20 +7,24 @@ The student's average velocity V(n, d) learns on its own states only. Each batch
 
     loss = mean <V, sg(Delta)>, with Delta_G damped and Delta_N scaled to its size         (section 5)
 
-and the critic, an online velocity network, follows the student's samples by flow matching. No data anywhere.
+and the critic, an online velocity network, follows the student's samples by flow matching. No data anywhere. The
+paired regression of DMD (arXiv 2311.18828) on the teacher's own samples can be added; it is no part of the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, Role, SingleStudent
+from flowdistill.methods.pairs import Regression, regression_error
 from flowdistill.methods.prior import Prior, at_t_max, draw_prior
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
@@ -32,7 +36,7 @@ from flowdistill.teacher.lora import KINDS, LoraSettings, of_critic, of_student
 
 
 @dataclass
-class FreeFlowConfig:
+class FreeFlowConfig(Regression):
     """Settings of FreeFlow. "(paper: ...)" marks a value its authors report; every other default is ours."""
 
     name: str = "freeflow"
@@ -75,6 +79,13 @@ class FreeFlowConfig:
             low, high = getattr(self, key)
             if low >= high:
                 raise UserError(f"method.{key} is [{low}, {high}]; the first must be below the second")
+        if self.regression_weight and self.guidance_min < self.guidance_max:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs have one guidance scale "
+                            "and the student learns a range; set method.guidance_min and guidance_max to one value")
+        guided = (self.guidance_min, self.guidance_max) != (1.0, 1.0)
+        if self.regression_weight and guided and self.guidance_interval != [0.0, 1.0]:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs are guided at all times "
+                            f"and method.guidance_interval is {self.guidance_interval}; set it to [0, 1]")
 
 
 Networks = Mapping[str, Callable[..., Tensor]]
@@ -108,6 +119,7 @@ class FreeFlow(SingleStudent):
             guidance_scale=(config.guidance_min + config.guidance_max) / 2,
         )
         self._student = FlowMap.from_teacher(teacher, info, student_network, lora=of_student(config))
+        self.pairs = config.make_pairs(teacher, info.guidance_scale)
         self.forward_mode = config.derivative == "jvp"
         if self.forward_mode:
             allow_forward_mode(self._student.network, "method.derivative=jvp")
@@ -160,7 +172,12 @@ class FreeFlow(SingleStudent):
                 metrics["correction_weight"] = dm.balance(*sizes, self.config.correction_strength, 1e-8)
                 noising = metrics["correction_weight"] * noising
             parts.append(noising)
-        return fm.velocity_matching_loss(velocity, torch.cat(parts)).mean(), metrics
+        loss = fm.velocity_matching_loss(velocity, torch.cat(parts)).mean()
+        if self.pairs is not None:
+            error = regression_error(self.pairs, self.teacher, draw, partial(self._generate, networks["student"]))
+            metrics["regression_error"] = error.detach()
+            loss = loss + self.config.regression_weight * error
+        return loss, metrics
 
     @torch.no_grad()
     def _target(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Callable[[Tensor], Tensor]:
@@ -209,8 +226,7 @@ class FreeFlow(SingleStudent):
         rows = max(1, round(self.config.critic_fraction * draw.rows / draw.world)) * draw.world
         prior = self._prior(draw, rows)
         with torch.no_grad():
-            whole = torch.full((len(prior.start),), self.teacher.t_max, device=prior.start.device)
-            sample = prior.start - self.teacher.t_max * self._average_velocity(networks["student"], prior, whole)
+            sample = self._sample(networks["student"], prior)
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
         noise = draw.normal(self.teacher.shape, rows=rows)
         velocity = networks["critic"](dm.noised(sample, noise, time), time, prior.condition, **self._scalars(prior))
@@ -221,6 +237,14 @@ class FreeFlow(SingleStudent):
     def _average_velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
         time = at_t_max(self.teacher, prior.start)
         return student(prior.start, time, prior.condition, **self._scalars(prior), duration=duration)
+
+    def _sample(self, student: Callable[..., Tensor], prior: Prior) -> Tensor:
+        """f(n, t_max)."""
+        whole = torch.full((len(prior.start),), self.teacher.t_max, device=prior.start.device)
+        return prior.start - self.teacher.t_max * self._average_velocity(student, prior, whole)
+
+    def _generate(self, student: Callable[..., Tensor], noise: Tensor, condition: Condition | None) -> Tensor:
+        return self._sample(student, Prior(self.teacher.t_max * noise, condition))
 
     def _scalars(self, prior: Prior) -> dict[str, Tensor]:
         return {"guidance": prior.guidance} if self.guidance_input and prior.guidance is not None else {}

@@ -1,11 +1,15 @@
-"""Noise and what a teacher's ODE makes of it: generated once, then read from the cache."""
+"""Noise and what a teacher's ODE makes of it: generated once, then read from the cache; the regression term on them.
+
+The regression term is DMD's (Yin et al., arXiv 2311.18828), with the squared error where DMD has LPIPS.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +19,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flowdistill.conditions import Condition
+from flowdistill.config import option
 from flowdistill.errors import UserError
 from flowdistill.evaluation.features import module_sha256
 from flowdistill.evaluation.files import atomic_write, cache_folder
 from flowdistill.evaluation.processes import Processes
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
+from flowdistill.training.draw import Draw
 
 BATCH, TEXT_BATCH = 250, 8
 """Samples at once; text-to-image networks are large."""
@@ -57,6 +63,31 @@ class Pairs(NamedTuple):
             raise UserError(f"none of the {len(mine)} pairs has one of the labels {list(labels)}; raise "
                             "method.regression_pairs")
         return Pairs(self.noise[mine], self.latents[mine], self.labels[mine])
+
+
+@dataclass
+class Regression:
+    """Settings of the regression term; methods' settings inherit them."""
+
+    regression_weight: float = option(0.0, "of the squared error to teacher samples from the same noise", at_least=0)
+    regression_pairs: int = option(1000, "pairs made once", at_least=1)
+    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
+    regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
+
+    def make_pairs(self, teacher: Teacher, guidance_scale: float) -> Pairs | None:
+        """The pairs of the term; None where its weight is 0."""
+        if not self.regression_weight:
+            return None
+        pairs = teacher_pairs(teacher, self.regression_pairs, self.regression_steps, guidance_scale)
+        return pairs.of(teacher.classes.shown) if self.regression_own and teacher.classes is not None else pairs
+
+
+def regression_error(
+    pairs: Pairs, teacher: Teacher, draw: Draw, generate: Callable[[Tensor, Condition | None], Tensor]
+) -> Tensor:
+    """Mean squared error of ``generate(noise, condition)`` (B, *shape) to the ODE's latents, for a batch of pairs."""
+    noise, latents, condition = pairs.rows(draw.integers(len(pairs.noise)), teacher)
+    return (generate(noise, condition) - latents).square().mean()
 
 
 def teacher_pairs(

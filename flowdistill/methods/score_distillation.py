@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, Role, SingleStudent
 from flowdistill.methods.noise_levels import NoiseLevels
-from flowdistill.methods.pairs import teacher_pairs
+from flowdistill.methods.pairs import Regression, regression_error
 from flowdistill.methods.real_data import RealData
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
@@ -40,7 +41,7 @@ WEIGHTINGS = ("diff_instruct", "dmd", "sid")
 
 
 @dataclass
-class HostConfig:
+class HostConfig(Regression):
     """Settings of score distillation. "(authors: ...)" marks a published value; every other default is ours."""
 
     weighting: str = option("dmd", "of the matching gradient", choices=WEIGHTINGS)
@@ -59,10 +60,6 @@ class HostConfig:
                                             "of DMD2 for SDXL: 5e-3)", at_least=0)
     adversarial_critic_weight: float = option(1e-2, "of the same for the critic (authors: 1e-2)", at_least=0)
     data: str = option("digits", "named image set of the adversarial term")
-    regression_weight: float = option(0.0, "of the squared error to teacher samples from the same noise", at_least=0)
-    regression_pairs: int = option(1000, "pairs made once", at_least=1)
-    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
-    regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
 
@@ -115,14 +112,11 @@ class ScoreDistillation(SingleStudent):
         start = start_time(teacher, config.start, config.start_unit)
         self._student = Generator.from_teacher(teacher, info, start, student_network, of_student(config))
         self.score = self.critic = critic_network or make_critic(teacher, of_critic(config))
-        self.data = self.pairs = None
+        self.data = None
         if config.adversarial_weight:
             self.data = RealData(teacher, config.data)
             self.critic = Discriminator(self.score)
-        if config.regression_weight:
-            self.pairs = teacher_pairs(teacher, config.regression_pairs, config.regression_steps, config.guidance_scale)
-            if config.regression_own and teacher.classes is not None:
-                self.pairs = self.pairs.of(teacher.classes.shown)
+        self.pairs = config.make_pairs(teacher, config.guidance_scale)
 
     def roles(self) -> dict[str, Role]:
         return super().roles() | {"critic": Role(self.critic, self.config.critic_optimizer)}
@@ -148,7 +142,8 @@ class ScoreDistillation(SingleStudent):
             gradient = gradient + self._adversarial_gradient(sample, condition, networks["critic"], draw)
         loss = dm.surrogate_loss(sample, gradient).mean()
         if self.pairs is not None:
-            metrics["regression_error"], error = self._regression(networks, draw)
+            error = regression_error(self.pairs, self.teacher, draw, partial(self._generate, networks))
+            metrics["regression_error"] = error.detach()
             loss = loss + self.config.regression_weight * error
         return loss, metrics
 
@@ -203,13 +198,6 @@ class ScoreDistillation(SingleStudent):
             return self.config.adversarial_weight * adversarial.generator_loss(logits)
 
         return sample_gradient(loss, sample)
-
-    def _regression(self, networks: Networks, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Mean squared error to the teacher's samples from the same noise, for the record and to train on."""
-        index = draw.integers(len(self.pairs.noise))
-        noise, latents, condition = self.pairs.rows(index, self.teacher)
-        error = (self._generate(networks, noise, condition) - latents).square().mean()
-        return error.detach(), error
 
     # --- draws and passes
 
