@@ -146,7 +146,7 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
             if curves:
                 _draw_curve(axis, label, mine, horizontal, vertical)
             elif mine:
-                _draw_points(axis, label, [{**_last(line), **line} for line in mine], horizontal, vertical)
+                _draw_points(axis, label, [{**run_figures(line), **line} for line in mine], horizontal, vertical)
         teachers = [row for row in lines[0]["rows"] if row["model"] == "teacher"] if vertical == "fid" else []
         for row in teachers[-2:]:
             axis.axhline(row["fid"], color="grey", linestyle=":", linewidth=1)
@@ -187,8 +187,8 @@ def _draw_curve(axis: Any, label: str, mine: Sequence[Line], horizontal: str, ve
     axis.fill_between(x, lower, upper, alpha=0.2, color=drawn.get_color(), linewidth=0)
 
 
-def _last(line: Line) -> Line:
-    """FID of a run's student and the time of one student, where there are several."""
+def run_figures(line: Line) -> Line:
+    """FID of a run's student, and the training time of one student in seconds; several of one size share the time."""
     row = next(row for row in line["rows"] if row["model"] == "student")
     share = row["active_parameters"] / row["stored_parameters"] if row.get("stored_parameters") else 1.0
     return {"fid": row["fid"], "seconds_each": share * line["train_seconds"]}

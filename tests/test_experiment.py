@@ -144,13 +144,13 @@ def test_latency_of_students_is_a_row_each(tmp_path, capsys):
 
 def test_an_experiment_without_curves_has_a_figure_too(tmp_path):
     """Four students that share what they cost: a dot each where one took a quarter of it."""
-    from experiment_results import _last, figure
+    from experiment_results import figure, run_figures
 
     lines = [line("one", 0, 10.0), line("one", 1, 12.0), line("four", 0, 8.0)]
     lines[2]["rows"][-1] |= {"active_parameters": 5, "stored_parameters": 20}
     lines[2]["train_seconds"] = 100.0
-    assert _last(lines[2]) == {"fid": 8.0, "seconds_each": 25.0}
-    assert _last(lines[0])["seconds_each"] == lines[0]["train_seconds"]
+    assert run_figures(lines[2]) == {"fid": 8.0, "seconds_each": 25.0}
+    assert run_figures(lines[0])["seconds_each"] == lines[0]["train_seconds"]
     for one in lines:
         one["curve"] = []
     figure("name", ["one", "four"], lines, tmp_path / "figure.png")

@@ -313,6 +313,12 @@ def test_pairs_are_made_once(tmp_path, monkeypatch):
     assert torch.allclose(repaired.latents, pairs.latents, atol=1e-6) and len(file.read_bytes()) == len(content)
 
 
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the cache .*file/pairs.* could not be written: Not a directory"):
+        teacher_pairs(TEACHERS["flow"](), 2, 1, folder=tmp_path / "file" / "pairs")
+
+
 REGRESSED = {
     "dmd2": lambda **settings: Dmd2(Dmd2Config(**settings), TEACHERS["flow"]()),
     "freeflow": lambda **settings: FreeFlow(FreeFlowConfig(**settings), TEACHERS["flow"]()),

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from flowdistill.conditions import Condition
 from flowdistill.config import option
@@ -26,6 +27,7 @@ from flowdistill.evaluation.files import atomic_write, cache_folder
 from flowdistill.evaluation.processes import Processes
 from flowdistill.noise import indexed_noise
 from flowdistill.teacher import Teacher
+from flowdistill.training.checkpoint import disk_errors
 from flowdistill.training.draw import Draw
 
 BATCH, TEXT_BATCH = 250, 8
@@ -41,12 +43,15 @@ class Pairs(NamedTuple):
     labels: Tensor | None
 
     def rows(self, index: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor, Condition | None]:
-        """Noise, latents and condition of pairs ``index`` (B,), on its device."""
-        rows, place = index.cpu(), index.device
-        noise, latents = self.noise[rows].to(place), self.latents[rows].to(place)
+        """Noise, latents and condition of pairs ``index`` (B,), on the teacher's device.
+
+        The index is on the CPU like the pairs: one from a GPU would make every training step wait for it.
+        """
+        place = teacher.device
+        noise, latents = self.noise[index].to(place), self.latents[index].to(place)
         if self.labels is None:
             return noise, latents, None
-        labels = self.labels[rows]
+        labels = self.labels[index]
         if teacher.classes is not None:
             return noise, latents, teacher.classes.wrap(labels.to(place))
         return noise, latents, teacher.examples(labels.tolist()).to(place)
@@ -86,7 +91,7 @@ def regression_error(
     pairs: Pairs, teacher: Teacher, draw: Draw, generate: Callable[[Tensor, Condition | None], Tensor]
 ) -> Tensor:
     """Mean squared error of ``generate(noise, condition)`` (B, *shape) to the ODE's latents, for a batch of pairs."""
-    noise, latents, condition = pairs.rows(draw.integers(len(pairs.noise)), teacher)
+    noise, latents, condition = pairs.rows(draw.integers(len(pairs.noise), on_cpu=True), teacher)
     return (generate(noise, condition) - latents).square().mean()
 
 
@@ -114,7 +119,7 @@ def teacher_pairs(
     def make() -> None:
         if _read(file) is None:
             content = _generate(teacher, count, steps, guidance_scale, seed)
-            with atomic_write(file) as output:
+            with disk_errors(f"the cache {file} (XDG_CACHE_HOME moves it)"), atomic_write(file) as output:
                 output.write(save(content, metadata={"format": "pt"}))
 
     Processes.current().on_main(make)
@@ -150,7 +155,8 @@ def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, s
     parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
     number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
     labels = None if number is None else torch.arange(count) % number
-    for start in range(0, count, batch):
+    # As for images: None hides the bar where standard error is no terminal, which its redrawing would fill.
+    for start in tqdm(range(0, count, batch), desc=f"pairs, {steps} teacher steps each", disable=None, leave=False):
         rows = range(start, min(start + batch, count))
         noise = indexed_noise(teacher.shape, seed, rows).to(teacher.device)
         condition: Condition | None = None

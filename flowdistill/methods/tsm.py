@@ -81,7 +81,8 @@ class Tsm(SingleStudent):
     def _samples(self, draw: Draw) -> tuple[Tensor, Condition | None]:
         if self._pairs is None:  # at the first step: an untrained student needs none
             self._pairs = teacher_pairs(self.teacher, self.config.samples, self.config.sample_steps)
-        _, latents, condition = self._pairs.rows(draw.integers(len(self._pairs.latents)), self.teacher)
+        index = draw.integers(len(self._pairs.latents), on_cpu=True)
+        _, latents, condition = self._pairs.rows(index, self.teacher)
         return latents, condition
 
 

@@ -71,10 +71,14 @@ class Draw:
         """sigmoid(mean + std * normal): numbers in (0, 1), float32 (local rows,)."""
         return torch.sigmoid(mean + std * self.normal((), rows))
 
-    def integers(self, high: int, rows: int | None = None) -> Tensor:
-        """Integers in [0, high), int64 (local rows,)."""
+    def integers(self, high: int, rows: int | None = None, on_cpu: bool = False) -> Tensor:
+        """Integers in [0, high), int64 (local rows,); ``on_cpu`` keeps them there, to index what is there."""
         count = self.rows if rows is None else rows
-        return self._mine(torch.randint(high, (count,), generator=self._generator()))
+        values = torch.randint(high, (count,), generator=self._generator())
+        if on_cpu:
+            self._check(count)
+            return values[self.rank :: self.world].contiguous()
+        return self._mine(values)
 
     def choice(self, cumulative: Tensor, rows: int | None = None) -> Tensor:
         """Indices with probabilities given by their running sum (N,) to 1; int64 (local rows,), always on the CPU."""
