@@ -137,5 +137,6 @@ class SingleStudent:
 
     def to(self, device: torch.device | str) -> Any:
         self.teacher.to(device)  # and the codec with it, which the student has too
-        self._student.network.to(device)
+        for role in self.roles().values():
+            role.network.to(device)
         return self

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, SingleStudent
-from flowdistill.methods.prior import Prior, at_t_max, draw_prior
+from flowdistill.methods.prior import Prior, at_t_max, check_guidance, draw_prior
 from flowdistill.objectives import bootstrap as bs
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.codec import PixelCodec
-from flowdistill.teacher.lora import KINDS, LoraSettings, of_student
+from flowdistill.teacher.lora import StudentKind
 from flowdistill.teacher.velocity import per_sample
 
 
 @dataclass
-class BootConfig:
+class BootConfig(StudentKind):
     """Settings of BOOT. No readable source has the paper's values: every default is ours."""
 
     name: str = "boot"
@@ -50,8 +50,6 @@ class BootConfig:
     guidance_scale: float = option(1.0, "classifier-free guidance that is distilled in", at_least=0)
     threshold: str = option("none", "of the teacher's estimate (pixels only)", choices=("none", "static", "dynamic"))
     threshold_percentile: float = option(0.995, "of the dynamic threshold", above=0, at_most=1)
-    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
     metric: str = option("l2", "l2, or 'package.module:factory' of a module called as metric(signal, target), "
                                "both (B, *shape), that returns (B,) or (B, ...)")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
@@ -74,9 +72,7 @@ class Boot(SingleStudent):
         """
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
-        if config.guidance_scale != 1 and not teacher.can_guide:
-            raise UserError(f"method.guidance_scale is {config.guidance_scale}, but the teacher has no null label; "
-                            "set it to 1, or teacher.null_label")
+        check_guidance(teacher, {"guidance_scale": config.guidance_scale})
         if config.threshold != "none" and not isinstance(teacher.codec, PixelCodec):
             raise UserError(f"method.threshold is '{config.threshold}', but the teacher's samples are latents, which "
                             "have no range; set it to none")
@@ -87,7 +83,7 @@ class Boot(SingleStudent):
             raise UserError(f"method.target_time is '{config.target_time}', but the student's network was given, and "
                             "that decides its wiring; leave it at separate")
         info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
-        self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time, of_student(config))
+        self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time, config.student_lora)
 
     def to(self, device: torch.device | str) -> Boot:
         if isinstance(self.metric, nn.Module):

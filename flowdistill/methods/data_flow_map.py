@@ -25,12 +25,12 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
-from flowdistill.teacher.lora import KINDS, LoraSettings, of_student
+from flowdistill.teacher.lora import StudentKind
 from flowdistill.teacher.velocity import per_sample
 
 
 @dataclass
-class DataFlowMapConfig:
+class DataFlowMapConfig(StudentKind):
     """Settings of the data-based baseline; all defaults are ours."""
 
     name: str = "data_flow_map"
@@ -39,8 +39,6 @@ class DataFlowMapConfig:
     damping: float = option(1.0, "power of the damping (MeanFlow's adaptive weight)", at_least=0)
     damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
     finite_difference_step: float = option(0.02, "step of the derivative, in t", above=0, at_most=1)
-    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
 
 
@@ -59,7 +57,7 @@ class DataFlowMap(SingleStudent):
         self.config, self.teacher = config, teacher
         self.data = RealData(teacher, config.data, images)
         info = StudentInfo(method=self.name, base_model=teacher.source)
-        self._student = FlowMap.from_teacher(teacher, info, student_network, lora=of_student(config))
+        self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
 
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw

@@ -25,18 +25,18 @@ from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, Role, SingleStudent
 from flowdistill.methods.pairs import Regression, regression_error
-from flowdistill.methods.prior import Prior, at_t_max, draw_prior
+from flowdistill.methods.prior import Prior, at_t_max, check_guidance, draw_prior
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.student import FlowMap, StudentInfo
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.attention import allow_forward_mode, no_forward_mode
 from flowdistill.teacher.critic import critic_loss, make_critic
-from flowdistill.teacher.lora import KINDS, LoraSettings, of_critic, of_student
+from flowdistill.teacher.lora import CriticKind
 
 
 @dataclass
-class FreeFlowConfig(Regression):
+class FreeFlowConfig(Regression, CriticKind):
     """Settings of FreeFlow. "(paper: ...)" marks a value its authors report; every other default is ours."""
 
     name: str = "freeflow"
@@ -57,10 +57,6 @@ class FreeFlowConfig(Regression):
                                           choices=("uniform", "logit_normal"))
     critic_updates: int = option(1, "critic steps a student step", at_least=1)
     critic_fraction: float = option(1.0, "rows of a critic step, as a share of the batch", above=0, at_most=1)
-    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
-    critic_lora_rank: int | None = option(None, "rank of the critic's; null: lora.rank", at_least=1)
     guidance_min: float = option(1.0, "smallest guidance scale the student learns", at_least=0)
     guidance_max: float = option(1.0, "largest; above the smallest, the scale is an input of the student", at_least=0)
     guidance_interval: list[float] = option([0.0, 1.0], "times with guidance in Delta_G: the teacher's own recipe",
@@ -79,13 +75,7 @@ class FreeFlowConfig(Regression):
             low, high = getattr(self, key)
             if low >= high:
                 raise UserError(f"method.{key} is [{low}, {high}]; the first must be below the second")
-        if self.regression_weight and self.guidance_min < self.guidance_max:
-            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs have one guidance scale "
-                            "and the student learns a range; set method.guidance_min and guidance_max to one value")
-        guided = (self.guidance_min, self.guidance_max) != (1.0, 1.0)
-        if self.regression_weight and guided and self.guidance_interval != [0.0, 1.0]:
-            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs are guided at all times "
-                            f"and method.guidance_interval is {self.guidance_interval}; set it to [0, 1]")
+        self.check_regression(self.guidance_min, self.guidance_max, self.guidance_interval)
 
 
 Networks = Mapping[str, Callable[..., Tensor]]
@@ -98,10 +88,7 @@ class FreeFlow(SingleStudent):
     Config = FreeFlowConfig
 
     def __init__(
-        self,
-        config: FreeFlowConfig,
-        teacher: Teacher,
-        student_network: nn.Module | None = None,
+        self, config: FreeFlowConfig, teacher: Teacher, student_network: nn.Module | None = None,
         critic_network: nn.Module | None = None,
     ) -> None:
         """Networks of one's own (for teachers without a backbone) take the signatures of ``ExtendedVelocity``."""
@@ -109,16 +96,11 @@ class FreeFlow(SingleStudent):
         self.config, self.teacher = config, teacher
         self.guided = (config.guidance_min, config.guidance_max) != (1.0, 1.0)
         self.guidance_input = config.guidance_min < config.guidance_max
-        if self.guided and not teacher.can_guide:
-            raise UserError("method.guidance_min and method.guidance_max ask for classifier-free guidance, but the "
-                            "teacher has no null label; set both to 1, or teacher.null_label")
-        info = StudentInfo(
-            method=self.name,
-            base_model=teacher.source,
-            guidance_range=(config.guidance_min, config.guidance_max) if self.guidance_input else None,
-            guidance_scale=(config.guidance_min + config.guidance_max) / 2,
-        )
-        self._student = FlowMap.from_teacher(teacher, info, student_network, lora=of_student(config))
+        check_guidance(teacher, {"guidance_min": config.guidance_min, "guidance_max": config.guidance_max})
+        scales = (config.guidance_min, config.guidance_max)
+        info = StudentInfo(self.name, teacher.source, guidance_range=scales if self.guidance_input else None,
+                           guidance_scale=sum(scales) / 2)
+        self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
         self.pairs = config.make_pairs(teacher, info.guidance_scale)
         self.forward_mode = config.derivative == "jvp"
         if self.forward_mode:
@@ -126,7 +108,7 @@ class FreeFlow(SingleStudent):
         self.critic = None
         if config.prediction_fraction < 1:
             scalars = ("guidance",) if self.guidance_input else ()
-            self.critic = critic_network or make_critic(teacher, of_critic(config), scalars)
+            self.critic = critic_network or make_critic(teacher, config.critic_lora, scalars)
 
     def roles(self) -> dict[str, Role]:
         critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}
@@ -134,11 +116,6 @@ class FreeFlow(SingleStudent):
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) + ("critic",) * (self.config.critic_updates if self.critic is not None else 0)
-
-    def to(self, device: torch.device | str) -> FreeFlow:
-        if self.critic is not None:
-            self.critic.to(device)
-        return super().to(device)
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
@@ -262,11 +239,9 @@ class FreeFlow(SingleStudent):
         return draw_prior(self.teacher, draw, rows, scales)
 
     def _durations(self, draw: Draw) -> Tensor:
-        if self.config.duration_sampling == "uniform":
-            share = 1 - draw.uniform()  # in (0, 1]: duration 0 teaches nothing but the boundary, which holds already
-        else:
-            share = draw.logit_normal(self.config.duration_mean, self.config.duration_std)
-        return self.teacher.t_max * share
+        if self.config.duration_sampling == "logit_normal":
+            return self.teacher.t_max * draw.logit_normal(self.config.duration_mean, self.config.duration_std)
+        return self.teacher.t_max * (1 - draw.uniform())  # in (0, 1]: at 0 the boundary holds already
 
     def _noise_levels(self, draw: Draw, rows: int, sampling: str) -> Tensor:
         mean, std = self.config.noising_mean, self.config.noising_std

@@ -79,6 +79,17 @@ class Regression:
     regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
     regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
 
+    def check_regression(self, lowest: float, highest: float, interval: list[float]) -> None:
+        """UserError where pairs, of one guidance scale at all times, cannot teach scales or times of guidance."""
+        if not self.regression_weight:
+            return
+        if lowest < highest:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs have one guidance scale "
+                            "and the student learns a range; set method.guidance_min and guidance_max to one value")
+        if lowest != 1 and interval != [0.0, 1.0]:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs are guided at all times "
+                            f"and method.guidance_interval is {interval}; set it to [0, 1]")
+
     def make_pairs(self, teacher: Teacher, guidance_scale: float) -> Pairs | None:
         """The pairs of the term; None where its weight is 0."""
         if not self.regression_weight:

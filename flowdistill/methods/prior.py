@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowdistill.conditions import Condition
+from flowdistill.errors import UserError
 from flowdistill.teacher import Teacher
 from flowdistill.training.draw import Draw
 
@@ -39,6 +41,15 @@ def draw_prior(
     start = teacher.t_max * draw.normal(teacher.shape, rows=rows)
     condition = teacher.draw_condition(draw, rows)
     return Prior(start, condition, None if guidance is None else draw.uniform(*guidance, rows=rows))
+
+
+def check_guidance(teacher: Teacher, settings: Mapping[str, float]) -> None:
+    """UserError where ``settings``, guidance scales by name, ask for guidance that the teacher cannot give."""
+    if teacher.can_guide or all(scale == 1 for scale in settings.values()):
+        return
+    given = " and ".join(f"method.{name} is {scale}" for name, scale in settings.items())
+    raise UserError(f"{given}, but the teacher has no null label; set {'both' if len(settings) > 1 else 'it'} to 1, or "
+                    "teacher.null_label")
 
 
 def at_t_max(teacher: Teacher, start: Tensor) -> Tensor:

@@ -25,23 +25,23 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.errors import UserError
 from flowdistill.methods.base import Draw, Role, SingleStudent
 from flowdistill.methods.noise_levels import NoiseLevels
 from flowdistill.methods.pairs import Regression, regression_error
+from flowdistill.methods.prior import check_guidance
 from flowdistill.methods.real_data import RealData
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.student import START_UNITS, Generator, StudentInfo, generated, start_time
 from flowdistill.teacher import Teacher
 from flowdistill.teacher.critic import Discriminator, critic_loss, make_critic
-from flowdistill.teacher.lora import KINDS, LoraSettings, of_critic, of_student
+from flowdistill.teacher.lora import CriticKind
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
 
 
 @dataclass
-class HostConfig(Regression):
+class HostConfig(Regression, CriticKind):
     """Settings of score distillation. "(authors: ...)" marks a published value; every other default is ours."""
 
     weighting: str = option("dmd", "of the matching gradient", choices=WEIGHTINGS)
@@ -52,10 +52,6 @@ class HostConfig(Regression):
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
     critic_updates: int = option(1, "critic steps a generator step (authors of DMD2: 5)", at_least=1)
-    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
-    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
-    critic_lora_rank: int | None = option(None, "rank of the critic's; null: lora.rank", at_least=1)
     adversarial_weight: float = option(0.0, "of the adversarial term for the generator; 0: none, and no data (authors "
                                             "of DMD2 for SDXL: 5e-3)", at_least=0)
     adversarial_critic_weight: float = option(1e-2, "of the same for the critic (authors: 1e-2)", at_least=0)
@@ -105,13 +101,11 @@ class ScoreDistillation(SingleStudent):
         validate(config, prefix="method.")
         self.config, self.teacher, self.target = config, teacher, teacher
         self.guidance_scale = config.guidance_scale
-        if config.guidance_scale != 1 and not teacher.can_guide:
-            raise UserError(f"method.guidance_scale is {config.guidance_scale}, but the teacher has no null label; "
-                            "set it to 1, or teacher.null_label")
+        check_guidance(teacher, {"guidance_scale": config.guidance_scale})
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         start = start_time(teacher, config.start, config.start_unit)
-        self._student = Generator.from_teacher(teacher, info, start, student_network, of_student(config))
-        self.score = self.critic = critic_network or make_critic(teacher, of_critic(config))
+        self._student = Generator.from_teacher(teacher, info, start, student_network, config.student_lora)
+        self.score = self.critic = critic_network or make_critic(teacher, config.critic_lora)
         self.data = None
         if config.adversarial_weight:
             self.data = RealData(teacher, config.data)
@@ -123,10 +117,6 @@ class ScoreDistillation(SingleStudent):
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("critic",) * self.config.critic_updates + ("student",)
-
-    def to(self, device: torch.device | str) -> ScoreDistillation:
-        self.critic.to(device)
-        return super().to(device)
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,17 +31,32 @@ class LoraSettings:
                                                     "to_v]; null: all linear and convolution layers")
 
 
-def of_student(config: Any) -> LoraSettings | None:
-    """The adapters that a method's configuration asks for; None for a full copy of the teacher."""
-    return config.lora if config.student == "lora" else None
+@dataclass
+class StudentKind:
+    """What trains, a copy of the teacher or adapters; methods' settings inherit it."""
+
+    student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
+
+    @property
+    def student_lora(self) -> LoraSettings | None:
+        """The student's adapters; None for a full copy of the teacher."""
+        return self.lora if self.student == "lora" else None
 
 
-def of_critic(config: Any) -> LoraSettings | None:
-    """The same for its critic, which may have a rank of its own."""
-    if config.critic != "lora":
-        return None
-    rank = config.critic_lora_rank or config.lora.rank
-    return LoraSettings(rank, config.lora.alpha, config.lora.target_modules)
+@dataclass
+class CriticKind(StudentKind):
+    """The same of a method with a critic, whose adapters may have a rank of their own."""
+
+    critic: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
+    critic_lora_rank: int | None = option(None, "rank of the critic's; null: lora.rank", at_least=1)
+
+    @property
+    def critic_lora(self) -> LoraSettings | None:
+        """The critic's adapters; None for a full copy of the teacher."""
+        if self.critic != "lora":
+            return None
+        return replace(self.lora, rank=self.critic_lora_rank or self.lora.rank)
 
 
 def add_lora(backbone: nn.Module, settings: LoraSettings) -> nn.Module:
