@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -22,18 +24,46 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None 
     """Write images as one PNG, row by row; the file is complete or absent.
 
     Args:
+        images, columns: see :func:`grid`.
+        path: a PNG file; its folder is made.
+    """
+    save_picture(grid(images, columns), path)
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Images as one picture, row by row.
+
+    Args:
         images: (N, C, H, W) in [0, 1], C 1 or 3, N at least 1; values outside are clipped. Images whose shorter side
             is below 32 pixels are enlarged by a whole factor, each pixel into a square.
-        path: a PNG file; its folder is made.
         columns: images in a row; default: the nearest to a square.
     """
     _check(images)
     pixels = to_uint8(torch.nan_to_num(images.detach().cpu()))
     factor = math.ceil(CELL / min(pixels.shape[-2:]))
     enlarged = pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
-    grid = make_grid(enlarged, nrow=columns or math.ceil(math.sqrt(len(pixels))), padding=PADDING, pad_value=255)
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    return to_pil_image(make_grid(enlarged, nrow=columns, padding=PADDING, pad_value=255))
+
+
+def stacked(parts: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures of one size under each other, each below its title in black on white."""
+    first = next(iter(parts.values()))
+    size = max(14, first.width // 40)
+    font, band = ImageFont.load_default(size), round(1.6 * size)
+    whole = Image.new(first.mode, (first.width, len(parts) * (band + first.height)), "white")
+    drawing = ImageDraw.Draw(whole)
+    for number, (title, picture) in enumerate(parts.items()):
+        top = number * (band + first.height)
+        drawing.text((2 * PADDING, top + band // 2), title, fill="black", font=font, anchor="lm")
+        whole.paste(picture, (0, top + band))
+    return whole
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PNG, complete or absent; its folder is made."""
     with atomic_write(path) as file:
-        to_pil_image(grid).save(file, format="png")
+        picture.save(file, format="png")
 
 
 def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) -> list[Path]:

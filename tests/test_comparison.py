@@ -16,8 +16,11 @@ def test_blocks_start_from_the_same_noise(tmp_path):
     save_comparison(teacher, student, tmp_path / "c.png", teacher_steps=(4, 1), rows_each=2, columns=5)
     pixels = np.asarray(Image.open(tmp_path / "c.png").convert("L")).astype(int)
     cell = 32 + 2  # 8x8 digits are drawn at 32 pixels, 2 between them
-    assert pixels.shape == (8 * cell + 2, 5 * cell + 2)
-    blocks = [pixels[start * cell + 2 : (start + 2) * cell] for start in (0, 3, 6)]
+    assert pixels.shape[1] == 5 * cell + 2 and pixels.shape[0] % 3 == 0
+    parts = np.split(pixels, 3)
+    titles, blocks = zip(*((part[: -2 * cell - 2], part[-2 * cell - 2 :]) for part in parts), strict=True)
     assert (blocks[1] == blocks[2]).all()
     assert np.abs(blocks[0] - blocks[1]).mean() > 5
-    assert (pixels[2 * cell + 2 : 3 * cell] == 255).all()
+    # Black letters on white; "teacher, 4 calls", "teacher, 1 call" and "student, 1 call" are three different texts.
+    assert all((title == 255).mean() > 0.5 and title.min() < 64 for title in titles)
+    assert all((titles[a] != titles[b]).any() for a, b in ((0, 1), (1, 2), (0, 2)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flowdistill.images import save_grid
+from flowdistill.images import grid, save_picture, stacked
 from flowdistill.noise import indexed_noise
 
 
@@ -22,18 +22,17 @@ def save_comparison(
     columns: int = 10,
     seed: int = 0,
 ) -> None:
-    """Write a PNG of stacked blocks: the teacher at each number of Euler steps, then the student at one call.
+    """Write a PNG of blocks with titles: the teacher at each number of Euler steps, then the student at one call.
 
-    Every block starts from the same noise and labels or prompts (in turn), so a column can be compared from
-    block to block; a blank row lies between blocks.
+    Every block starts from the same noise and labels or prompts (in turn), so an image can be compared from block to
+    block.
     """
     count = rows_each * columns
     noise = indexed_noise(student.shape, seed, range(count)).to(student.device)
     condition = student.examples(range(count))
-    blocks = [teacher.decode(teacher.sample(noise, condition, steps=steps)).cpu() for steps in teacher_steps]
-    blocks.append(student.decode(student(noise, condition)).cpu())
-    blank = torch.ones(columns, *blocks[0].shape[1:])
-    parts = [blocks[0]]
-    for block in blocks[1:]:
-        parts += [blank, block]
-    save_grid(torch.cat(parts), path, columns)
+    blocks = {}
+    for steps in teacher_steps:
+        title = f"teacher, {steps} call{'s' if steps > 1 else ''}"
+        blocks[title] = teacher.decode(teacher.sample(noise, condition, steps=steps))
+    blocks["student, 1 call"] = student.decode(student(noise, condition))
+    save_picture(stacked({title: grid(images, columns) for title, images in blocks.items()}), path)
