@@ -34,6 +34,14 @@ def test_ranges_and_types():
     assert integers.unique().tolist() == [0, 1, 2]
 
 
+def test_an_index_may_stay_on_the_cpu():
+    far, near = (Draw(0, 0, rows=8, rank=1, world=2, device=device) for device in ("meta", "cpu"))
+    assert far.integers(3).device.type == "meta"
+    index = far.integers(3, on_cpu=True)
+    near.integers(3)
+    assert index.device.type == "cpu" and torch.equal(index, near.integers(3))
+
+
 @pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
 def test_every_seed_step_update_and_micro_batch_has_its_own_numbers(other):
     first, second = Draw(0, 0, 0, 0, rows=4), Draw(*other, rows=4)

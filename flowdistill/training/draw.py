@@ -75,17 +75,13 @@ class Draw:
         """Integers in [0, high), int64 (local rows,); ``on_cpu`` keeps them there, to index what is there."""
         count = self.rows if rows is None else rows
         values = torch.randint(high, (count,), generator=self._generator())
-        if on_cpu:
-            self._check(count)
-            return values[self.rank :: self.world].contiguous()
-        return self._mine(values)
+        return self._local(values) if on_cpu else self._mine(values)
 
     def choice(self, cumulative: Tensor, rows: int | None = None) -> Tensor:
         """Indices with probabilities given by their running sum (N,) to 1; int64 (local rows,), always on the CPU."""
         count = self.rows if rows is None else rows
-        self._check(count)
-        values = torch.rand(count, generator=self._generator(), dtype=torch.float64)[self.rank :: self.world]
-        return torch.searchsorted(cumulative, values.contiguous(), right=True).clamp(max=len(cumulative) - 1)
+        values = self._local(torch.rand(count, generator=self._generator(), dtype=torch.float64))
+        return torch.searchsorted(cumulative, values, right=True).clamp(max=len(cumulative) - 1)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a tensor over its elements and over the processes (of equal rows): 0-d, detached, no host sync."""
@@ -104,9 +100,12 @@ class Draw:
         if rows % self.world:
             raise UserError(f"{rows} rows cannot be shared equally by {self.world} processes")
 
-    def _mine(self, values: Tensor) -> Tensor:
+    def _local(self, values: Tensor) -> Tensor:
         self._check(len(values))
-        values = values[self.rank :: self.world].contiguous()
+        return values[self.rank :: self.world].contiguous()
+
+    def _mine(self, values: Tensor) -> Tensor:
+        values = self._local(values)
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
