@@ -199,6 +199,22 @@ def test_each_objective_alone_pulls_an_offset_student_back(fraction):
     assert (networks["student"].offset.grad > 0.01).all()
 
 
+def test_the_correction_is_scaled_to_the_prediction():
+    """lambda = alpha G / (N + epsilon), G before or after the damping."""
+    def weight(**settings):
+        method, networks = toy(offset=0.3, critic=GaussianVelocity(MEAN - 0.3, STD), derivative="jvp", **settings)
+        metrics = method.loss("student", networks, DoubleDraw(0, 0, rows=256))[1]
+        return metrics["correction_weight"].item(), metrics["correction_residual"].item()
+
+    usual, residual = weight()
+    assert weight(correction_strength=0.5)[0] == pytest.approx(0.5 * usual, rel=1e-12)
+    sizes = [epsilon / (usual / weight(balance_epsilon=epsilon)[0] - 1) for epsilon in (0.5, 4.0)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)  # N, from either
+    assert 0.5 * (2 * residual) ** 0.5 < sizes[0] <= (2 * residual) ** 0.5  # a mean of norms in two dimensions
+    assert weight(damping=0.0)[0] == pytest.approx(weight(balance_after_damping=False)[0], rel=1e-12)
+    assert usual != pytest.approx(weight(damping=0.0)[0], rel=0.1)
+
+
 def test_critic_loss_trains_the_critic_only():
     method, networks = toy()
     loss, _ = method.loss("critic", networks, DoubleDraw(0, 0, rows=64))

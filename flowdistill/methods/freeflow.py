@@ -44,6 +44,7 @@ class FreeFlowConfig(Regression, CriticKind):
     damping: float = option(1.0, "k of the power-law damping of Delta_G (paper: 1 with both objectives)", at_least=0)
     damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
     correction_strength: float = option(1.0, "alpha, size of Delta_N against Delta_G (paper: stable 0.3-3)", above=0)
+    balance_epsilon: float = option(1e-8, "added to the size of Delta_N that it is divided by", above=0)
     balance_after_damping: bool = option(True, "take the size of Delta_G after the damping")
     derivative: str = option("finite_difference", "dV/dd; discrete: one teacher Euler step from the shorter map",
                              choices=("finite_difference", "jvp", "discrete"))
@@ -146,8 +147,8 @@ class FreeFlow(SingleStudent):
             if target is not None:
                 reference = damped if self.config.balance_after_damping else residual
                 sizes = (draw.mean(r.flatten(1).norm(dim=1)) for r in (reference, noising))
-                metrics["correction_weight"] = dm.balance(*sizes, self.config.correction_strength, 1e-8)
-                noising = metrics["correction_weight"] * noising
+                weight = dm.balance(*sizes, self.config.correction_strength, self.config.balance_epsilon)
+                metrics["correction_weight"], noising = weight, weight * noising
             parts.append(noising)
         loss = fm.velocity_matching_loss(velocity, torch.cat(parts)).mean()
         if self.pairs is not None:
