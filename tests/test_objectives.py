@@ -215,6 +215,16 @@ def test_the_correction_is_scaled_to_the_prediction():
     assert usual != pytest.approx(weight(damping=0.0)[0], rel=0.1)
 
 
+def test_the_prediction_may_go_first_alone():
+    shifted = GaussianVelocity(MEAN - 0.3, STD)
+    runs, cases = {}, {"late": {"prediction_only_steps": 2}, "both": {}, "alone": {"prediction_fraction": 1.0}}
+    for name, settings in cases.items():
+        method, networks = toy(offset=0.3, critic=shifted, derivative="jvp", **settings)
+        runs[name] = [method.loss("student", networks, DoubleDraw(0, step, rows=64))[0].item() for step in (1, 2)]
+        assert method.schedule(0) == (("student",) if name == "alone" else ("student", "critic"))
+    assert runs["late"] == [runs["alone"][0], runs["both"][1]] and runs["alone"][1] != runs["both"][1]
+
+
 def test_critic_loss_trains_the_critic_only():
     method, networks = toy()
     loss, _ = method.loss("critic", networks, DoubleDraw(0, 0, rows=64))

@@ -41,6 +41,7 @@ class FreeFlowConfig(Regression, CriticKind):
 
     name: str = "freeflow"
     prediction_fraction: float = option(0.75, "share of the batch for Delta_G (paper: 0.75)", at_least=0, at_most=1)
+    prediction_only_steps: int = option(0, "steps at the start without Delta_N; the critic learns in them", at_least=0)
     damping: float = option(1.0, "k of the power-law damping of Delta_G (paper: 1 with both objectives)", at_least=0)
     damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
     correction_strength: float = option(1.0, "alpha, size of Delta_N against Delta_G (paper: stable 0.3-3)", above=0)
@@ -95,10 +96,9 @@ class FreeFlow(SingleStudent):
         """Networks of one's own (for teachers without a backbone) take the signatures of ``ExtendedVelocity``."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
-        self.guided = (config.guidance_min, config.guidance_max) != (1.0, 1.0)
-        self.guidance_input = config.guidance_min < config.guidance_max
-        check_guidance(teacher, {"guidance_min": config.guidance_min, "guidance_max": config.guidance_max})
         scales = (config.guidance_min, config.guidance_max)
+        self.scales, self.guidance_input = None if scales == (1.0, 1.0) else scales, scales[0] < scales[1]
+        check_guidance(teacher, {"guidance_min": config.guidance_min, "guidance_max": config.guidance_max})
         info = StudentInfo(self.name, teacher.source, guidance_range=scales if self.guidance_input else None,
                            guidance_scale=sum(scales) / 2)
         self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
@@ -125,8 +125,9 @@ class FreeFlow(SingleStudent):
 
     def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         local = draw.rows // draw.world
-        predicted = round(self.config.prediction_fraction * local)
-        prior = self._prior(draw, draw.rows)
+        alone = draw.step < self.config.prediction_only_steps
+        predicted = local if alone else round(self.config.prediction_fraction * local)
+        prior = draw_prior(self.teacher, draw, draw.rows, self.scales)
         duration = self._durations(draw)
         duration[predicted:] = self.teacher.t_max
         prediction, correction = slice(0, predicted), slice(predicted, local)
@@ -202,7 +203,7 @@ class FreeFlow(SingleStudent):
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         rows = max(1, round(self.config.critic_fraction * draw.rows / draw.world)) * draw.world
-        prior = self._prior(draw, rows)
+        prior = draw_prior(self.teacher, draw, rows, self.scales)
         with torch.no_grad():
             sample = self._sample(networks["student"], prior)
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
@@ -234,10 +235,6 @@ class FreeFlow(SingleStudent):
             return self.teacher.velocity(x, t, prior.condition, prior.guidance, (interval[0], interval[1]))
 
     # --- draws
-
-    def _prior(self, draw: Draw, rows: int) -> Prior:
-        scales = (self.config.guidance_min, self.config.guidance_max) if self.guided else None
-        return draw_prior(self.teacher, draw, rows, scales)
 
     def _durations(self, draw: Draw) -> Tensor:
         if self.config.duration_sampling == "logit_normal":
