@@ -24,6 +24,7 @@ from flowdistill.evaluation.processes import Processes
 from flowdistill.methods.base import Concluding
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints, disk_errors
+from flowdistill.training.heap import keep_freed_memory
 from flowdistill.training.loop import Trainer
 from flowdistill.training.precision import resolve_precision
 
@@ -183,6 +184,8 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     )
     if accelerator.device.type != kind:
         raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
+    if kind == "cpu":
+        keep_freed_memory()
     if accelerator.num_processes > 1:
         # For callers from Python (commands end by leave): nccl complains when it is left open, gloo aborts more often.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
