@@ -104,7 +104,7 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         shares = [_share([row.get(name)]) for name in more]
         accuracy = _percent([row["accuracy"]])
         empty = [""] * (2 + len(sizes))
-        text.append(_cells(["teacher", row["calls"], f"{row['fid']:.2f}", *shares, accuracy, *empty]))
+        text.append(_cells(["teacher", row["calls"], _fid([row["fid"]]), *shares, accuracy, *empty]))
     for label in labels:
         mine = [line for line in lines if line["label"] == label]
         if not mine:
@@ -112,13 +112,13 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         students = [row for line in mine for row in line["rows"] if row["model"] == "student"]
         minutes = _spread([line["train_seconds"] / 60 for line in mine], ".1f")
         error = _spread([line["paired_error"] for line in mine], ".4f")
-        fid = _spread([row["fid"] for row in students], ".2f")
+        fid = _fid([row["fid"] for row in students])
         accuracy = _percent([row["accuracy"] for row in students])
         shares = [_share([row.get(name) for row in students]) for name in more]
         counts = [f"{students[0][key]:,}" for key in ("active_parameters", "stored_parameters")] if several else []
         text.append(_cells([label, 1, fid, *shares, accuracy, error, f"{minutes} min", *counts]))
     if lines[0]["fid_floor"] is not None:
-        floor = ["two random halves of the real images", "", f"{lines[0]['fid_floor']:.2f}"]
+        floor = ["two random halves of the real images", "", _fid([lines[0]["fid_floor"]])]
         text.append(_cells(floor + [""] * (len(head) - len(floor))))
     seeds = sorted({line["seed"] for line in lines})
     text += ["", f"{lines[0]['num_images']:,} images a row; seeds {', '.join(map(str, seeds))}: mean ± standard "
@@ -224,6 +224,12 @@ def _spread(values: Sequence[float | None], form: str) -> str:
         return "diverged" if len(finite) < len(values) else "-"
     mean = format(statistics.fmean(finite), form)
     return mean if len(finite) == 1 else f"{mean} ± {format(statistics.stdev(finite), form)}"
+
+
+def _fid(values: Sequence[float | None]) -> str:
+    """With three decimals where two would hide the spread."""
+    small = all(value is not None and value < 1 for value in values)
+    return _spread(values, ".3f" if small else ".2f")
 
 
 def _cells(values: Sequence[Any]) -> str:
