@@ -174,7 +174,7 @@ def test_pairs_of_other_parts_move_shared_weights_but_no_table():
     pairs = Pairs(torch.randn(4, 2), torch.randn(4, 2), labels)
     table = torch.zeros(4, 2, requires_grad=True)
     shared = torch.zeros(2, requires_grad=True)
-    teacher = type("T", (), {"classes": ClassLabels(4, None)})()
+    teacher = type("T", (), {"classes": ClassLabels(4, None), "device": torch.device("cpu")})()
     _, latents, condition = pairs.rows(torch.tensor([2, 3]), teacher)  # a student of 0 and 1 meets these
     for output in (table[condition.tensors["class_labels"]], shared.expand(2, 2)):
         (output - latents).square().mean().backward()

@@ -82,7 +82,8 @@ def test_boundary_loss_is_zero_before_training_and_gradients_reach_the_time_chan
     method = Boot(BootConfig(target_time="reuse"), teacher)
     network = method.student().network
     loss, metrics = method.loss("student", {"student": network}, Draw(0, 0, rows=8))
-    assert metrics["boundary_error"] < 1e-12 and metrics["bootstrap_error"] > 1e-6
+    # Not bit for bit: the student's rows share a pass with others, and a larger batch may round differently.
+    assert metrics["boundary_error"] < 1e-8 and metrics["bootstrap_error"] > 1e-6
     loss.backward()
     for module in teacher.network.adapter.time_embeddings(network.velocity.backbone):
         assert module.linear_2.weight.grad.abs().max() > 0
