@@ -154,6 +154,15 @@ def test_a_student_starts_as_the_teachers_euler_step(name, kind):
         assert near(student(n, condition), teacher.sample(n, condition, times=[teacher.t_max, 0.0]))
 
 
+@pytest.mark.parametrize(("kind", "lora"), [(FlowMap, None), (Generator, None), (FlowMap, LoraSettings(2))])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_step_is_the_forward_pass(name, kind, lora):
+    _, _, student = student_of(name, (1.0, 2.0) if kind is FlowMap else None, True, kind, lora)
+    n, condition = noise(student), condition_of(name, student)
+    with torch.no_grad():
+        assert near(student.one_step()(n, condition), student(n, condition))
+
+
 METHODS = {
     "FreeFlow": lambda teacher, scale: FreeFlow(FreeFlowConfig(guidance_max=scale), teacher),
     "FreeFlow, LoRA critic": lambda teacher, scale: FreeFlow(

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from flowdistill.errors import UserError
+from flowdistill.noise import indexed_noise
 from flowdistill.student import FlowMap, StudentInfo, export, is_student_folder, load_student
 from flowdistill.teacher import load_teacher
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
@@ -23,10 +24,10 @@ SCHEDULERS = {
 FAMILIES = {"unet": tiny_unet_pipeline, "dit": tiny_dit_pipeline}
 
 
-def student_of(family="unet", scheduler="flow", guidance=None, trained=False):
+def student_of(family="unet", scheduler="flow", guidance=None, trained=False, target_time="separate"):
     teacher = load_teacher(FAMILIES[family](SCHEDULERS[scheduler]()), null_label=3 if family == "unet" else None)
     info = StudentInfo("freeflow", "tiny", guidance, 1.5 if guidance else 1.0, {"damping": 1.0})
-    student = FlowMap.from_teacher(teacher, info)
+    student = FlowMap.from_teacher(teacher, info, target_time=target_time)
     if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -139,6 +140,49 @@ def test_generate_does_not_depend_on_the_batch_size():
         student.generate(labels=[3])
     with pytest.raises(UserError, match="guidance_scale is 2.0.*only 1.0"):
         student.generate(labels=[0], guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("target_time", ["separate", "reuse"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_is_the_forward_pass_bit_for_bit(family, scheduler, target_time):
+    _, student = student_of(family, scheduler, (1.0, 2.0), True, target_time)
+    n, condition = noise(student), student.encode([0, 1, 2])
+    with torch.no_grad():
+        for scale in (None, 2.0):
+            one_step = student.one_step(scale)
+            for rows in (3, 1):  # one value serves batches of any size
+                assert torch.equal(one_step(n[:rows], condition[:rows]), student(n[:rows], condition[:rows], scale))
+        kept = student.one_step(2.0)
+        student.one_step(1.0)(n, condition)  # another one does not change it, nor does the map to a middle time
+        student(n, condition, duration=0.3)
+        assert torch.equal(kept(n, condition), student(n, condition, 2.0))
+    with pytest.raises(UserError, match="guidance_scale is 3.0"):
+        student.one_step(3.0)
+
+
+def test_generate_embeds_its_constants_once_and_images_are_those_of_the_forward_pass():
+    _, student = student_of(guidance=(1.0, 2.0), trained=True)
+    embedded = []
+    for embedding in student.network.embeddings.values():
+        embedding.register_forward_hook(lambda module, args, out: embedded.append(out))
+    images = student.generate(num_images=9, seed=4, batch_size=3, guidance_scale=2.0)
+    assert len(embedded) == 2  # duration and guidance
+    with torch.no_grad():
+        for rows in (range(3), range(3, 6), range(6, 9)):
+            made = student.decode(student(indexed_noise(student.shape, 4, rows), student.examples(rows), 2.0))
+            assert torch.equal(images[rows.start : rows.stop], made)
+
+
+def test_the_type_a_network_computes_in_follows_it():
+    teacher, student = student_of()
+    network = student.network.velocity
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert network.to(dtype).dtype == network.backbone.dtype == dtype
+    assert copy.deepcopy(network).half().dtype == torch.float16 and network.dtype == torch.float32
+    half = teacher.network.frozen_copy()
+    half.backbone.half()
+    assert half.dtype == torch.float16 and half.trainable_copy().dtype == torch.float32
 
 
 LOAD = """

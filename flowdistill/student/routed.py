@@ -133,9 +133,10 @@ class RoutedStudent(Student):
         route = torch.cat([self.route(conditions(span)) for span in spans])
         images: Tensor | None = None
         for part in route.unique().tolist():
+            one_step = self.student(part).one_step(guidance_scale)
             for rows in (route == part).nonzero().flatten().split(batch_size):
                 noise = indexed_noise(self.shape, seed, rows.tolist()).to(self.device)
-                made = self.decode(self.student(part)(noise, conditions(rows.tolist()), guidance_scale)).cpu()
+                made = self.decode(one_step(noise, conditions(rows.tolist()))).cpu()
                 images = made.new_empty(count, *made.shape[1:]) if images is None else images
                 images[rows] = made
         assert images is not None

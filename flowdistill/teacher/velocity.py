@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdistill.conditions import Condition
-from flowdistill.path import NativePath
+from flowdistill.path import Coefficients, NativePath
 from flowdistill.teacher.adapters import Adapter
 from flowdistill.teacher.attention import attention_kernels, only_math
 from flowdistill.teacher.lora import LoraSettings, add_lora
@@ -53,18 +54,39 @@ class VelocityNetwork(nn.Module):
         self.path = path
         self.adapter = adapter
         self.attention = attention
+        self._dtype = (self._first_dtype(), self.backbone.dtype)
+
+    def _first_dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the backbone computes in; looked for again when its first weight has another type than before.
+
+        diffusers goes through every module for it, which of a small network takes 1 % of its forward pass.
+        """
+        first = self._first_dtype()
+        if first != self._dtype[0]:
+            self._dtype = (first, self.backbone.dtype)
+        return self._dtype[1]
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition | None = None, asked_at: Tensor | None = None
     ) -> Tensor:
         """``asked_at`` (B,): time that the backbone is told instead of ``t``; every scale stays that of ``t``."""
+        return self.with_coefficients(x, self.coefficients(t, asked_at), condition)
+
+    def coefficients(self, t: Tensor, asked_at: Tensor | None = None) -> Coefficients:
+        """Of the path at times ``t``, with the backbone's timestep at ``asked_at``; see :meth:`forward`."""
         c = self.path.coefficients(t)  # float64: these divide by 1 - t, and half precision loses exactly that
-        timestep = c.timestep if asked_at is None else self.path.coefficients(asked_at).timestep
-        dtype = self.backbone.dtype
+        return c if asked_at is None else replace(c, timestep=self.path.coefficients(asked_at).timestep)
+
+    def with_coefficients(self, x: Tensor, c: Coefficients, condition: Condition | None = None) -> Tensor:
+        """As :meth:`forward`, with what the time makes given: ``c`` of (B,), or of (1,) but for its timestep (B,)."""
         native = x * per_sample(c.input_scale, x)
-        native = (native + c.input_shift if c.input_shift else native).to(dtype)
+        native = (native + c.input_shift if c.input_shift else native).to(self.dtype)
         with attention_kernels(self.attention):
-            prediction = self.adapter.call(self.backbone, native, timestep.float(), condition)
+            prediction = self.adapter.call(self.backbone, native, c.timestep.float(), condition)
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
@@ -83,7 +105,7 @@ class VelocityNetwork(nn.Module):
             tree = self.frozen_copy().backbone
             return VelocityNetwork(tree, path or self.path, self.adapter, self.attention, lora).eval()
         backbone = copy.deepcopy(self.backbone)
-        if backbone.dtype != torch.float32:
+        if self.dtype != torch.float32:
             backbone = backbone.float()
         copied = VelocityNetwork(backbone, path or self.path, self.adapter, attention=self.attention)
         copied.requires_grad_(True).eval()
@@ -168,9 +190,32 @@ class ExtendedVelocity(nn.Module):
             module.register_forward_hook(self._extra)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None, **scalars: Tensor) -> Tensor:
-        asked_at = t.double() - scalars.pop("duration").double() if self.target_time == "reuse" else None
+        asked_at = self._asked_at(t, scalars)
         self._extra.value = self.extra_embedding(**scalars)
         return self.velocity(x, t, condition, asked_at)
+
+    def _asked_at(self, t: Tensor, scalars: dict[str, Tensor]) -> Tensor | None:
+        """The time that the backbone is told, where it is not ``t``; takes the duration out of ``scalars``."""
+        return t.double() - scalars.pop("duration").double() if self.target_time == "reuse" else None
+
+    def fixed(self, t: Tensor, **scalars: Tensor) -> Callable[[Tensor, Condition | None], Tensor]:
+        """:meth:`forward` at one time, bit for bit: what the time and the scalars make is computed here and once.
+
+        Args:
+            t, scalars: (1,) each.
+
+        Returns:
+            ``(x, condition) -> velocity``; of the weights as they are now, so not one to keep while they train.
+        """
+        c = self.velocity.coefficients(t, self._asked_at(t, scalars))
+        extra = self.extra_embedding(**scalars)
+
+        def velocity(x: Tensor, condition: Condition | None = None) -> Tensor:
+            self._extra.value = extra
+            rows = replace(c, timestep=c.timestep.expand(len(x)))
+            return self.velocity.with_coefficients(x, rows, condition)
+
+        return velocity
 
     def extra_embedding(self, **scalars: Tensor) -> Tensor | None:
         """Sum of the extra embeddings (B, D); None when there are none."""
