@@ -22,7 +22,7 @@ from flowdistill.evaluation.files import atomic_folder
 from flowdistill.student.flow_map import Student, StudentInfo
 from flowdistill.student.generator import Generator, generated
 from flowdistill.student.storage import PERSONAL
-from flowdistill.teacher.adaptation import lora_tensors
+from flowdistill.teacher.adaptation import adapted_tensors
 from flowdistill.teacher.loading import LOADING_ERRORS, SIDECAR, check_weights, load_teacher
 from flowdistill.teacher.prompts import PromptList
 from flowdistill.teacher.quiet import quietly
@@ -78,7 +78,7 @@ def save_adaptation(
 ) -> None:
     """The LoRA of an adapted backbone and the word of its encoder as a folder; an older one is replaced at once."""
     with atomic_folder(folder) as partial:
-        StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=lora_tensors(backbone))
+        StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=adapted_tensors(backbone))
         row = encoder.words.row.detach().cpu()[None].contiguous()  # (1, D): other programs refuse (D,)
         save_file({encoder.token: row}, partial / EMBEDDINGS, metadata={"format": "pt"})
         if description is not None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from flowdistill.errors import UserError
+from flowdistill.teacher.lora import LoraSettings, add_lora, layers_named, lora_tensors
 from flowdistill.teacher.velocity import VelocityNetwork
 
 KEY_VALUE = ("attn2.to_k", "attn2.to_v")
@@ -46,26 +45,24 @@ def adapted(velocity: VelocityNetwork, kind: str, rank: int) -> VelocityNetwork:
         UserError: the network has no such layer.
     """
     network = velocity.frozen_copy()
-    backbone, ends = network.backbone.requires_grad_(False), TARGETS[kind]
-    names = [name for name, module in backbone.named_modules() if _changes(name, module, ends)]
+    backbone, ends = network.backbone, TARGETS[kind]
+    names = layers_named(backbone, ends)
     if not names:
         raise UserError(f"method.adapter is '{kind}', but the {type(backbone).__name__} has no layers named "
                         f"{', '.join(ends or ())}; choose another of {', '.join(TARGETS)}")
     if kind == "kv_full":
+        backbone.requires_grad_(False)
         for name in names:
             owner, _, last = name.rpartition(".")
             setattr(backbone.get_submodule(owner), last, DeltaLinear(backbone.get_submodule(name)))
     else:
-        backbone.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
-        for parameter in backbone.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        add_lora(backbone, LoraSettings(rank, target_modules=None if ends is None else list(ends)), gaussian=True)
     network.eval()
     return network
 
 
 @torch.no_grad()
-def lora_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+def adapted_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """What an :func:`adapted` backbone has learned, as the tensors of a LoRA file without prefix, on the CPU.
 
     A matrix of full rank is factored by its singular values into one of as many rows as it has rank, which is exact.
@@ -73,7 +70,7 @@ def lora_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """
     deltas = {name: module.delta for name, module in backbone.named_modules() if isinstance(module, DeltaLinear)}
     if not deltas:
-        return {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(backbone).items()}
+        return lora_tensors(backbone)
     tensors = {}
     for name, delta in deltas.items():
         left, values, right = torch.linalg.svd(delta.double().cpu(), full_matrices=False)
@@ -81,9 +78,3 @@ def lora_tensors(backbone: nn.Module) -> dict[str, Tensor]:
         tensors[f"{name}.lora_A.weight"] = (root[:, None] * right).float().contiguous()
         tensors[f"{name}.lora_B.weight"] = (left * root).float().contiguous()
     return tensors
-
-
-def _changes(name: str, module: nn.Module, ends: tuple[str, ...] | None) -> bool:
-    if ends is None:
-        return isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1
-    return isinstance(module, nn.Linear) and f".{name}".endswith(tuple(f".{end}" for end in ends))

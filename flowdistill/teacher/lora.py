@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,27 +59,33 @@ class CriticKind(StudentKind):
         return replace(self.lora, rank=self.critic_lora_rank or self.lora.rank)
 
 
-def add_lora(backbone: nn.Module, settings: LoraSettings) -> nn.Module:
+def layers_named(backbone: nn.Module, ends: Sequence[str] | None) -> list[str]:
+    """Names of the layers that can get an adapter, linear ones and convolutions not in groups, and end with one of
+    ``ends``; None: all."""
+    names = [name for name, module in backbone.named_modules()
+             if isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1]
+    return names if ends is None else [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+
+
+def add_lora(backbone: nn.Module, settings: LoraSettings, gaussian: bool = False) -> nn.Module:
     """Freeze ``backbone`` and put float32 adapters on its linear and convolution layers, in place.
 
-    Convolutions in groups get none. The output does not change by a bit.
+    Convolutions in groups get none. The output does not change by a bit. ``gaussian``: A starts as diffusers' training
+    scripts have it, not as peft does.
 
     Raises:
         UserError: no layer has one of the names in ``settings.target_modules``.
     """
-    names = [name for name, module in backbone.named_modules()
-             if isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1]
-    if settings.target_modules is not None:
-        ends = settings.target_modules
-        wanted = [name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)]
-        if not wanted:
-            last = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise UserError(f"method.lora.target_modules is {ends}, and the {type(backbone).__name__} has no linear or "
-                            f"convolution layer whose name ends so; there are {last}")
-        names = wanted
+    names = layers_named(backbone, settings.target_modules)
+    if not names:
+        last = ", ".join(sorted({name.rpartition(".")[2] for name in layers_named(backbone, None)}))
+        raise UserError(f"method.lora.target_modules is {settings.target_modules}, and the {type(backbone).__name__} "
+                        f"has no linear or convolution layer whose name ends so; there are {last}")
     backbone.requires_grad_(False)
     alpha: Any = settings.rank if settings.alpha is None else settings.alpha
-    inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=names), backbone, ADAPTER)
+    start: Any = "gaussian" if gaussian else True
+    wanted = LoraConfig(r=settings.rank, lora_alpha=alpha, init_lora_weights=start, target_modules=names)
+    inject_adapter_in_model(wanted, backbone, ADAPTER)
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
