@@ -1,7 +1,8 @@
 """Students: one-step generators initialised from their teacher, saved, loaded and exported."""
 
+from flowdistill.student.base import Student, StudentInfo
 from flowdistill.student.export import export
-from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
+from flowdistill.student.flow_map import FlowMap
 from flowdistill.student.generator import START_UNITS, Generator, generated, start_time
 from flowdistill.student.routed import RoutedStudent, write_manifest
 from flowdistill.student.shapes import parameters, reshaped, smaller

@@ -26,7 +26,7 @@ from diffusers import (
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import Student
+from flowdistill.student.base import Student
 from flowdistill.student.folding import fold_scales
 from flowdistill.student.lora_export import save_lora
 from flowdistill.student.prompt_export import prompt_pipeline

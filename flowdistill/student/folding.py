@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import Student
+from flowdistill.student.base import Student
 
 
 @torch.no_grad()

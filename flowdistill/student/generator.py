@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import Student, StudentInfo
+from flowdistill.student.base import Student, StudentInfo
 from flowdistill.teacher.lora import LoraSettings
 from flowdistill.teacher.teacher import Teacher
 

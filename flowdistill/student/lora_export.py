@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.path import path_from_scheduler
-from flowdistill.student.flow_map import Student
+from flowdistill.student.base import Student
 from flowdistill.student.prompt_export import NO_GUIDANCE, REPLACED
 from flowdistill.teacher.adapters import last_linear
 from flowdistill.teacher.lora import lora_tensors, merged

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
 from flowdistill.evaluation.files import atomic_folder
-from flowdistill.student.flow_map import Student, StudentInfo
+from flowdistill.student.base import Student, StudentInfo
 from flowdistill.student.generator import Generator, generated
 from flowdistill.student.storage import PERSONAL
 from flowdistill.teacher.adaptation import adapted_tensors

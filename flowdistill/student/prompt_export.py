@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import nn
 
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import Student
+from flowdistill.student.base import Student
 from flowdistill.student.folding import fold_scales
 from flowdistill.teacher.codec import VaeCodec
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flowdistill.conditions import Condition
 from flowdistill.data.partition import Partition
 from flowdistill.errors import UserError
-from flowdistill.student.flow_map import Student
+from flowdistill.student.base import Student
 from flowdistill.teacher.loading import SIDECAR
 from flowdistill.teacher.prompts import PromptList
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from flowdistill.errors import UserError
 from flowdistill.evaluation.files import atomic_folder
 from flowdistill.path import path_from_scheduler
-from flowdistill.student.flow_map import FlowMap, Student, StudentInfo
+from flowdistill.student.base import Student, StudentInfo
+from flowdistill.student.flow_map import FlowMap
 from flowdistill.student.generator import Generator
 from flowdistill.teacher.adapters import ADAPTERS, Adapter, adapter_for
 from flowdistill.teacher.codec import PixelCodec, VaeCodec
