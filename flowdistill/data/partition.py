@@ -28,7 +28,9 @@ PROMPT_RULES = ("balanced_kmeans", "pca_quadrant")
 class Router(Protocol):
     """A pure function from conditions to parts, with values that JSON holds."""
 
-    rule: str
+    @property
+    def rule(self) -> str:
+        """Its name in the configuration."""
 
     def route(self, condition: Condition) -> Tensor:
         """Number of the part of each row, int64 (B,), on the CPU."""
@@ -369,4 +371,5 @@ def router_from(values: dict[str, Any]) -> Router:
         return ClassTable(rule, tuple(owner[label] for label in range(len(owner))))
     names = {"balanced_kmeans": ("centres", "offsets"), "pca_quadrant": ("mean", "axes", "thresholds")}[rule]
     tensors = [torch.tensor(values[name], dtype=torch.float64) for name in names]
-    return Cells(*tensors) if rule == "balanced_kmeans" else Quadrants(*tensors)
+    given: dict[str, Any] = dict(zip(names, tensors, strict=True))
+    return Cells(**given) if rule == "balanced_kmeans" else Quadrants(**given)

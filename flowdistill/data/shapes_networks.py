@@ -175,7 +175,7 @@ def train_network(
 @torch.no_grad()
 def accuracies(model: ShapesNet, images: Tensor, answers: dict[str, Tensor]) -> dict[str, float]:
     """Share of images (N, 3, 32, 32) for which each answer is right, and all of them (``all``), in [0, 1]."""
-    right = {name: [] for name in answers}
+    right: dict[str, list[Tensor]] = {name: [] for name in answers}
     for start in range(0, len(images), 500):
         for name, logits in model.answers(images[start : start + 500]).items():
             right[name].append(logits.argmax(1) == answers[name][start : start + 500])

@@ -80,7 +80,8 @@ class EchoStage:
         prompts: Tensor,
     ) -> None:
         self.config, self.sample, self.tensors, self.prompts = config, sample, tensors, prompts
-        self._make_judge, self._judge = judge, None
+        self._make_judge = judge
+        self._judge: Judge | None = None
         self.history: list[dict[str, Any]] = []
         self.pool: Pool | None = None
         self._current = -1  # the round whose pool is in memory

@@ -221,7 +221,7 @@ class EchoDistill:
     def personal_teacher(self) -> Teacher:
         """The teacher with its adaptation as it stands."""
         teacher = copy.copy(self.teacher)
-        teacher.network = self._roles["teacher"].network.velocity  # type: ignore[assignment]
+        teacher.network = self._roles["teacher"].network.velocity
         return teacher
 
     def _judge(self) -> Judge:

@@ -147,8 +147,8 @@ class FreeFlow(SingleStudent):
             metrics["correction_residual"] = noising.square().mean()
             if target is not None:
                 reference = damped if self.config.balance_after_damping else residual
-                sizes = (draw.mean(r.flatten(1).norm(dim=1)) for r in (reference, noising))
-                weight = dm.balance(*sizes, self.config.correction_strength, self.config.balance_epsilon)
+                one, other = (draw.mean(r.flatten(1).norm(dim=1)) for r in (reference, noising))
+                weight = dm.balance(one, other, self.config.correction_strength, self.config.balance_epsilon)
                 metrics["correction_weight"], noising = weight, weight * noising
             parts.append(noising)
         loss = fm.velocity_matching_loss(velocity, torch.cat(parts)).mean()

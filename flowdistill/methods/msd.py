@@ -69,7 +69,8 @@ class MsdConfig:
         if host in NO_HOSTS:
             raise UserError(f"'method.host.name' is '{host}', which makes no one-step student; name a method such as "
                             "dmd2 or freeflow")
-        return _hosted(cls, method_config_class(host, "method.host.name", barred=NO_HOSTS))
+        family: Any = cls
+        return _hosted(family, method_config_class(host, "method.host.name", barred=NO_HOSTS))
 
     def validate(self) -> None:
         """UserError for settings that contradict each other."""
@@ -85,12 +86,13 @@ class MsdConfig:
             raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
                             f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")
         if self.adversarial.steps and not isinstance(self.host, HostConfig):
-            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{self.host.name}' "
+            name = getattr(self.host, "name", "")
+            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{name}' "
                             "has no adversarial term; set it to 0, or take dmd2, diff_instruct or sid")
 
 
 @functools.cache
-def _hosted(cls: type, settings: type) -> type:
+def _hosted(cls: Any, settings: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, [("host", settings, option(settings, "a one-step method"))],
                                       bases=(cls,), namespace={"__module__": cls.__module__})
 
@@ -125,8 +127,9 @@ def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
             raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a "
                             "run that knows its own ones only; set it to 0")
         prompts = teacher.prompts.prompts or []
-        return Partition.of_prompts(rule, prompts, teacher.prompts.weights, teacher.examples(range(len(prompts))),
-                                    config.num_students, config.partition_seed)
+        encoded = teacher.prompts.examples(range(len(prompts)))
+        return Partition.of_prompts(rule, prompts, teacher.prompts.weights, encoded, config.num_students,
+                                    config.partition_seed)
     if teacher.classes is None:
         raise UserError(f"MSD divides the conditions among students, and the teacher {teacher.source} is "
                         "unconditional: there is nothing to divide")

@@ -54,7 +54,7 @@ class Pairs(NamedTuple):
         labels = self.labels[index]
         if teacher.classes is not None:
             return noise, latents, teacher.classes.wrap(labels.to(place))
-        return noise, latents, teacher.examples(labels.tolist()).to(place)
+        return noise, latents, teacher.examples(labels.tolist())
 
     def of(self, labels: Sequence[int]) -> Pairs:
         """Those with one of ``labels`` only.

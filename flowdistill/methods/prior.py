@@ -22,7 +22,8 @@ class Prior(NamedTuple):
     guidance: Tensor | None = None
 
     def rows(self, part: slice) -> Prior:
-        return Prior(*(None if value is None else value[part] for value in self))
+        condition = None if self.condition is None else self.condition[part]
+        return Prior(self.start[part], condition, None if self.guidance is None else self.guidance[part])
 
     def twice(self) -> Prior:
         condition = None if self.condition is None else Condition.cat([self.condition, self.condition])

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +106,13 @@ class ScoreDistillation(SingleStudent):
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         start = start_time(teacher, config.start, config.start_unit)
         self._student = Generator.from_teacher(teacher, info, start, student_network, config.student_lora)
-        self.score = self.critic = critic_network or make_critic(teacher, config.critic_lora)
+        score: Any = critic_network or make_critic(teacher, config.critic_lora)
+        self.score: nn.Module = score
+        self.critic: nn.Module = score
         self.data = None
         if config.adversarial_weight:
             self.data = RealData(teacher, config.data)
-            self.critic = Discriminator(self.score)
+            self.critic = Discriminator(score)
         self.pairs = config.make_pairs(teacher, config.guidance_scale)
 
     def roles(self) -> dict[str, Role]:
@@ -168,7 +171,7 @@ class ScoreDistillation(SingleStudent):
         # Real samples ride in the same pass: one call of the network with gradients.
         real, real_condition = self.data.draw(draw)
         real = dm.noised(real, draw.normal(self.teacher.shape), time)
-        both = None if condition is None else Condition.cat([condition, real_condition])
+        both = None if condition is None or real_condition is None else Condition.cat([condition, real_condition])
         states, times = torch.cat([state, real]), torch.cat([time, time])
         velocity, logits = networks["critic"](states, times, both, logits=True)
         fake, true = logits.chunk(2)

@@ -76,12 +76,13 @@ class SmallVision(nn.Module):
     def __init__(self, seed: int, widths: tuple[int, ...] = (32, 64, 64)) -> None:
         super().__init__()
         ins = (3, *widths)
-        self.layers = nn.ModuleList(nn.Conv2d(ins[i], width, 3, 2, 1) for i, width in enumerate(widths))
+        convolutions = [nn.Conv2d(ins[i], width, 3, 2, 1) for i, width in enumerate(widths)]
+        self.layers = nn.ModuleList(convolutions)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for layer in self.layers:
+            for layer in convolutions:
                 layer.weight.normal_(std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
-                layer.bias.zero_()
+                layer.bias.zero_()  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Seen:
         means = []
@@ -104,11 +105,13 @@ def load_vision(name: str, setting: str) -> Vision:
     if kind == "small" and (not rest or rest.isdecimal()):
         return Vision(name, SmallVision(int(rest or 0)), lambda network, x: network(x), None)
     if kind == "timm" and "=" in rest:
-        return _timm(name, *rest.split("=", 1), setting)
+        model, file = rest.split("=", 1)
+        return _timm(name, model, file, setting)
     if kind == "transformers" and rest:
         return _transformers(name, Path(rest), setting)
     if kind == "python" and rest.count(":") == 1:
-        return _python(name, *rest.split(":"), setting)
+        package, function = rest.split(":")
+        return _python(name, package, function, setting)
     raise UserError(f"'{setting}' is {name!r}; it must be small, small:SEED, timm:NAME=FILE, transformers:FOLDER or "
                     "python:package.module:function")
 

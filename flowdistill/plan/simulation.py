@@ -156,7 +156,7 @@ def teacher_like_a_gpu(network: nn.Module) -> Iterator[None]:
         with GpuLike(torch.float32, kernel != "math"):
             return forward(*args, **kwargs)
 
-    network.forward = call  # type: ignore[method-assign]
+    network.forward = call
     try:
         yield
     finally:

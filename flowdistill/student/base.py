@@ -64,7 +64,7 @@ class Student(nn.Module, ABC):
         prompts: PromptConditions | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.shape = tuple(shape)
         self.t_start = t_start
         self.codec = codec
@@ -156,7 +156,7 @@ class Student(nn.Module, ABC):
     ) -> Condition | None:
         """Labels (B,) or prompts (B) as a condition; raises :class:`UserError` for what this student does not take."""
         condition = encode(self.classes, self.prompts, labels, prompts, None, self.device)
-        if self.classes is not None and self.classes.own is not None:
+        if condition is not None and self.classes is not None and self.classes.own is not None:
             strange = set(condition.tensors["class_labels"].tolist()) - set(self.classes.own)
             if strange:
                 own = ", ".join(map(str, self.classes.own))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,9 @@ class Generator(Student):
         return generated(self.network, noise, self.t_start, condition)
 
 
-def generated(network: nn.Module, noise: Tensor, t_start: float, condition: Condition | None = None) -> Tensor:
+def generated(
+    network: Callable[..., Tensor], noise: Tensor, t_start: float, condition: Condition | None = None
+) -> Tensor:
     """x - t v(x, t) at x = t n: ``network(x, t, condition) -> velocity``, unit noise (B, ...)."""
     state = t_start * noise
     # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.

@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowdistill.path import path_from_scheduler
 from flowdistill.student.base import Student
@@ -65,7 +65,8 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
         return {}
     velocity = network.velocity
     backbone = merged(velocity.backbone)
-    layers, inputs = {}, {}
+    layers: dict[nn.Module, None] = {}
+    inputs: dict[nn.Module, Tensor] = {}
     for module in velocity.adapter.time_embeddings(backbone):
         module._forward_hooks.clear()
         layers[last_linear(module)] = None

@@ -85,8 +85,8 @@ def save_adaptation(
             (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The base pipeline with LoRA and word of ``folder``, by diffusers' own loaders.
+def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The base pipeline, a Stable Diffusion one, with LoRA and word of ``folder``, by diffusers' own loaders.
 
     Raises:
         UserError: the base model is not there, or the files do not fit it.
@@ -108,7 +108,7 @@ def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.fl
     return pipeline
 
 
-def one_step_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def one_step_pipeline(pipeline: Any) -> Any:
     """The pipeline with the scheduler whose single step begins at the schedule's last time."""
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     return pipeline

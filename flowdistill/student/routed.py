@@ -95,12 +95,17 @@ class RoutedStudent(Student):
         """Part of each row of ``condition``, int64 (B,), on the CPU."""
         return self.partition.router.route(condition)
 
+    @staticmethod
+    def _needed(condition: Condition | None) -> Condition:
+        if condition is None:
+            raise UserError("these students need conditions: each makes its own ones only")
+        return condition
+
     def forward(
         self, noise: Tensor, condition: Condition | None = None, guidance_scale: Tensor | float | None = None
     ) -> Tensor:
         """As each student's own ``forward``, differentiable; one network call a row, one pass a student."""
-        if condition is None:
-            raise UserError("these students need conditions: each makes its own ones only")
+        condition = self._needed(condition)
         route = self.route(condition)
         parts = route.unique().tolist()
         if len(parts) == 1:
@@ -130,7 +135,7 @@ class RoutedStudent(Student):
 
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        route = torch.cat([self.route(conditions(span)) for span in spans])
+        route = torch.cat([self.route(self._needed(conditions(span))) for span in spans])
         images: Tensor | None = None
         for part in route.unique().tolist():
             one_step = self.student(part).one_step(guidance_scale)

@@ -39,7 +39,11 @@ def smaller(backbone: nn.Module, share: float) -> Config:
     budget = share * parameters(backbone)
     best: tuple[int, Config] | None = None
     for depth in range(layers, 0, -1):
-        found = _widest(backbone, widths, lambda width, depth=depth: resized(width, depth), budget)
+
+        def of_this_depth(width: int, depth: int = depth) -> Config:
+            return resized(width, depth)
+
+        found = _widest(backbone, widths, of_this_depth, budget)
         if found is not None and (best is None or found[0] > best[0]):
             best = found
         if best is not None and best[0] >= NEAR * budget:
@@ -50,7 +54,7 @@ def smaller(backbone: nn.Module, share: float) -> Config:
     return best[1]
 
 
-def reshaped(backbone: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+def reshaped(backbone: Any, changes: Mapping[str, Any]) -> nn.Module:
     """A new, random network of the same class with ``changes`` in its configuration.
 
     Raises:

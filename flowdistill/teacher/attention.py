@@ -30,7 +30,9 @@ from flowdistill.errors import UserError
 from flowdistill.teacher.quiet import quietly
 
 CHOICES = ("auto", "sdpa", "xformers", "math")
-PROCESSORS = {AttnProcessor2_0: XFormersAttnProcessor, JointAttnProcessor2_0: XFormersJointAttnProcessor}
+PROCESSORS: dict[type, type] = {
+    AttnProcessor2_0: XFormersAttnProcessor, JointAttnProcessor2_0: XFormersJointAttnProcessor,
+}
 
 _log = logging.getLogger("flowdistill")
 
@@ -57,12 +59,12 @@ def choose_attention(wanted: str, backbone: nn.Module, masked: bool, device: tor
     return "sdpa"
 
 
-def use_attention(backbone: nn.Module, kernel: str) -> None:
+def use_attention(backbone: Any, kernel: str) -> None:
     """Set the attention layers that diffusers can switch to xformers, or those that are back to torch's own."""
     fused = kernel == "xformers"
-    swap: dict[type, type] = PROCESSORS if fused else {there: here for here, there in PROCESSORS.items()}
+    swap = PROCESSORS if fused else {there: here for here, there in PROCESSORS.items()}
     for module in backbone.modules():
-        kind = type(getattr(module, "processor", None))
+        kind: type = type(getattr(module, "processor", None))
         if kind in swap:
             module.set_processor(swap[kind]())
     if any(_dispatches(module) for module in backbone.modules()):
@@ -123,7 +125,7 @@ def _dispatches(module: nn.Module) -> bool:
     return hasattr(getattr(module, "processor", None), "_attention_backend")
 
 
-def _refusal(backbone: nn.Module, masked: bool, device: torch.device) -> str | None:
+def _refusal(backbone: Any, masked: bool, device: torch.device) -> str | None:
     """Why xformers cannot compute this network's attention, or None."""
     try:
         ops = importlib.import_module("xformers.ops")

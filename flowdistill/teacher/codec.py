@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,10 @@ class VaeCodec(nn.Module):
         factor: pixels along one side of a latent's element.
     """
 
-    def __init__(self, vae: nn.Module) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         config = vae.config

@@ -15,6 +15,8 @@ from flowdistill.teacher.velocity import per_sample
 class GaussianVelocity(nn.Module):
     """Velocity of data N(mean, std^2 I): v = -m + V'(t) / (2 V(t)) (x - (1 - t) m), V(t) = (1 - t)^2 s^2 + t^2."""
 
+    mean: Tensor
+
     def __init__(self, mean: Tensor, std: float) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
@@ -41,6 +43,9 @@ class GaussianVelocity(nn.Module):
 
 class MixtureVelocity(nn.Module):
     """Velocity of a mixture of isotropic Gaussians: means (K, *shape), one std, weights (K,)."""
+
+    means: Tensor
+    log_weights: Tensor
 
     def __init__(self, means: Tensor, std: float, weights: Tensor | None = None) -> None:
         super().__init__()

@@ -72,8 +72,10 @@ def load_teacher(
             settings that this pipeline has no use for.
     """
     weights = _dtype(dtype)
+    pipeline: Any
     if isinstance(source, DiffusionPipeline):
-        pipeline, name, scheduler = source, source.config.get("_name_or_path") or type(source).__name__, None
+        pipeline, scheduler = source, None
+        name = pipeline.config.get("_name_or_path") or type(source).__name__
         recorded: dict[str, Any] = {}
         folder: Path | None = None
     else:
@@ -286,7 +288,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON: {error}") from error
 
 
-def _backbone(pipeline: DiffusionPipeline) -> nn.Module:
+def _backbone(pipeline: Any) -> nn.Module:
     for name in ("transformer", "unet"):
         module = pipeline.components.get(name)
         if module is not None:
@@ -295,7 +297,7 @@ def _backbone(pipeline: DiffusionPipeline) -> nn.Module:
     raise UserError(f"the pipeline {type(pipeline).__name__} has neither a unet nor a transformer (it has {have})")
 
 
-def _codec(pipeline: DiffusionPipeline) -> PixelCodec | VaeCodec:
+def _codec(pipeline: Any) -> PixelCodec | VaeCodec:
     if pipeline.components.get("vqvae") is not None:
         raise UserError(f"{type(pipeline).__name__} has a vqvae; supported are pixel models and KL autoencoders (vae)")
     vae = pipeline.components.get("vae")
@@ -303,7 +305,7 @@ def _codec(pipeline: DiffusionPipeline) -> PixelCodec | VaeCodec:
 
 
 def _check_agreement(
-    backbone: nn.Module, adapter: Adapter, scheduler: Any, path: NativePath, codec: PixelCodec | VaeCodec
+    backbone: Any, adapter: Adapter, scheduler: Any, path: NativePath, codec: PixelCodec | VaeCodec
 ) -> None:
     """Contradictions that the configs alone show; the rest is :meth:`Teacher.disagreement`'s business."""
     channels = adapter.shape(backbone)[0]

@@ -48,7 +48,7 @@ class Teacher:
         prompts: PromptConditions | None = None,
         start: Any = None,
     ) -> None:
-        self.network = network.requires_grad_(False).eval()
+        self.network: Any = network.requires_grad_(False).eval()
         self.start = start
         self.path = path
         self.shape = tuple(shape)
@@ -190,9 +190,10 @@ class Teacher:
         Returns:
             (B, *shape), in x's dtype.
         """
-        times = torch.full((x.shape[0],), float(t), dtype=torch.float64, device=x.device) if _is_number(t) else t
-        if _is_number(guidance_scale):
-            inside = guidance_interval is None or not _is_number(t) or guidance_interval[0] <= t <= guidance_interval[1]
+        each = isinstance(t, Tensor)  # a time for each sample
+        times = t if isinstance(t, Tensor) else torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+        if not isinstance(guidance_scale, Tensor):
+            inside = guidance_interval is None or each or guidance_interval[0] <= t <= guidance_interval[1]
             if guidance_scale == 1 or not inside:
                 return self.network(x, times, condition)
         if condition is None:
@@ -218,7 +219,7 @@ class Teacher:
     ) -> Tensor:
         """E[x_0 | x_t = x] = x - t v(x, t); arguments and shapes as for :meth:`velocity`."""
         v = self.velocity(x, t, condition, guidance_scale, guidance_interval)
-        return x - (t * v if _is_number(t) else per_sample(t, x) * v)
+        return x - (per_sample(t, x) if isinstance(t, Tensor) else t) * v
 
     @torch.no_grad()
     def sample(
@@ -304,7 +305,3 @@ class Teacher:
         problem = self.disagreement()
         lines.append(f"check         {problem or 'the denoised estimate at high noise is plausible'}")
         return "\n".join(lines)
-
-
-def _is_number(value: Tensor | float) -> bool:
-    return not isinstance(value, Tensor)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -39,7 +39,7 @@ class TextEncoders:
 
     def __init__(self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype) -> None:
         self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
-        self.live = source if isinstance(source, DiffusionPipeline) else None
+        self.live = cast(Any, source) if isinstance(source, DiffusionPipeline) else None
         self.dtype = dtype
         if self.live is not None:
             index = dict(self.live.config) | {"_class_name": type(self.live).__name__}

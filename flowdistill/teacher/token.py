@@ -21,6 +21,8 @@ class WordEmbedding(nn.Module):
     moves the row ``step`` times as far, which gives the word its own learning rate.
     """
 
+    initial: Tensor
+
     def __init__(self, table: nn.Embedding, token: int, initializer: int, step: float = 1.0) -> None:
         super().__init__()
         self.table = table.requires_grad_(False)
@@ -54,7 +56,7 @@ class TokenEncoder(nn.Module):
     """
 
     def __init__(
-        self, tokenizer: Any, text_encoder: nn.Module, token: str, initializer: str, step: float = 1.0
+        self, tokenizer: Any, text_encoder: Any, token: str, initializer: str, step: float = 1.0
     ) -> None:
         super().__init__()
         self.tokenizer, self.token, self.initializer = copy.deepcopy(tokenizer), token, initializer
@@ -97,7 +99,7 @@ class TokenPrompts(PromptConditions):
         self.encoder = encoder
 
     @property
-    def _bank(self) -> tuple[Condition, Tensor]:  # type: ignore[override]
+    def _bank(self) -> tuple[Condition, Tensor]:
         cumulative = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
         return self._encoded(self.prompts), cumulative / cumulative[-1]
 

@@ -42,19 +42,19 @@ class VelocityNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         path: NativePath,
         adapter: Adapter,
         attention: str = "sdpa",
         lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone if lora is None else add_lora(backbone, lora)
+        self.backbone: Any = backbone if lora is None else add_lora(backbone, lora)
         self.lora = lora
         self.path = path
         self.adapter = adapter
         self.attention = attention
-        self._dtype = (self._first_dtype(), self.backbone.dtype)
+        self._dtype: tuple[torch.dtype, torch.dtype] = (self._first_dtype(), backbone.dtype)
 
     def _first_dtype(self) -> torch.dtype:
         return next(self.backbone.parameters()).dtype

@@ -37,10 +37,10 @@ class MovingAverage:
     def update(self, network: nn.Module) -> None:
         """Follow ``network``, of the same structure as the first one and always the same object."""
         if self._pairs is None:  # not earlier: sharding replaces the parameters
-            averages = dict(self.network.named_parameters())
+            own = dict(self.network.named_parameters())
             trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
             self._pairs = (
-                [averages[name] for name in trained],
+                [own[name] for name in trained],
                 list(trained.values()),
                 list(self.network.buffers()),
                 list(network.buffers()),

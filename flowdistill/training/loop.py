@@ -181,7 +181,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step; all processes must call this together."""
-        tensors, roles = {}, {}
+        tensors: dict[str, Any] = {}
+        roles: dict[str, Any] = {}
         for name, role in self.roles.items():
             parts = {name: network_tensors(role.network)}
             parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer)
@@ -273,8 +274,7 @@ class Trainer:
                 )
 
     def _progress(self) -> dict[str, Any]:
-        images = self.step * self.settings.batch_size
-        return {"step": self.step, "images": images, "seconds": round(self.seconds, 3)}
+        return {"step": self.step, "images": self.step * self.settings.batch_size, "seconds": round(self.seconds, 3)}
 
     def _last_checkpoint(self) -> str:
         found = checkpoints(self.checkpoint_folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def apply_update(
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     skipped = (~torch.isfinite(norm)).float()
-    optimizer.grad_scale, optimizer.found_inf = None, skipped
+    fused: Any = optimizer  # its class does not declare what its kernel reads
+    fused.grad_scale, fused.found_inf = None, skipped
     optimizer.step()
     scaler.update()
     return norm, skipped

@@ -7,11 +7,12 @@ precision, under autocast.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from flowdistill.errors import UserError
@@ -44,7 +45,7 @@ class HalfPrecisionForward:
     not go with autocast (GroupNorm's mixes the types), and a derivative wants the digits anyway.
     """
 
-    def __init__(self, network: nn.Module, precision: str, device: torch.device) -> None:
+    def __init__(self, network: Callable[..., Any], precision: str, device: torch.device) -> None:
         self.network = network
         self.dtype = DTYPES[precision]
         self.device_type = device.type

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,11 +188,17 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
         keep_freed_memory()
     if accelerator.num_processes > 1:
         # For callers from Python (commands end by leave): nccl complains when it is left open, gloo aborts more often.
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(leave_group)
     return accelerator
 
 
-def difference(saved: dict[str, Any], config: dict[str, Any]) -> tuple[str, Any, Any] | None:
+def leave_group() -> None:
+    """Close the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str, Any, Any] | None:
     """The first setting that decides what is learned and differs: (key, saved value, value now).
 
     Settings that the saved configuration does not have (it was written by an older version) do not count.
@@ -311,7 +317,7 @@ def _available(kind: str) -> bool:
     return kind == "cpu" or torch.backends.mps.is_available()
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

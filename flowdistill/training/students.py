@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from flowdistill.training.run import (
     withdraw_results,
     write_config,
 )
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation import Report
 
 PARTITION = "partition.json"
 
@@ -145,7 +149,7 @@ def _save_untrained(run: RunConfig) -> None:
     Processes.current().on_main(save)
 
 
-def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse: bool) -> object:
+def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse: bool) -> Report | None:
     """Manifest, samples and report of all students."""
     from flowdistill import load_teacher
     from flowdistill.evaluation.comparison import save_comparison

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, last_linear
+from flowdistill.teacher.adapters.base import Adapter, Backbone, last_linear
 from flowdistill.teacher.adapters.dit import DiTAdapter
 from flowdistill.teacher.adapters.flux import FluxAdapter
 from flowdistill.teacher.adapters.lumina2 import Lumina2Adapter
@@ -36,7 +34,7 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-def adapter_for(network: nn.Module) -> Adapter:
+def adapter_for(network: Backbone) -> Adapter:
     """The adapter of a backbone's class.
 
     Raises:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
 
+Backbone = Any
+"""A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
+
 
 class Adapter(ABC):
     """How to call a backbone and where its time embedding is made. Nothing per schedule.
@@ -30,10 +33,10 @@ class Adapter(ABC):
     masked: bool = False
 
     @abstractmethod
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         """Raw prediction (B, C, H, W) for scaled native input x (B, C, H, W) at native timesteps (B,)."""
 
-    def shape(self, network: nn.Module) -> tuple[int, int, int]:
+    def shape(self, network: Backbone) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
         size = network.config.sample_size
         if size is None:
@@ -42,7 +45,7 @@ class Adapter(ABC):
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
 
-    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         """The class labels the network takes; None when it takes none.
 
         Raises:
@@ -53,22 +56,22 @@ class Adapter(ABC):
         return None
 
     @abstractmethod
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         """The modules whose output is the time embedding; constants fold into each one's last linear layer."""
 
-    def constant_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def constant_embeddings(self, network: Backbone) -> list[nn.Module]:
         """The embeddings that are constant in a one-step student: those of time, and of guidance where it has one."""
         return self.time_embeddings(network)
 
-    def embedding_size(self, network: nn.Module) -> int:
+    def embedding_size(self, network: Backbone) -> int:
         """Width of a time embedding."""
         return last_linear(self.time_embeddings(network)[0]).out_features
 
     @abstractmethod
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Backbone) -> nn.Module:
         """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input: the
         middle block of a UNet.
 
@@ -81,15 +84,15 @@ class Adapter(ABC):
                             "method.adversarial_weight to 0")
         return block
 
-    def middle_channels(self, network: nn.Module) -> int:
+    def middle_channels(self, network: Backbone) -> int:
         """C of that output."""
         return network.config.block_out_channels[-1]
 
-    def output_channels(self, network: nn.Module) -> int:
+    def output_channels(self, network: Backbone) -> int:
         """Channels the network returns; twice those of a sample when it also predicts a variance."""
         return network.config.out_channels or network.config.in_channels
 
-    def learned_variance_channels(self, network: nn.Module) -> int:
+    def learned_variance_channels(self, network: Backbone) -> int:
         """Channels of :meth:`output_channels` that are a learned variance, dropped by :meth:`call`."""
         return self.output_channels(network) - self.shape(network)[0]
 
@@ -112,7 +115,7 @@ class Adapter(ABC):
         """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
         return self.encode_negative(pipeline, [negative or ""], image_size)
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one row of what :meth:`encode` returns, without a text encoder; the longest where they differ.
 
         Args:
@@ -121,7 +124,7 @@ class Adapter(ABC):
         """
         raise NotImplementedError
 
-    def takes_guidance(self, network: nn.Module) -> bool:
+    def takes_guidance(self, network: Backbone) -> bool:
         """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""
         return False
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowdistill.conditions import Condition
 from flowdistill.teacher.adapters.base import (
     Adapter,
+    Backbone,
     guidance_of,
     longest_prompt,
     packed,
@@ -26,7 +27,7 @@ class FluxAdapter(Adapter):
     family = "FluxTransformer2DModel"
     pipelines = ("FluxPipeline",)
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         height, width = x.shape[2] // 2, x.shape[3] // 2
         places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
@@ -44,30 +45,30 @@ class FluxAdapter(Adapter):
         )[0]
         return unpacked(tokens, x.shape)
 
-    def shape(self, network: nn.Module) -> tuple[int, int, int]:
+    def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.config.in_channels // 4, DEFAULT_SIZE, DEFAULT_SIZE
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_text_embed.timestep_embedder]
 
-    def constant_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def constant_embeddings(self, network: Backbone) -> list[nn.Module]:
         guidance = [network.time_text_embed.guidance_embedder] if self.takes_guidance(network) else []
         return self.time_embeddings(network) + guidance
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.x_embedder, network.proj_out
 
-    def output_channels(self, network: nn.Module) -> int:
+    def output_channels(self, network: Backbone) -> int:
         return super().output_channels(network) // 4
 
-    def takes_guidance(self, network: nn.Module) -> bool:
+    def takes_guidance(self, network: Backbone) -> bool:
         return bool(network.config.guidance_embeds)
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         config = network.config
         return {"prompt_embeds": (longest_prompt(pipeline), config.joint_attention_dim),
                 "pooled_embeds": (config.pooled_projection_dim,)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
 
 
 class Lumina2Adapter(Adapter):
@@ -17,16 +17,16 @@ class Lumina2Adapter(Adapter):
     pipelines = ("Lumina2Pipeline",)
     masked = True
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         # The network's time and velocity point the other way.
         return -network(x, timestep=1 - timestep / 1000, encoder_hidden_states=given["prompt_embeds"],
                         encoder_attention_mask=given["attention_mask"], return_dict=False)[0]
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_caption_embed.timestep_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.x_embedder, network.norm_out.linear_2
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class Lumina2Adapter(Adapter):
         guided = null + scale * (conditional - null)
         return guided * (torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 

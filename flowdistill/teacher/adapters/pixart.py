@@ -9,7 +9,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, tensors
 
 
 class PixArtAdapter(Adapter):
@@ -17,7 +17,7 @@ class PixArtAdapter(Adapter):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     masked = True
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if network.use_additional_conditions:
@@ -27,13 +27,13 @@ class PixArtAdapter(Adapter):
                       timestep=timestep, added_cond_kwargs=added, return_dict=False)[0]
         return out[:, : x.shape[1]]
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.adaln_single.emb.timestep_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,),
                 "image_size": (2,)}

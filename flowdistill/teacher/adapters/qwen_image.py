@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, packed, set_shifted, tensors, unpacked
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, packed, set_shifted, tensors, unpacked
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
@@ -20,7 +20,7 @@ class QwenImageAdapter(Adapter):
     pipelines = ("QwenImagePipeline",)
     masked = True
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         tokens = network(
             packed(x),
@@ -32,22 +32,22 @@ class QwenImageAdapter(Adapter):
         )[0]
         return unpacked(tokens, x.shape)
 
-    def shape(self, network: nn.Module) -> tuple[int, int, int]:
+    def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.config.in_channels // 4, DEFAULT_SIZE, DEFAULT_SIZE
 
-    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
             if network.config.get(key):
                 raise UserError(f"the QwenImageTransformer2DModel has {key}; supported is Qwen-Image without it")
         return super().labels(network, null_label)
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_text_embed.timestep_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.img_in, network.proj_out
 
-    def output_channels(self, network: nn.Module) -> int:
+    def output_channels(self, network: Backbone) -> int:
         return network.out_channels
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class QwenImageAdapter(Adapter):
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask  # None: nothing is padding
         return {"prompt_embeds": embeds, "attention_mask": mask}
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.joint_attention_dim), "attention_mask": (length,)}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, tensors
 
 
 class SanaAdapter(Adapter):
@@ -17,24 +17,24 @@ class SanaAdapter(Adapter):
     pipelines = ("SanaPipeline",)
     masked = True
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         out = network(x, encoder_hidden_states=given["prompt_embeds"], encoder_attention_mask=given["attention_mask"],
                       timestep=timestep * network.config.timestep_scale, return_dict=False)[0]
         return out[:, : x.shape[1]]
 
-    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         if network.config.guidance_embeds:
             raise UserError("the SanaTransformer2DModel has guidance_embeds (Sana-Sprint); supported is Sana")
         return super().labels(network, null_label)
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_embed.emb.timestep_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.patch_embed.proj, network.proj_out
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,)}
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter, guidance_of, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, guidance_of, tensors
 
 
 class StableDiffusionAdapter(Adapter):
     family = "UNet2DConditionModel"
     pipelines = ("LatentConsistencyModelPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         width, guidance = network.config.time_cond_proj_dim, None
         if width is not None:
@@ -29,7 +29,7 @@ class StableDiffusionAdapter(Adapter):
         return network(x, timestep, encoder_hidden_states=given["prompt_embeds"], timestep_cond=guidance,
                        added_cond_kwargs=added, return_dict=False)[0]
 
-    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         config = network.config
         if config.addition_embed_type not in (None, "text_time"):
             raise UserError(f"the UNet2DConditionModel has addition_embed_type '{config.addition_embed_type}'; "
@@ -40,13 +40,13 @@ class StableDiffusionAdapter(Adapter):
                                 "take a prompt only")
         return super().labels(network, null_label)
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_embedding]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out
 
-    def takes_guidance(self, network: nn.Module) -> bool:
+    def takes_guidance(self, network: Backbone) -> bool:
         return network.config.time_cond_proj_dim is not None
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ class StableDiffusionAdapter(Adapter):
         ids = torch.tensor([*image_size, 0, 0, *image_size], dtype=embeds.dtype).repeat(len(prompts), 1)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled, "time_ids": ids}
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         config = network.config
         shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (clip_tokens, config.cross_attention_dim)}
         if config.addition_embed_type == "text_time":

@@ -8,22 +8,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
 
 
 class StableDiffusion3Adapter(Adapter):
     family = "SD3Transformer2DModel"
     pipelines = ("StableDiffusion3Pipeline",)
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         return network(x, timestep=timestep, encoder_hidden_states=given["prompt_embeds"],
                        pooled_projections=given["pooled_embeds"], return_dict=False)[0]
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_text_embed.timestep_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ class StableDiffusion3Adapter(Adapter):
         )
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         config = network.config
         return {"prompt_embeds": (clip_tokens + longest_prompt(pipeline), config.joint_attention_dim),
                 "pooled_embeds": (config.pooled_projection_dim,)}

@@ -6,18 +6,18 @@ from torch import Tensor, nn
 
 from flowdistill.conditions import ClassLabels, Condition
 from flowdistill.errors import UserError
-from flowdistill.teacher.adapters.base import Adapter
+from flowdistill.teacher.adapters.base import Adapter, Backbone
 
 
 class UNet2DAdapter(Adapter):
     family = "UNet2DModel"
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         labels = None if condition is None else condition.tensors["class_labels"]
         out = network(x, timestep, class_labels=labels, return_dict=False)[0]
         return out[:, : x.shape[1]]
 
-    def labels(self, network: nn.Module, null_label: int | None) -> ClassLabels | None:
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         config = network.config
         if config.time_embedding_type not in ("fourier", "positional"):
             raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported are "
@@ -34,8 +34,8 @@ class UNet2DAdapter(Adapter):
                             f"class embeddings it can only be the last one, {config.num_class_embeds - 1}")
         return ClassLabels(config.num_class_embeds - 1, null_label)
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_embedding]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out

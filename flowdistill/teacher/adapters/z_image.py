@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditions import Condition
-from flowdistill.teacher.adapters.base import Adapter, longest_prompt, set_shifted, tensors
+from flowdistill.teacher.adapters.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
@@ -22,7 +22,7 @@ class ZImageAdapter(Adapter):
     pipelines = ("ZImagePipeline",)
     masked = True
 
-    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.family)
         lengths = given["attention_mask"].sum(dim=1).tolist()
         texts = [row[:length] for row, length in zip(given["prompt_embeds"], lengths, strict=True)]
@@ -30,16 +30,16 @@ class ZImageAdapter(Adapter):
         out = network(list(x[:, :, None]), 1 - timestep / 1000, texts, return_dict=False)[0]
         return -torch.stack(out)[:, :, 0]
 
-    def shape(self, network: nn.Module) -> tuple[int, int, int]:
+    def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.in_channels, DEFAULT_SIZE, DEFAULT_SIZE
 
-    def time_embeddings(self, network: nn.Module) -> list[nn.Module]:
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.t_embedder]
 
-    def projections(self, network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.all_x_embedder["2-1"], network.all_final_layer["2-1"].linear
 
-    def output_channels(self, network: nn.Module) -> int:
+    def output_channels(self, network: Backbone) -> int:
         return network.out_channels
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class ZImageAdapter(Adapter):
         ]
         return Condition.cat(parts).tensors  # padded to the longest
 
-    def prompt_shapes(self, network: nn.Module, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 
