@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
@@ -189,6 +196,17 @@ def test_bad_sources(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors is damaged or truncated"):
         load_teacher(tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_the_reason_given(monkeypatch):
+    def download(source):
+        raise OSError("the model is not fully cached locally") from ConnectionError("name or service not known")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(UserError) as caught:
+        load_teacher("some/model")
+    assert str(caught.value) == ("teacher source some/model is no folder here and could not be fetched from the hub: "
+                                 "name or service not known")
 
 
 def test_disagreements_and_unknown_backbones():

@@ -231,7 +231,10 @@ def _folder_of(source: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(source))
     except LOADING_ERRORS as error:
-        raise _not_loaded(source, error) from error
+        # Offline the error is about the cache; why the hub did not answer is what it came from.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"teacher source {source} is no folder here and could not be fetched from the hub: {reason}"
+                        ) from error
 
 
 def _load_pipeline(
@@ -250,13 +253,9 @@ def _load_pipeline(
             # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
             pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, scheduler=scheduler, **absent)
     except LOADING_ERRORS as error:
-        raise _not_loaded(source, error) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
     return pipeline, scheduler, recorded
-
-
-def _not_loaded(source: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
-    return UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}")
 
 
 def load_scheduler(folder: Path) -> Any:
