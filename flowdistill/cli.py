@@ -140,11 +140,12 @@ def _sample(args: argparse.Namespace) -> int:
     listed = None
     if labels is not None or prompts is not None:
         listed = model.encode(labels, prompts)
+    count = args.num_images or (1 if listed is None else len(listed))
     share = Processes() if is_grid else processes
     batches = generate(
         sampler,
         model.shape,
-        args.num_images,
+        count,
         args.seed,
         args.batch_size,
         share.rank,
@@ -156,13 +157,13 @@ def _sample(args: argparse.Namespace) -> int:
         ),
     )
     if is_grid:
-        columns = len(listed) if listed is not None and 1 < len(listed) <= min(WIDEST_ROW, args.num_images) else None
+        columns = len(listed) if listed is not None and 1 < len(listed) <= min(WIDEST_ROW, count) else None
         save_grid(torch.cat([batch.images.cpu() for batch in batches]), out, columns)
     else:
         for batch in batches:
             save_images(batch.images, out, start=batch.indices.start)
     if processes.is_main:
-        print(f"{args.num_images} images in {out}")
+        print(f"{count} image{'' if count == 1 else 's'} in {out}")
     return 0
 
 
@@ -314,10 +315,12 @@ def _parser() -> argparse.ArgumentParser:
         "Generate images with a student (one network call each) or with a pipeline. Image i depends on the seed,\n"
         "i and its label only.",
         ["runs/digits-freeflow --num-images 100 --out grid.png", "runs/digits-freeflow --num-images 5000 --out images/",
-         "assets/digits-flow --steps 10 --num-images 30 --labels 3,7,9 --out grid.png"],
+         "runs/digits-freeflow --labels 3,7,9 --out grid.png",
+         "assets/digits-flow --steps 10 --num-images 30 --out grid.png"],
     )
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
-    sample.add_argument("--num-images", metavar="N", type=at_least(1), required=True, help="images to make")
+    sample.add_argument("--num-images", metavar="N", type=at_least(1),
+                        help="images to make (default: one for each label or prompt)")
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
     what = sample.add_mutually_exclusive_group()
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")

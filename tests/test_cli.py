@@ -112,7 +112,7 @@ def test_python_dash_m_is_the_same_command() -> None:
     [
         ([], "COMMAND"),
         (["distil", "a.yaml"], "invalid choice: 'distil'"),
-        (["sample", "x", "--out", "y"], "--num-images"),
+        (["sample", "x", "--num-images", "1"], "--out"),
         (["sample", "x", "--out", "y", "--num-images", "0"], "--num-images: must be at least 1, not 0"),
         (["sample", "x", "--out", "y", "--num-images", "ten"], "--num-images: must be an integer, not 'ten'"),
         (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1,a"], "must be integers of at least 0"),
@@ -234,6 +234,13 @@ def test_sample_is_what_python_generates(cli, run: Path, tmp_path: Path) -> None
     found = torch.stack([pixels(file) for file in files])
     assert found.shape == (5, 1, 8, 8)
     torch.testing.assert_close(found.float() / 255, expected, atol=0.51 / 255, rtol=0)
+
+
+def test_sample_makes_one_image_for_each_label(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("sample", run, "--labels", "7,2,4", "--out", tmp_path / "some")
+    assert result.out == f"3 images in {tmp_path / 'some'}\n"
+    assert cli("sample", run, "--out", tmp_path / "all").out == f"10 images in {tmp_path / 'all'}\n"
+    assert len(list((tmp_path / "some").iterdir())) == 3 and len(list((tmp_path / "all").iterdir())) == 10
 
 
 def test_sample_of_a_pipeline(cli, tmp_path: Path) -> None:

@@ -269,3 +269,11 @@ def test_a_folder_is_replaced_only_once_it_is_complete(tmp_path):
         (new / "b").write_text("3")
     assert [entry.name for entry in tmp_path.iterdir()] == ["student"] and (target / "b").read_text() == "3"
     assert not (target / "a").exists()
+
+
+def test_of_another_method_its_name_is_what_differs():
+    saved = {"method": {"critic": "full", "name": "freeflow"}, "seed": 0}
+    assert difference(saved, {"method": {"name": "boot", "metric": "l2"}, "seed": 0}) == (
+        "method.name", "freeflow", "boot")
+    assert difference(saved, {"method": {"critic": "lora", "name": "freeflow"}, "seed": 0}) == (
+        "method.critic", "full", "lora")

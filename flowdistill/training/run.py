@@ -204,7 +204,8 @@ def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str
     Settings that the saved configuration does not have (it was written by an older version) do not count.
     """
     here = dict(_leaves(config))
-    for key, value in _leaves(saved):
+    # The method's name first: with another one all its settings differ.
+    for key, value in sorted(_leaves(saved), key=lambda leaf: leaf[0] != "method.name"):
         section = key.split(".")[0]
         if section in ("output_dir", "evaluation") or key in FREE:
             continue
