@@ -119,6 +119,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out} must be a .png file for one grid, or a folder for one file an image")
     import torch
 
+    from flowdistill.evaluation.files import check_writable
     from flowdistill.evaluation.generation import generate
     from flowdistill.evaluation.processes import Processes
     from flowdistill.images import save_grid, save_images
@@ -126,6 +127,7 @@ def _sample(args: argparse.Namespace) -> int:
     processes = Processes.start()
     if is_grid and not processes.is_main:
         return 0  # one file needs one process; a folder's files are shared among all
+    check_writable(out if is_grid else out / "000000.png")
     model, sampler = _model_and_sampler(args)
     labels, prompts = args.labels, None
     if args.prompts is not None:
@@ -223,8 +225,10 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
     if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
         raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
+    from flowdistill.evaluation.files import check_writable
     from flowdistill.student import export, load_student
 
+    check_writable(target / "model_index.json")
     student = load_student(args.run_folder)
     # Beside the target, so that an older pipeline stays until the new one is complete.
     partial = target.with_name(f"{target.name}.partial")

@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> Report | None:
 
     from flowdistill.errors import UserError
     from flowdistill.evaluation import Evaluator
+    from flowdistill.evaluation.files import check_writable
     from flowdistill.evaluation.images import SUFFIXES
     from flowdistill.evaluation.processes import Processes
 
@@ -81,6 +82,8 @@ def run(options: argparse.Namespace) -> Report | None:
     if num_images < 1:
         raise UserError(f"--num-images must be at least 1, not {num_images}")
     processes = Processes.start()
+    for target in filter(None, (options.json, options.save_reference)):
+        processes.on_main(lambda target=target: check_writable(target))
     if options.device is None:
         # With several processes, "cuda" is the one that Processes.start has given to this process.
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

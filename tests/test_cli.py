@@ -282,6 +282,25 @@ def test_sample_below_a_file_names_the_place(cli, run: Path, tmp_path: Path) -> 
     assert result.code == 2 and str(tmp_path / "file") in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no new file even of root")
+def test_a_place_that_takes_no_file_is_refused_before_the_work(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.student", load_student=raising(AssertionError("work has begun")))
+    for arguments in (
+        ["sample", run, "--num-images", 1, "--out", "/proc/new/grid.png"],
+        ["sample", run, "--num-images", 1, "--out", "/proc/new"],
+        ["evaluate", run, "--num-images", 20, "--json", "/proc/new.json"],
+        ["export", run, "/proc/new"],
+    ):
+        result = cli(*arguments)
+        assert result.code == 2 and result.err.count("\n") == 1
+        assert "cannot be written; /proc: No such file or directory" in result.err
+
+
+def test_evaluate_refuses_a_folder_as_its_report(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("evaluate", run, "--num-images", 20, "--json", tmp_path)
+    assert result.code == 2 and f"{tmp_path} is a folder; give the name of a file" in result.err
+
+
 # --- evaluate, export, inspect
 
 

@@ -137,7 +137,7 @@ def test_two_processes_give_the_figures_of_one(made):
         (["{made}/cache", "--reference", "digits"], "neither a folder of images nor a pipeline"),
         (["{made}/student", "--reference", "digits", "--features", "inception"], "inception-2015-12-05.pt"),
         (["{made}/student", "--reference", "digits", "--guidance-scale", "3"], "guidance_scale is 3.0"),
-        (["{made}/digits", "--reference", "digits", "--json", "{made}/student/model.safetensors/x"], "x"),
+        (["{made}/digits", "--reference", "digits", "--json", "{made}/student/model.safetensors/x"], "be written"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(made, capsys, monkeypatch, arguments, message):

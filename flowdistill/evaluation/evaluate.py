@@ -15,6 +15,7 @@ from flowdistill.conditions import Condition
 from flowdistill.errors import UserError
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.features import FeatureExtractor
+from flowdistill.evaluation.files import check_writable
 from flowdistill.evaluation.generation import Sampler, check_num_images
 from flowdistill.evaluation.processes import Processes
 from flowdistill.evaluation.reference import Reference
@@ -87,9 +88,12 @@ def evaluate(
         A report; ``str(report)`` is the table.
 
     Raises:
-        UserError: num_images or a step count below 1, nothing to evaluate at the path, or nothing to measure.
+        UserError: num_images or a step count below 1, nothing to evaluate at the path, nothing to measure, or ``json``
+            cannot be written (said before anything is measured).
     """
     processes = Processes.start()
+    if json is not None:
+        processes.on_main(lambda: check_writable(json))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
     if teacher is not None:

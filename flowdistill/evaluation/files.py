@@ -10,6 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from flowdistill.errors import UserError
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse a file that could not be written, before the work whose result it takes. Nothing is left behind.
+
+    Raises:
+        UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
