@@ -12,6 +12,7 @@ experiment file has the keys:
     seeds        list of integers
     overrides    key=value texts for all runs (optional)
     runs         label: list of key=value texts; without it one run with the experiment's name
+    bases        label: configuration file of that label's runs in place of base (optional)
     curve        {num_images, every}: measure the averaged student every so many steps too (optional)
 
 OUT gets LABEL/seed-S/ (run folders; LABEL/seed-S.log is what they print), results.jsonl with one line a run, table.md
@@ -52,7 +53,12 @@ class Experiment:
     seeds: list[int]
     overrides: list[str] = field(default_factory=list)
     runs: dict[str, list[str]] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
     curve: dict[str, int] | None = None
+
+    def base_of(self, label: str) -> str:
+        """The configuration file of a label's runs."""
+        return self.bases.get(label, self.base)
 
     def settings(self, label: str, seed: int) -> list[str]:
         """The overrides of one run, without its output_dir; later ones win."""
@@ -63,7 +69,7 @@ class Experiment:
 
     def asked(self, label: str, seed: int) -> Line:
         """What decides the line of a run in results.jsonl: with other values it is measured anew."""
-        return {"base": self.base, "overrides": self.settings(label, seed), "measured": self.curve}
+        return {"base": self.base_of(label), "overrides": self.settings(label, seed), "measured": self.curve}
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -94,10 +100,12 @@ def read_experiment(path: Path) -> Experiment:
             raise UserError(f"{path}: the label {label!r} must be letters, digits, '.', '_' and '-': it names a folder")
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{path}: {label} must be a list of key=value texts")
+    if not isinstance(experiment.bases, dict) or set(experiment.bases) - set(experiment.runs):
+        raise UserError(f"{path}: bases must be {{label: FILE.yaml}}; the runs are {', '.join(experiment.runs)}")
     if curve is not None and (set(curve) != {"num_images", "every"} or any(value < 1 for value in curve.values())):
         raise UserError(f"{path}: curve must be {{num_images: N, every: STEPS}} with positive numbers")
     for label in experiment.runs:
-        load_config(experiment.base, experiment.settings(label, 0))
+        load_config(experiment.base_of(label), experiment.settings(label, 0))
     return experiment
 
 
@@ -143,7 +151,7 @@ class Runner:
     def run(self, label: str, seed: int) -> Line:
         """Train (or go on), measure, and append the line to results.jsonl."""
         folder = self.out / label / f"seed-{seed}"
-        command = [sys.executable, "-m", "flowdistill", "distill", self.experiment.base]
+        command = [sys.executable, "-m", "flowdistill", "distill", self.experiment.base_of(label)]
         command += [*self.experiment.settings(label, seed), f"output_dir={folder}"]
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         folder.parent.mkdir(parents=True, exist_ok=True)

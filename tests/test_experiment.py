@@ -65,6 +65,8 @@ def test_overrides_of_a_run_win_over_those_of_all(tmp_path):
         ("seeds: [0]\nruns: {../one: []}\n", "names a folder"),
         ("seeds: [0]\nruns: {one: [train.stepz=3]}\n", "train.steps"),
         ("seeds: [0]\ncurve: {every: 0, num_images: 5}\n", "curve must be"),
+        ("seeds: [0]\nruns: {one: []}\nbases: {tow: configs/digits/boot.yaml}\n", "the runs are one"),
+        ("seeds: [0]\nruns: {one: [method.solver=heun]}\nbases: {}\n", "method.solver"),  # BOOT's, and the base is not
         ("seeds: [0]\nruns: [\n", "cannot be read"),
     ],
 )
@@ -218,7 +220,9 @@ def test_only_what_is_missing_is_started_and_a_failure_is_named(tmp_path, capsys
     program.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\necho "no space left"\nexit 2\n')
     program.chmod(0o755)
     monkeypatch.setattr(run_experiment.sys, "executable", str(program))
-    file, out = write(tmp_path / "a.yaml", "seeds: [0, 1]\nruns: {one: [], two: [train.steps=7]}\n"), tmp_path / "out"
+    other = "configs/digits/boot.yaml"
+    text = f"seeds: [0, 1]\nruns: {{one: [], two: [train.steps=7, method.solver=heun]}}\nbases: {{two: {other}}}\n"
+    file, out = write(tmp_path / "a.yaml", text), tmp_path / "out"
     experiment = run_experiment.read_experiment(file)
     done = [line("one", seed, 10.0, **experiment.asked("one", seed)) for seed in (0, 1)]
     stale = line("two", 0, 99.0, **experiment.asked("two", 0)) | {"base": "another.yaml"}
@@ -240,7 +244,7 @@ def test_only_what_is_missing_is_started_and_a_failure_is_named(tmp_path, capsys
     assert "two, seed 0: exit code 2" in error and "no space left" in error and "2 of 2 runs failed" in error
     calls = (tmp_path / "python.calls").read_text().splitlines()
     assert [call.split()[-1] for call in calls] == [f"output_dir={out}/two/seed-{seed}" for seed in (0, 1)]
-    assert all(f"distill {BASE} train.steps=7 seed=" in call for call in calls)
+    assert all(f"distill {other} train.steps=7 method.solver=heun seed=" in call for call in calls)
     table = (out / "table.md").read_text()
     assert "| one | 1 | 10.00 ± 0.00 |" in table and "| two |" not in table
 
