@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import sys
 import types
@@ -17,7 +16,6 @@ from torchvision.transforms.functional import pil_to_tensor
 import flowdistill
 from flowdistill import UserError, load_teacher
 from flowdistill.data.assets import asset_path
-from flowdistill.images import save_grid, save_images
 from flowdistill.student import FlowMap, StudentInfo
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
@@ -32,11 +30,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = StudentInfo(method="freeflow", base_model=source)
     FlowMap.from_teacher(load_teacher(source), info).save(folder / "student")
     return folder
-
-
-def pixels(path: Path) -> torch.Tensor:
-    with Image.open(path) as image:
-        return pil_to_tensor(image)
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, module: str, **attributes: object) -> None:
@@ -222,7 +215,7 @@ def test_sample_grid_of_a_student(cli, run: Path, tmp_path: Path) -> None:
     result = cli("sample", run, "--num-images", 20, "--out", tmp_path / "grid.png", "--seed", 3)
     assert result.code == 0 and str(tmp_path / "grid.png") in result.out
     # Ten labels make ten columns: 10 cells of 32 pixels and 11 gaps of 2; two rows.
-    assert pixels(tmp_path / "grid.png").shape == (3, 2 * 34 + 2, 10 * 34 + 2)
+    assert pil_to_tensor(Image.open(tmp_path / "grid.png")).shape == (3, 2 * 34 + 2, 10 * 34 + 2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["grid.png"]
 
 
@@ -231,7 +224,7 @@ def test_sample_is_what_python_generates(cli, run: Path, tmp_path: Path) -> None
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(5)]
     expected = flowdistill.load_student(run).generate(labels=[7, 2, 7, 2, 7], seed=3)
-    found = torch.stack([pixels(file) for file in files])
+    found = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
     assert found.shape == (5, 1, 8, 8)
     torch.testing.assert_close(found.float() / 255, expected, atol=0.51 / 255, rtol=0)
 
@@ -250,7 +243,7 @@ def test_sample_of_a_pipeline(cli, tmp_path: Path) -> None:
     from flowdistill.noise import indexed_noise
 
     latents = teacher.sample(indexed_noise(teacher.shape, 0, range(3)), teacher.encode([3, 3, 3]), steps=2)
-    found = torch.stack([pixels(tmp_path / f"{number:06d}.png") for number in range(3)])
+    found = torch.stack([pil_to_tensor(Image.open(tmp_path / f"{number:06d}.png")) for number in range(3)])
     torch.testing.assert_close(found.float() / 255, teacher.decode(latents), atol=0.51 / 255, rtol=0)
 
 
@@ -363,58 +356,3 @@ def test_inspect(cli, tmp_path: Path) -> None:
     assert result.code == 0 and "UNet2DModel" in result.out
     result = cli("inspect", tmp_path)
     assert result.code == 2 and str(tmp_path) in result.err and "Traceback" not in result.err
-
-
-# --- images
-
-
-def test_grid_enlarges_small_images_by_whole_factors(tmp_path: Path) -> None:
-    images = torch.zeros(3, 1, 5, 7)
-    images[1, 0, 2, 3] = 1.0
-    save_grid(images, tmp_path / "grid.png", columns=2)
-    grid = pixels(tmp_path / "grid.png")[0]
-    # ceil(32 / 5) = 7: cells of 35 x 49, two rows of two with gaps of 2.
-    assert grid.shape == (2 * 37 + 2, 2 * 51 + 2)
-    cell = grid[2:37, 53:102]
-    assert cell.sum() == 255 * 7 * 7
-    assert (cell[14:21, 21:28] == 255).all()
-
-
-def test_grid_keeps_large_images_and_clips(tmp_path: Path) -> None:
-    images = torch.full((1, 3, 40, 40), 2.0)
-    images[0, 0] = -1.0
-    images[0, 1] = 0.5
-    save_grid(images, tmp_path / "new" / "grid.png")
-    grid = pixels(tmp_path / "new" / "grid.png")
-    assert [int(channel.unique()) for channel in grid] == [0, 128, 255]
-    assert grid.shape == (3, 40, 40)
-
-
-def test_grid_and_images_refuse_other_shapes(tmp_path: Path) -> None:
-    for images in (torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 4, 8, 8)):
-        with pytest.raises(ValueError, match="must have the shape"):
-            save_grid(images, tmp_path / "grid.png")
-        with pytest.raises(ValueError, match="must have the shape"):
-            save_images(images, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_images_are_numbered_from_start(tmp_path: Path) -> None:
-    paths = save_images(torch.rand(2, 3, 4, 6), tmp_path / "folder", start=41)
-    assert [path.name for path in paths] == ["000041.png", "000042.png"]
-    assert pixels(paths[0]).shape == (3, 4, 6)
-
-
-@pytest.mark.parametrize("closing", ["broken", "whole"])
-def test_a_grid_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closing: str) -> None:
-    path = tmp_path / "grid.png"
-    path.write_bytes(b"old")
-    if closing == "broken":
-        monkeypatch.setattr(os, "replace", raising(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
-            save_grid(torch.rand(1, 1, 8, 8), path)
-        assert path.read_bytes() == b"old"
-    else:
-        save_grid(torch.rand(1, 1, 8, 8), path)
-        assert pixels(path).shape == (3, 32, 32)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]

@@ -12,20 +12,22 @@ from typing import BinaryIO
 
 from flowdistill.errors import UserError
 
+PROBE = 2**16  # bytes: more than a report or a grid of small images
+
 
 def check_writable(path: str | os.PathLike) -> None:
     """Refuse a file that could not be written, before the work whose result it takes. Nothing is left behind.
 
     Raises:
-        UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file.
+        UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file of 64 KiB.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
     except OSError as error:
         raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
 

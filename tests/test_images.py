@@ -1,0 +1,86 @@
+"""Images as PNG files, and the files that are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from flowdistill import UserError
+from flowdistill.evaluation.files import check_writable
+from flowdistill.images import save_grid, save_images
+
+
+def test_grid_enlarges_small_images_by_whole_factors(tmp_path: Path) -> None:
+    images = torch.zeros(3, 1, 5, 7)
+    images[1, 0, 2, 3] = 1.0
+    save_grid(images, tmp_path / "grid.png", columns=2)
+    grid = pil_to_tensor(Image.open(tmp_path / "grid.png"))[0]
+    # ceil(32 / 5) = 7: cells of 35 x 49, two rows of two with gaps of 2.
+    assert grid.shape == (2 * 37 + 2, 2 * 51 + 2)
+    cell = grid[2:37, 53:102]
+    assert cell.sum() == 255 * 7 * 7
+    assert (cell[14:21, 21:28] == 255).all()
+
+
+def test_grid_keeps_large_images_and_clips(tmp_path: Path) -> None:
+    images = torch.full((1, 3, 40, 40), 2.0)
+    images[0, 0] = -1.0
+    images[0, 1] = 0.5
+    save_grid(images, tmp_path / "new" / "grid.png")
+    grid = pil_to_tensor(Image.open(tmp_path / "new" / "grid.png"))
+    assert [int(channel.unique()) for channel in grid] == [0, 128, 255]
+    assert grid.shape == (3, 40, 40)
+
+
+def test_grid_and_images_refuse_other_shapes(tmp_path: Path) -> None:
+    for images in (torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 4, 8, 8)):
+        with pytest.raises(ValueError, match="must have the shape"):
+            save_grid(images, tmp_path / "grid.png")
+        with pytest.raises(ValueError, match="must have the shape"):
+            save_images(images, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_numbered_from_start(tmp_path: Path) -> None:
+    paths = save_images(torch.rand(2, 3, 4, 6), tmp_path / "folder", start=41)
+    assert [path.name for path in paths] == ["000041.png", "000042.png"]
+    assert pil_to_tensor(Image.open(paths[0])).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("closing", ["broken", "whole"])
+def test_a_grid_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closing: str) -> None:
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    if closing == "broken":
+        def fail(*names: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            save_grid(torch.rand(1, 1, 8, 8), path)
+        assert path.read_bytes() == b"old"
+    else:
+        save_grid(torch.rand(1, 1, 8, 8), path)
+        assert pil_to_tensor(Image.open(path)).shape == (3, 32, 32)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_place_that_takes_no_bytes_is_no_place_for_a_result(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: a file can be made, but holds nothing."""
+    resource = pytest.importorskip("resource")
+    target = tmp_path / "new" / "report.json"
+    check_writable(target)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{target} cannot be written; {tmp_path}: File too large"):
+            check_writable(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
