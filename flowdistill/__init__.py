@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from flowdistill.conditions import Condition
+    from flowdistill.conditioning.conditions import Condition
     from flowdistill.evaluation.evaluate import evaluate
-    from flowdistill.student import load_student
-    from flowdistill.teacher import load_teacher
+    from flowdistill.students import load_student
+    from flowdistill.teachers import load_teacher
     from flowdistill.training.run import distill
 
 __version__ = "0.1.0"
@@ -22,13 +22,13 @@ __version__ = "0.1.0"
 __all__ = ["Condition", "UserError", "__version__", "distill", "evaluate", "load_student", "load_teacher"]
 
 _HOMES = {
-    "Condition": "flowdistill.conditions",
+    "Condition": "flowdistill.conditioning.conditions",
     "distill": "flowdistill.training.run",
     "evaluate": "flowdistill.evaluation",
-    "load_student": "flowdistill.student",
-    "load_teacher": "flowdistill.teacher",
+    "load_student": "flowdistill.students",
+    "load_teacher": "flowdistill.teachers",
 }
-_PARTS = frozenset("config data evaluation images methods objectives path student teacher training".split())
+_PARTS = frozenset("config data evaluation export features methods objectives paths students teachers training".split())
 
 
 def __getattr__(name: str) -> Any:

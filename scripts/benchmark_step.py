@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
 SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", default="ema", help="key in a training checkpoint (default: ema)")
     parser.add_argument("--heads", type=int, help="attention heads (default: those of SiT of this width)")
     options = parser.parse_args(arguments)
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     try:
         convert(options)
@@ -54,7 +54,7 @@ def convert(options: argparse.Namespace) -> None:
     """Write the folder; UserError for a checkpoint or an autoencoder that cannot be used."""
     from diffusers import AutoencoderKL, DiTPipeline, FlowMatchEulerDiscreteScheduler
 
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -74,7 +74,7 @@ def load(file: Path, key: str) -> dict[str, Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     if not file.is_file():
         raise UserError(f"the checkpoint {file} does not exist")
@@ -103,7 +103,7 @@ def converted(state: dict[str, Tensor], time: str, heads: int | None = None) -> 
     import torch
     from diffusers import DiTTransformer2DModel
 
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     patch = state["x_embedder.proj.weight"]
     width, channels, size = patch.shape[0], patch.shape[1], patch.shape[2]

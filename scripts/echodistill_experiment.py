@@ -28,18 +28,17 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, draw_concept, held_out_prompts, references
-from flowdistill.data.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
-from flowdistill.errors import UserError
-from flowdistill.images import save_grid
-from flowdistill.methods.echodistill import EchoDistill
-from flowdistill.methods.noise_levels import NoiseLevels
-from flowdistill.noise import indexed_noise
-from flowdistill.student import generated, load_student
-from flowdistill.student.personal import load_adapted_pipeline
-from flowdistill.teacher import Teacher, load_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.features.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
+from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.methods.echodistill.student import load_adapted_pipeline
+from flowdistill.students import generated, load_student
+from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
 from flowdistill.training.run import distill
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import save_grid
+from flowdistill.utils.randomness import Draw, indexed_noise
 
 CONFIG = "configs/shapes/echodistill.yaml"
 IMAGES = 96  # of the concept alone, and as many in its contexts
@@ -214,7 +213,7 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "no_texture": lambda case: echodistill(case, "no texture term", [NO_ECHO, "method.texture=none"]),
     "no_adversarial": lambda case: echodistill(case, "no discriminator", [NO_ECHO, "method.discriminators=[]"]),
     "first_discriminator": lambda case: echodistill(case, "classifier's discriminator alone", [
-        NO_ECHO, 'method.discriminators=["python:flowdistill.data.shapes_networks:load_shapes_classifier"]']),
+        NO_ECHO, 'method.discriminators=["python:flowdistill.features.shapes_networks:load_shapes_classifier"]']),
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip

@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; returns the exit code: 0, or 2 for input that cannot be used."""
     options = parse(arguments)
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     try:
         report = run(options)
@@ -72,11 +72,11 @@ def run(options: argparse.Namespace) -> Report | None:
     """Measure what the options name; the report on the main process, None on the others."""
     import torch
 
-    from flowdistill.errors import UserError
+    from flowdistill.data.image_sets import SUFFIXES
     from flowdistill.evaluation import Evaluator
-    from flowdistill.evaluation.files import check_writable
-    from flowdistill.evaluation.images import SUFFIXES
-    from flowdistill.evaluation.processes import Processes
+    from flowdistill.utils.errors import UserError
+    from flowdistill.utils.files import check_writable
+    from flowdistill.utils.processes import Processes
 
     num_images = 10_000 if options.num_images is None else options.num_images
     if num_images < 1:
@@ -116,8 +116,8 @@ def run(options: argparse.Namespace) -> Report | None:
 
 def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     """Stored images against the reference."""
-    from flowdistill.errors import UserError
-    from flowdistill.evaluation.images import FolderImages
+    from flowdistill.data.image_sets import FolderImages
+    from flowdistill.utils.errors import UserError
 
     images = FolderImages(options.source)
     if options.num_images is not None:
@@ -130,10 +130,10 @@ def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
 
 def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     """Generated images against the reference."""
-    from flowdistill.errors import UserError
+    from flowdistill.conditioning.prompts import read_prompts as load_prompts
     from flowdistill.evaluation import PromptsInTurn, prompt_conditions, student_sampler, teacher_sampler
-    from flowdistill.student import is_student_folder, load_student
-    from flowdistill.teacher.prompts import read_prompts as load_prompts
+    from flowdistill.students import is_student_folder, load_student
+    from flowdistill.utils.errors import UserError
 
     facts: dict[str, Any] = {"model": options.source, "device": options.device}
     if is_student_folder(options.source):
@@ -187,7 +187,7 @@ class PipelineSampler:
     """
 
     def __init__(self, pipeline: Any, options: argparse.Namespace) -> None:
-        from flowdistill.errors import UserError
+        from flowdistill.utils.errors import UserError
 
         self.pipeline, self.seed = pipeline, options.seed
         self.scheduler = type(getattr(pipeline, "scheduler", None)).__name__
@@ -245,7 +245,7 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     logging.disable_progress_bar()
     try:
@@ -259,7 +259,7 @@ def load_pipeline(options: argparse.Namespace) -> Any:
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty."""
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     if not path.is_file():
         raise UserError(f"the prompt file {path} does not exist")
@@ -270,6 +270,6 @@ def read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    from flowdistill.leave import leave
+    from flowdistill.utils.exit import leave
 
     leave(main())

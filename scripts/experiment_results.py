@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 PAIRS, PAIR_STEPS, PAIR_SEED = 256, 50, 1  # the seed differs from the evaluation's
 Line = dict[str, Any]
@@ -81,7 +81,7 @@ def paired_error(student: Any, noise: Any, condition: Any, target: Any) -> float
 def _pairs(teacher_settings: tuple[Any, ...], guidance_scale: float) -> tuple[Any, Any, Any]:
     """Noise, condition, and where the teacher's ODE takes them; solved once for all runs of a teacher."""
     from flowdistill import load_teacher
-    from flowdistill.noise import indexed_noise
+    from flowdistill.utils.randomness import indexed_noise
 
     teacher = load_teacher(**dict(teacher_settings))
     noise = indexed_noise(teacher.shape, PAIR_SEED, range(PAIRS))

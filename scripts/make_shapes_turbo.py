@@ -19,10 +19,10 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from flowdistill import load_student
-from flowdistill.errors import UserError
-from flowdistill.noise import indexed_noise
-from flowdistill.path import path_from_scheduler
-from flowdistill.student.generator import Generator
+from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.students.generator import Generator
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 

@@ -33,14 +33,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flowdistill.conditions import Condition
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import load_config
-from flowdistill.errors import UserError
-from flowdistill.path import NativePath, path_from_scheduler
-from flowdistill.teacher import Teacher
-from flowdistill.teacher.critic import critic_loss
-from flowdistill.teacher.exact import MixtureVelocity
-from flowdistill.teacher.velocity import per_sample
+from flowdistill.networks.critic import critic_loss
+from flowdistill.networks.velocity import per_sample
+from flowdistill.paths.native_path import NativePath, path_from_scheduler
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.exact import MixtureVelocity
+from flowdistill.utils.errors import UserError
 
 MODES, RADIUS, STD = 8, 0.7, 0.05
 WIDTH, TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 128, 4000, 512, 2e-3

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 RESULTS = "results.jsonl"
 KEEP_ALL = 1_000_000

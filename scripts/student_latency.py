@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def call_seconds(student: Any, rows: int, seed: int) -> float:
     """Seconds of one call of ``rows`` images, in turn over the student's conditions."""
     import torch
 
-    from flowdistill.noise import indexed_noise
+    from flowdistill.utils.randomness import indexed_noise
 
     noise = indexed_noise(student.shape, seed, range(rows)).to(student.device)
     condition = student.examples(range(seed, seed + rows))

@@ -22,7 +22,7 @@ HEAD = ("tiny pipeline", "class", "backbone", "path", "prediction", "conditions"
 
 def row(name: str) -> list[str]:
     """One line of the table, everything measured or detected now."""
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
     from tests import test_families as tests
     from tests.families import FAMILIES, NEGATIVE
     from tests.test_lora import LORA, lora_file

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowdistill.data import balanced_split, load_digits
-from flowdistill.data.digits_classifier import classifier_accuracy, train_digits_classifier
+from flowdistill.features.digits_classifier import classifier_accuracy, train_digits_classifier
 
 
 def main() -> None:

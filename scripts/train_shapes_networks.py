@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowdistill import load_teacher
-from flowdistill.data import shapes_networks as networks
+from flowdistill.features import shapes_networks as networks
 
 TEST_IMAGES = 4320
 

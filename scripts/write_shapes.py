@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowdistill.data.shapes import NUM_CLASSES, make_shapes, prompt_list
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, references, write_concepts
-from flowdistill.images import save_grid
+from flowdistill.utils.images import save_grid
 
 
 def picture() -> Tensor:

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """``cli("distill", "a.yaml")``: the command in this process, with its exit code and what it printed."""
-    from flowdistill.cli import main
+    from flowdistill.cli.commands import main
 
     def run(*arguments: object) -> Outcome:
         capsys.readouterr()

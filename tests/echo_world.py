@@ -7,10 +7,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
-from flowdistill.methods.echo_settings import EchoDistillConfig
-from flowdistill.methods.echo_stage import EchoConfig
-from flowdistill.methods.echodistill import EchoDistill
-from flowdistill.teacher import load_teacher
+from flowdistill.methods.echodistill.echo import EchoConfig
+from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.methods.echodistill.settings import EchoDistillConfig
+from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from tests.families import VP, lively, stable_diffusion

@@ -16,13 +16,13 @@ import yaml
 from torch import nn
 
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
-from flowdistill.leave import leave
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.lora import LoraSettings
+from flowdistill.networks.lora import LoraSettings
+from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import _save_student, make_accelerator
+from flowdistill.utils.exit import leave
 from tests.families import FAMILIES, PROMPTS
 from tests.toy_method import shard
 

@@ -9,12 +9,12 @@ import torch
 from diffusers.models import attention_dispatch, attention_processor
 
 from flowdistill.config import load_config
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
-from flowdistill.methods.prior import Prior
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import load_teacher
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.start_states import Prior
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
 from tests.test_families import noise, teacher_of
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
@@ -251,10 +251,10 @@ def test_other_errors_are_not_taken_for_a_missing_rule():
 
 
 def test_the_log_is_the_first_processs(monkeypatch, caplog):
-    from flowdistill.teacher.attention import say
+    from flowdistill.utils.logging import log_once
 
     monkeypatch.setenv("RANK", "1")
-    say("not this")
+    log_once("not this")
     monkeypatch.setenv("RANK", "0")
-    say("this")
+    log_once("this")
     assert [record.message for record in caplog.records] == ["this"] and caplog.records[0].levelno == logging.WARNING

@@ -8,14 +8,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flowdistill.errors import UserError
 from flowdistill.methods.boot import Boot, BootConfig
-from flowdistill.methods.prior import Prior
 from flowdistill.objectives import bootstrap as bs
-from flowdistill.student import load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.exact import GaussianVelocity, exact_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.students import load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.teachers.start_states import Prior
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 MEAN, STD = torch.full((1, 4, 4), 0.3, dtype=torch.float64), 0.5

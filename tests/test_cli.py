@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import flowdistill
 from flowdistill import UserError, load_teacher
 from flowdistill.data.assets import asset_path
-from flowdistill.student import FlowMap, StudentInfo
+from flowdistill.students import FlowMap, StudentInfo
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
 COMMANDS = ("distill", "sample", "evaluate", "export", "inspect")
@@ -55,8 +55,8 @@ def raising(error: BaseException):
     [
         "import flowdistill",
         "import flowdistill; dir(flowdistill); flowdistill.UserError",
-        "from flowdistill.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        "from flowdistill.cli import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass",
+        "from flowdistill.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from flowdistill.cli.commands import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str) -> None:
@@ -66,7 +66,7 @@ def test_import_and_help_load_nothing_heavy(code: str) -> None:
 
 
 def test_names_load_on_first_use() -> None:
-    from flowdistill.conditions import Condition
+    from flowdistill.conditioning.conditions import Condition
     from flowdistill.evaluation import evaluate, frechet_distance
     from flowdistill.training.run import distill
 
@@ -157,8 +157,8 @@ def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: 
 
 
 def test_a_warning_of_this_package_is_one_line() -> None:
-    from flowdistill.cli import __file__ as own
-    from flowdistill.cli import _warning
+    from flowdistill.cli.commands import __file__ as own
+    from flowdistill.cli.commands import _warning
 
     assert _warning("short run", UserWarning, own, 3) == "flowdistill: warning: short run\n"
     assert __file__ in _warning("theirs", UserWarning, __file__, 3)
@@ -169,7 +169,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"
         "class Run: output_dir, steps, interrupted, report, holds = 'x' * 100_000, 1, 0, None, ''\n"
         "fake.distill = lambda *a: Run; sys.modules['flowdistill.training.run'] = fake\n"
-        "from flowdistill.cli import main; sys.exit(main(['distill', 'a.yaml']))"
+        "from flowdistill.cli.commands import main; sys.exit(main(['distill', 'a.yaml']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
@@ -240,7 +240,7 @@ def test_sample_of_a_pipeline(cli, tmp_path: Path) -> None:
     source = asset_path("digits-flow")
     cli("sample", source, "--num-images", 3, "--out", tmp_path, "--labels", "3", "--steps", 2)
     teacher = load_teacher(source)
-    from flowdistill.noise import indexed_noise
+    from flowdistill.utils.randomness import indexed_noise
 
     latents = teacher.sample(indexed_noise(teacher.shape, 0, range(3)), teacher.encode([3, 3, 3]), steps=2)
     found = torch.stack([pil_to_tensor(Image.open(tmp_path / f"{number:06d}.png")) for number in range(3)])
@@ -277,7 +277,7 @@ def test_sample_below_a_file_names_the_place(cli, run: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no new file even of root")
 def test_a_place_that_takes_no_file_is_refused_before_the_work(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace(monkeypatch, "flowdistill.student", load_student=raising(AssertionError("work has begun")))
+    replace(monkeypatch, "flowdistill.students", load_student=raising(AssertionError("work has begun")))
     for arguments in (
         ["sample", run, "--num-images", 1, "--out", "/proc/new/grid.png"],
         ["sample", run, "--num-images", 1, "--out", "/proc/new"],

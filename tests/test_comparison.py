@@ -5,8 +5,8 @@ from PIL import Image
 
 from flowdistill.data.assets import asset_path
 from flowdistill.evaluation.comparison import save_comparison
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import load_teacher
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import load_teacher
 
 
 def test_blocks_start_from_the_same_noise(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flowdistill.data.concept_images import augmented, load_concept_images
-from flowdistill.errors import UserError
-from flowdistill.training.draw import Draw
+from flowdistill.methods.echodistill.concept_images import augmented, load_concept_images
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 ORIENTATION = 0x0112
 

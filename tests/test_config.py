@@ -21,7 +21,7 @@ from flowdistill.config import (
     save_config,
     validate,
 )
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 GOOD = """
 output_dir: runs/a

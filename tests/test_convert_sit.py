@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import load_teacher
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import load_teacher
 from tests.tiny import lively, vae
 
 WIDTH, HEADS, CLASSES, SIZE, PATCH = 16, 2, 5, 8, 2

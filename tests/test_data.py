@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from flowdistill.data import assets, balanced_split, load_images, mnist, split_halves
 from flowdistill.data.assets import asset_path
-from flowdistill.data.digits_classifier import (
+from flowdistill.features.digits_classifier import (
     DigitsClassifier,
     augment,
     classifier_accuracy,
     load_digits_classifier,
     train_digits_classifier,
 )
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 def test_digits_are_the_whole_set_in_unit_range():

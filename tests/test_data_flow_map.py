@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from flowdistill.errors import UserError
 from flowdistill.methods.data_flow_map import DataFlowMap, DataFlowMapConfig
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.exact import GaussianVelocity, exact_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_unet_pipeline
 
 MEAN, STD = torch.full((1, 4, 4), 0.3, dtype=torch.float64), 0.5

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowdistill.config import EvaluationConfig, OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
-from flowdistill.errors import UserError
-from flowdistill.leave import leave
 from flowdistill.methods.disback import DisBack, DisBackConfig, Walk
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.teacher import load_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
-from flowdistill.training.nodes import Nodes
 from flowdistill.training.run import make_accelerator
+from flowdistill.training.snapshots import Nodes
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import leave
+from flowdistill.utils.randomness import Draw
 from tests.test_distribution_matching import SHIFT, SIGMA, TEACHER_MEAN, TEACHER_STD, T, quadrature
 from tests.test_training_processes import BIN, figures, run
 from tests.tiny import tiny_unet_pipeline

@@ -8,7 +8,7 @@ import torch
 
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.teacher.exact import GaussianVelocity
+from flowdistill.teachers.exact import GaussianVelocity
 
 TEACHER_MEAN, TEACHER_STD, SHIFT, SCALE, SIGMA = 1.0, 0.7, -0.5, 0.3, 0.8
 T = SIGMA / (1 + SIGMA)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from flowdistill.errors import UserError
-from flowdistill.methods.echo_judge import Judge
-from flowdistill.methods.echo_stage import EchoConfig, EchoStage, Pool
-from flowdistill.methods.vision import load_vision
-from flowdistill.teacher import load_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.features.vision import load_vision
+from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool
+from flowdistill.methods.echodistill.judge import Judge
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.echo_world import make_method, make_trainer, teacher_pipeline, weights
 
 
@@ -193,6 +193,6 @@ def test_margins_say_which_prompt_denoises_a_picture_best():
 
 
 def noise_of(rows):
-    from flowdistill.noise import indexed_noise
+    from flowdistill.utils.randomness import indexed_noise
 
     return indexed_noise((4, 8, 8), 1, range(rows))

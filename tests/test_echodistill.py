@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from flowdistill.config import OptimizerConfig
-from flowdistill.methods.echo_stage import Pool
-from flowdistill.noise import indexed_noise
+from flowdistill.methods.echodistill.echo import Pool
 from flowdistill.objectives import alignment
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.training.draw import Draw
+from flowdistill.utils.randomness import Draw, indexed_noise
 from tests.echo_world import (
     KEPT,
     TOKEN,

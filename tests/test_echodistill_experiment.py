@@ -12,7 +12,7 @@ from PIL import Image
 from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, held_out_prompts
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

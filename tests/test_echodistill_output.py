@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 
 from flowdistill import load_student
 from flowdistill.config import OptimizerConfig
-from flowdistill.errors import UserError
-from flowdistill.methods.echodistill import EchoDistill
-from flowdistill.noise import indexed_noise
-from flowdistill.student import export
-from flowdistill.teacher import load_teacher
+from flowdistill.export import export
+from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
 from tests.echo_world import KEPT, TOKEN, make_method, settings, student_pipeline, teacher_pipeline, write_pictures
 from tests.families import VP, lively
 
@@ -145,7 +145,7 @@ def test_a_run_again_changes_nothing_and_a_lost_card_is_written_again(finished):
 
 def test_a_student_exported_by_this_project_can_be_personalised(tmp_path):
     """Its scheduler names the one sigma of its step, whatever its table says."""
-    from flowdistill.student import Generator, StudentInfo
+    from flowdistill.students import Generator, StudentInfo
 
     teacher = load_teacher(teacher_pipeline("epsilon"), prompts=KEPT)
     generator = Generator.from_teacher(teacher, StudentInfo("test", "tiny"))

@@ -9,11 +9,12 @@ from PIL import Image
 from torch import nn
 
 from flowdistill.data import load_digits
-from flowdistill.errors import UserError
-from flowdistill.evaluation import Evaluator, Reference, frechet_distance, load_features, load_reference
-from flowdistill.evaluation.features import INCEPTION_FILE, INCEPTION_SHA256, INCEPTION_URL, clean_resize
-from flowdistill.evaluation.generation import to_uint8
-from flowdistill.evaluation.images import FolderImages, read_image
+from flowdistill.data.image_sets import FolderImages, read_image
+from flowdistill.evaluation import Evaluator, Reference, frechet_distance, load_reference
+from flowdistill.features import load_features
+from flowdistill.features.extractor import INCEPTION_FILE, INCEPTION_SHA256, INCEPTION_URL, clean_resize
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import to_uint8
 
 
 class Pool(nn.Module):

@@ -7,8 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from flowdistill.errors import UserError
 from flowdistill.evaluation import Moments, frechet_distance, kernel_distance
+from flowdistill.utils.errors import UserError
 
 
 def covariance(rng: np.random.Generator, samples: int, size: int, decay: float) -> np.ndarray:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flowdistill.errors import UserError
 from flowdistill.evaluation import generate
-from flowdistill.evaluation.generation import balanced_labels, to_uint8
+from flowdistill.evaluation.generation import balanced_labels
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import to_uint8
 
 SHAPE = (2, 3, 3)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flowdistill.evaluation import manifold, precision_recall
+from flowdistill.evaluation import precision_recall
+from flowdistill.evaluation.metrics import precision_recall as manifold
 
 
 def points(*values):

@@ -11,9 +11,10 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
-from flowdistill.errors import UserError
-from flowdistill.evaluation import Evaluator, Moments, load_features, load_reference
-from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation import Evaluator, Moments, load_reference
+from flowdistill.features import load_features
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.processes import Processes
 
 SHAPE = (1, 4, 4)
 

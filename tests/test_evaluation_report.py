@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from flowdistill.conditions import Condition
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.data import load_digits
 from flowdistill.data.assets import asset_path
-from flowdistill.errors import UserError
-from flowdistill.evaluation import Evaluator, Report, Row, evaluate, evaluate_models, load_features
+from flowdistill.evaluation import Evaluator, Report, Row, evaluate, evaluate_models
+from flowdistill.features import load_features
+from flowdistill.utils.errors import UserError
 
 LABELS = load_digits()[1]
 ROWS = {label: [i for i, other in enumerate(LABELS.tolist()) if other == label] for label in range(10)}
@@ -200,7 +201,7 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 def test_a_run_folder_brings_its_teacher_student_and_settings(tmp_path):
     from flowdistill import load_teacher
-    from flowdistill.student import FlowMap, StudentInfo
+    from flowdistill.students import FlowMap, StudentInfo
 
     source = str(asset_path("digits-flow"))
     run = tmp_path / "run"

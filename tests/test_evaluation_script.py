@@ -14,10 +14,11 @@ import torch
 from flowdistill import load_teacher
 from flowdistill.data import load_digits
 from flowdistill.data.assets import asset_path
-from flowdistill.errors import UserError
 from flowdistill.evaluation import Report
-from flowdistill.images import save_images
-from flowdistill.student import FlowMap, StudentInfo, export
+from flowdistill.export import export
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import save_images
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "evaluate_fid.py"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowdistill.config import load_config
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "configs/digits/freeflow.yaml"
@@ -128,8 +128,9 @@ def test_latency_of_students_is_a_row_each(tmp_path, capsys):
     from student_latency import main
 
     from flowdistill import load_teacher
-    from flowdistill.data.partition import Partition, split_classes
-    from flowdistill.student import Generator, RoutedStudent, StudentInfo
+    from flowdistill.methods.msd.partition import Partition, split_classes
+    from flowdistill.methods.msd.student import RoutedStudent
+    from flowdistill.students import Generator, StudentInfo
     from tests.tiny import tiny_unet_pipeline
 
     one = Generator.from_teacher(load_teacher(tiny_unet_pipeline()), StudentInfo())

@@ -15,12 +15,10 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw
+from flowdistill.export import export
 from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
-from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.score_distillation import (
     DiffInstruct,
     DiffInstructConfig,
@@ -30,10 +28,13 @@ from flowdistill.methods.score_distillation import (
     Sid,
     SidConfig,
 )
-from flowdistill.path import path_from_scheduler
-from flowdistill.student import FlowMap, Generator, StudentInfo, export, load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.lora import LoraSettings
+from flowdistill.networks.lora import LoraSettings
+from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.students import FlowMap, Generator, StudentInfo, load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.pairs import teacher_pairs
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, NEGATIVE, PROMPTS, pipeline_latents
 from tests.tiny import VP
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowdistill.teacher import codec as codec_module
+from flowdistill.teachers import codec as codec_module
 from tests.families import FAMILIES, pipeline_latents
 from tests.test_families import noise, teacher_of
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flowdistill.errors import UserError
-from flowdistill.student import Generator, StudentInfo, export, load_student, start_time
-from flowdistill.teacher import load_teacher
+from flowdistill.export import export
+from flowdistill.students import Generator, StudentInfo, load_student, start_time
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
 from tests.test_student import FAMILIES, SCHEDULERS, noise
 
 

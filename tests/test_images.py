@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill import UserError
-from flowdistill.evaluation.files import check_writable
-from flowdistill.images import save_grid, save_images
+from flowdistill.utils.files import check_writable
+from flowdistill.utils.images import save_grid, save_images
 
 
 def test_grid_enlarges_small_images_by_whole_factors(tmp_path: Path) -> None:

@@ -8,20 +8,21 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerD
 from safetensors.torch import load_file
 
 from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw
+from flowdistill.export import export
 from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.data_flow_map import DataFlowMap, DataFlowMapConfig
 from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig, Sid, SidConfig
-from flowdistill.student import FlowMap, Generator, StudentInfo, export, load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.lora import LoraSettings, merged, split
+from flowdistill.networks.lora import LoraSettings, merged, split
+from flowdistill.students import FlowMap, Generator, StudentInfo, load_student
+from flowdistill.teachers import load_teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.training.state import network_tensors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 

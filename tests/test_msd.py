@@ -11,15 +11,16 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from flowdistill import UserError, load_student, load_teacher
-from flowdistill.conditions import ClassLabels, Condition
+from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.config import EvaluationConfig, RunConfig, TeacherConfig, TrainConfig, load_config
 from flowdistill.methods.boot import BootConfig
-from flowdistill.methods.msd import AdversarialStage, MsdConfig, student_runs
-from flowdistill.methods.pairs import Pairs, teacher_pairs
-from flowdistill.methods.real_data import RealData
+from flowdistill.methods.msd.method import AdversarialStage, MsdConfig, student_runs
+from flowdistill.methods.msd.student import RoutedStudent
 from flowdistill.methods.score_distillation import Dmd2Config
-from flowdistill.methods.tsm import TsmConfig
-from flowdistill.student import RoutedStudent, is_student_folder
+from flowdistill.methods.teacher_score_matching import TsmConfig
+from flowdistill.students import is_student_folder
+from flowdistill.teachers.pairs import Pairs, teacher_pairs
+from flowdistill.teachers.real_data import RealData
 from flowdistill.training.run import distill
 from flowdistill.training.signals import Interrupts
 from tests.families import stable_diffusion
@@ -132,7 +133,7 @@ def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, r
 
 def test_students_differ_in_their_conditions_and_seeds_only(source, tmp_path):
     config = msd(source, tmp_path, num_students=2)
-    from flowdistill.methods.msd import make_partition
+    from flowdistill.methods.msd.method import make_partition
 
     partition = make_partition(config.method, load_teacher(source))
     (first,), (second,) = (student_runs(config, partition, part) for part in (0, 1))

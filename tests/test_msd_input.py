@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flowdistill import UserError, load_teacher
-from flowdistill.methods.msd import MsdConfig, make_partition
+from flowdistill.methods.msd.method import MsdConfig, make_partition
 from flowdistill.methods.score_distillation import Dmd2Config
 from tests.families import stable_diffusion
 from tests.tiny import tiny_unet_pipeline

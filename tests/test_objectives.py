@@ -6,12 +6,12 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
-from flowdistill.methods.prior import Prior
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.exact import GaussianVelocity, exact_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.teachers.start_states import Prior
+from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_unet_pipeline
 
 MEAN, STD = torch.tensor([0.4, -0.2], dtype=torch.float64), 0.5
@@ -305,7 +305,7 @@ def test_jvp_runs_on_a_real_backbone_and_agrees_with_differences():
 
 
 def test_bad_settings():
-    from flowdistill.errors import UserError
+    from flowdistill.utils.errors import UserError
 
     teacher = load_teacher(tiny_unet_pipeline())
     with pytest.raises(UserError, match="no null label"):

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
-from flowdistill.errors import UserError
 from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig, Sid, SidConfig
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.lora import LoraSettings
-from flowdistill.teacher.offload import Visitor
+from flowdistill.networks.lora import LoraSettings
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.offload import Visitor
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.training.state import network_tensors
+from flowdistill.utils.errors import UserError
 from tests.tiny import tiny_dit_pipeline
 
 METHODS = {
@@ -56,8 +56,8 @@ class Noted(Visitor):
 def test_training_is_the_same_and_the_teacher_is_away_for_the_backward_passes(tmp_path, method, monkeypatch):
     plain = trainer_of(tmp_path / "plain", method)
     plain.train()
-    monkeypatch.setattr("flowdistill.teacher.teacher.Visitor", Noted)
-    monkeypatch.setattr("flowdistill.teacher.codec.Visitor", Noted)
+    monkeypatch.setattr("flowdistill.teachers.teacher.Visitor", Noted)
+    monkeypatch.setattr("flowdistill.teachers.codec.Visitor", Noted)
     trainer, moves = trainer_of(tmp_path / "offload", method, "all"), []
     teacher = trainer.method.teacher
     assert teacher.device == torch.device("cpu") and trainer.method.student().codec is teacher.codec

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from flowdistill.conditions import ClassLabels, Condition
-from flowdistill.data.partition import (
+from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.methods.msd.partition import (
     CLASS_RULES,
     Cells,
     ClassTable,
@@ -16,7 +16,7 @@ from flowdistill.data.partition import (
     split_classes,
     split_prompts,
 )
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 def labels(values):

@@ -16,8 +16,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from flowdistill.errors import UserError
-from flowdistill.path import path_from_scheduler
+from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.utils.errors import UserError
 
 BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 MEAN, STD = 0.3, 0.7

@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from flowdistill.conditions import Condition
-from flowdistill.errors import UserError
-from flowdistill.student.personal import load_adapted_pipeline, save_adaptation
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.adaptation import TARGETS, adapted
-from flowdistill.teacher.compatibility import check_pair
-from flowdistill.teacher.token import TokenEncoder
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.methods.echodistill.adaptation import TARGETS, adapted
+from flowdistill.methods.echodistill.compatibility import check_pair
+from flowdistill.methods.echodistill.student import load_adapted_pipeline, save_adaptation
+from flowdistill.methods.echodistill.token import TokenEncoder
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
 from tests.echo_world import TOKEN, student_pipeline, teacher_pipeline
 from tests.families import clip_encoder, clip_tokenizer, flux, lively, vae
 

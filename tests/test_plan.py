@@ -7,14 +7,14 @@ import torch
 import yaml
 
 from flowdistill.config import load_config
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw
 from flowdistill.plan import make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
-from flowdistill.plan.weightless import read_architecture, weightless_teacher
-from flowdistill.teacher import load_teacher
+from flowdistill.plan.meta_teacher import read_architecture, weightless_teacher
+from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
 from flowdistill.training.run import distill, method_class
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
 from tests.tiny import tiny_dit_pipeline
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flowdistill.methods.base import Draw
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
+from flowdistill.utils.randomness import Draw
 from tests.families import PROMPTS
 from tests.test_families import near, teacher_of
 

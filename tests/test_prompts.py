@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from flowdistill.conditions import Condition
-from flowdistill.errors import UserError
-from flowdistill.student import FlowMap, StudentInfo, load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.prompts import read_prompts
-from flowdistill.teacher.text_encoders import TextEncoders
-from flowdistill.training.draw import Draw
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompts import read_prompts
+from flowdistill.conditioning.text_encoders import TextEncoders
+from flowdistill.students import FlowMap, StudentInfo, load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import PROMPTS, sdxl, stable_diffusion
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowdistill.teacher import Teacher
+from flowdistill.teachers import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = """name: tiny

@@ -6,10 +6,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 from torch import nn
 
 from flowdistill.config import OptimizerConfig
-from flowdistill.errors import UserError
+from flowdistill.export import export
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
-from flowdistill.methods.noise_levels import NoiseLevels
-from flowdistill.methods.pairs import teacher_pairs
 from flowdistill.methods.score_distillation import (
     DiffInstruct,
     DiffInstructConfig,
@@ -21,11 +19,14 @@ from flowdistill.methods.score_distillation import (
     SidConfig,
     sample_gradient,
 )
-from flowdistill.student import export, load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.critic import Discriminator, make_critic
-from flowdistill.teacher.exact import GaussianVelocity, exact_teacher
-from flowdistill.training.draw import Draw
+from flowdistill.networks.critic import Discriminator, make_critic
+from flowdistill.students import load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.teachers.pairs import teacher_pairs
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 MEAN, STD = torch.tensor([0.4, -0.2], dtype=torch.float64), 0.5

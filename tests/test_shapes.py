@@ -17,6 +17,7 @@ from flowdistill import load_teacher
 from flowdistill.config import load_config
 from flowdistill.data import load_images, shapes
 from flowdistill.data.assets import ASSETS, asset_path
+from flowdistill.data.image_sets import read_image
 from flowdistill.data.shapes_concepts import (
     CONCEPTS,
     HELD_OUT,
@@ -26,7 +27,9 @@ from flowdistill.data.shapes_concepts import (
     references,
     write_concepts,
 )
-from flowdistill.data.shapes_networks import (
+from flowdistill.evaluation import Evaluator, Reference, prompt_conditions
+from flowdistill.features import load_features
+from flowdistill.features.shapes_networks import (
     CLASSIFIER_HEADS,
     JUDGE_HEADS,
     ShapesClassifier,
@@ -37,11 +40,9 @@ from flowdistill.data.shapes_networks import (
     load_shapes_judge,
     train_network,
 )
-from flowdistill.errors import UserError
-from flowdistill.evaluation import Evaluator, Reference, load_features, prompt_conditions
-from flowdistill.evaluation.images import read_image
-from flowdistill.noise import indexed_noise
-from flowdistill.student import Generator, StudentInfo
+from flowdistill.students import Generator, StudentInfo
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
 from tests.families import PROMPTS, VP, stable_diffusion
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowdistill.student import load_student
+from flowdistill.students import load_student
 from flowdistill.training.state import network_tensors
 from tests.sharded import NAMES, trainer_of
 from tests.test_training_processes import BIN, figures, run

@@ -7,8 +7,8 @@ import pytest
 from flowdistill.config import load_config
 from flowdistill.plan import make_plan
 from flowdistill.plan.advice import fits
-from flowdistill.plan.weightless import shipped_architectures
-from flowdistill.teacher import load_teacher
+from flowdistill.plan.meta_teacher import shipped_architectures
+from flowdistill.teachers import load_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(file for file in (ROOT / "configs").glob("*/*.yaml")

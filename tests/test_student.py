@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from flowdistill.errors import UserError
-from flowdistill.noise import indexed_noise
-from flowdistill.student import FlowMap, StudentInfo, export, is_student_folder, load_student
-from flowdistill.teacher import load_teacher
+from flowdistill.export import export
+from flowdistill.students import FlowMap, StudentInfo, is_student_folder, load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 SCHEDULERS = {

@@ -13,13 +13,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from flowdistill.errors import UserError
+from flowdistill.export import export
 from flowdistill.methods.boot import Boot, BootConfig
-from flowdistill.student import FlowMap, StudentInfo, export, load_student
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.velocity import ExtendedVelocity
+from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.students import FlowMap, StudentInfo, load_student
+from flowdistill.teachers import load_teacher
 from flowdistill.training.average import MovingAverage
-from flowdistill.training.draw import Draw
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 SCHEDULERS = {

@@ -13,10 +13,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from flowdistill.conditions import Condition
-from flowdistill.errors import UserError
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.exact import GaussianVelocity, MixtureVelocity, exact_teacher
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import GaussianVelocity, MixtureVelocity, exact_teacher
+from flowdistill.utils.errors import UserError
 from tests.tiny import tiny_dit_pipeline, tiny_unet, tiny_unet_pipeline
 
 MEAN, STD = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64), 0.6
@@ -180,7 +180,7 @@ def test_wrong_prediction_type_is_noticed():
 
     teacher = load_teacher(asset_path("digits-flow"))
     assert teacher.disagreement() is None
-    from flowdistill.path import path_from_scheduler
+    from flowdistill.paths.native_path import path_from_scheduler
 
     teacher.network.path = teacher.path = path_from_scheduler(DDPMScheduler())
     assert "seem to disagree" in teacher.disagreement()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flowdistill.errors import UserError
-from flowdistill.training.draw import Draw, mixed_seed
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw, mixed_seed
 
 
 def numbers(draw):

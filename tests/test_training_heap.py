@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowdistill.training import heap
+from flowdistill.training import malloc as heap
 
 STEPS = """
 import resource, runpy, sys

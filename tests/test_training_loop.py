@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-from flowdistill.errors import UserError
 from flowdistill.training import checkpoint
 from flowdistill.training.callbacks import tracker_names, truncate_metrics
 from flowdistill.training.loop import TrainingDiverged
 from flowdistill.training.state import optimizer_tensors
+from flowdistill.utils.errors import UserError
 from tests.toy_method import ToyConfig, ToyMethod, make_config, make_trainer, weights
 
 CLOCK = ("seconds", "images_per_second")

@@ -14,13 +14,13 @@ import flowdistill
 from flowdistill import UserError
 from flowdistill.config import TrainConfig, load_config, save_config
 from flowdistill.evaluation import Report, Row
-from flowdistill.evaluation.files import atomic_folder
 from flowdistill.methods import METHODS
-from flowdistill.methods.echodistill import EchoDistill
+from flowdistill.methods.echodistill.method import EchoDistill
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
+from flowdistill.utils.files import atomic_folder
 from tests.tiny import tiny_unet_pipeline
 from tests.toy_method import ToyConfig, make_config
 

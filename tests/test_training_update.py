@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdistill.config import OptimizerConfig
-from flowdistill.errors import UserError
 from flowdistill.training.average import MovingAverage
-from flowdistill.training.draw import Draw
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward, resolve_precision
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.toy_method import ToyConfig, ToyMethod, make_trainer, weights
 
 CPU = torch.device("cpu")

@@ -5,14 +5,15 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from flowdistill.config import OptimizerConfig, validate
-from flowdistill.errors import UserError
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
-from flowdistill.methods.tsm import Tsm, TsmConfig, matching_loss, student_velocity
+from flowdistill.methods.teacher_score_matching import Tsm, TsmConfig, matching_loss, student_velocity
+from flowdistill.networks.resizing import parameters, reshaped, smaller
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.student import load_student, parameters, reshaped, smaller
-from flowdistill.teacher import load_teacher
-from flowdistill.teacher.exact import linear_path
-from flowdistill.training.draw import Draw
+from flowdistill.students import load_student
+from flowdistill.teachers import load_teacher
+from flowdistill.teachers.exact import linear_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 from tests.families import stable_diffusion
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
@@ -53,7 +54,7 @@ def test_the_loss_is_in_the_units_of_the_networks_output():
     """For an epsilon network: the squared error of epsilon, whatever the time."""
     from diffusers import DDIMScheduler
 
-    from flowdistill.path import path_from_scheduler
+    from flowdistill.paths.native_path import path_from_scheduler
 
     path = path_from_scheduler(DDIMScheduler())
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
@@ -120,7 +121,7 @@ def test_a_student_of_another_shape_starts_another_method(teacher, tmp_path):
 
 
 def test_starts_that_do_not_fit_are_refused(teacher, tmp_path):
-    from flowdistill.student import FlowMap, StudentInfo
+    from flowdistill.students import FlowMap, StudentInfo
 
     FlowMap.from_teacher(teacher, StudentInfo()).save(tmp_path / "map")
     with pytest.raises(UserError, match="teacher.start .*map is a flow_map with conditions of its own"):

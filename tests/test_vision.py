@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from flowdistill.errors import UserError
-from flowdistill.methods.vision import load_vision
+from flowdistill.features.vision import load_vision
+from flowdistill.utils.errors import UserError
 from tests.families import lively
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
-from flowdistill.leave import leave
-from flowdistill.methods.base import Role
 from flowdistill.training import checkpoint
 from flowdistill.training.loop import Trainer
+from flowdistill.training.method import Role
 from flowdistill.training.run import make_accelerator
+from flowdistill.utils.exit import leave
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from flowdistill.config.schema import MISSING, RunConfig
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 class Layer(NamedTuple):

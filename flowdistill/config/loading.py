@@ -23,7 +23,7 @@ from flowdistill.config.checks import (
     validate,
 )
 from flowdistill.config.schema import MISSING, RunConfig
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

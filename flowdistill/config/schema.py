@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
 

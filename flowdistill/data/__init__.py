@@ -11,7 +11,7 @@ from flowdistill.data.digits import load_digits
 from flowdistill.data.mnist import load_mnist5k
 from flowdistill.data.shapes import load_shapes
 from flowdistill.data.splits import balanced_split, split_halves
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 __all__ = ["IMAGE_SETS", "balanced_split", "load_digits", "load_images", "load_mnist5k", "load_shapes", "split_halves"]
 

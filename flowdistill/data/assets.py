@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 # The package is installed from a clone (pip install -e .), so the assets lie beside it.
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 @lru_cache(maxsize=1)

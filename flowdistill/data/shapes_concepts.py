@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from flowdistill.data import shapes
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 REFERENCES = 5
 DESCRIPTION = "concept.json"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 
 def balanced_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

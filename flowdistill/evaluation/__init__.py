@@ -1,20 +1,14 @@
 """Measuring generated images: seeded generation, features, distances, precision and recall, reports."""
 
-from flowdistill.evaluation.evaluate import (
-    PromptsInTurn,
-    evaluate,
-    prompt_conditions,
-    student_sampler,
-    teacher_sampler,
-)
+from flowdistill.evaluation.evaluate import PromptsInTurn, evaluate, prompt_conditions, student_sampler, teacher_sampler
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
-from flowdistill.evaluation.features import FeatureExtractor, load_features
-from flowdistill.evaluation.frechet import Moments, frechet_distance
 from flowdistill.evaluation.generation import generate
-from flowdistill.evaluation.kernel import kernel_distance
-from flowdistill.evaluation.manifold import precision_recall
+from flowdistill.evaluation.metrics.frechet import Moments, frechet_distance
+from flowdistill.evaluation.metrics.kernel import kernel_distance
+from flowdistill.evaluation.metrics.precision_recall import precision_recall
 from flowdistill.evaluation.reference import Reference, load_reference
 from flowdistill.evaluation.report import Report, Row
+from flowdistill.features.extractor import FeatureExtractor, load_features
 
 __all__ = [
     "Evaluator",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowdistill.errors import UserError
-from flowdistill.evaluation.features import FeatureExtractor
-from flowdistill.evaluation.frechet import Moments
-from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation.metrics.frechet import Moments
+from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.processes import Processes
 
 # Feature values kept for KID and the per-class figures: 128 MiB, 15,625 images at 2,048 features.
 KEPT_VALUES = 32_000_000

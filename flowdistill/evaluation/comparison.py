@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from flowdistill.images import grid, save_picture, stacked
-from flowdistill.noise import indexed_noise
+from flowdistill.utils.images import grid, save_picture, stacked
+from flowdistill.utils.randomness import indexed_noise
 
 
 @torch.no_grad()

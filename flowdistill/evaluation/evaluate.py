@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
-from flowdistill.errors import UserError
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
-from flowdistill.evaluation.features import FeatureExtractor
-from flowdistill.evaluation.files import check_writable
 from flowdistill.evaluation.generation import Sampler, check_num_images
-from flowdistill.evaluation.processes import Processes
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
+from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable
+from flowdistill.utils.processes import Processes
 
 if TYPE_CHECKING:
-    from flowdistill.teacher.prompts import PromptList
+    from flowdistill.conditioning.prompts import PromptList
 
 DEFAULTS: dict[str, Any] = {
     "num_images": 10_000,
@@ -99,7 +99,7 @@ def evaluate(
     if teacher is not None:
         subject.teacher = teacher
     if prompts is not None:
-        from flowdistill.teacher.prompts import read_prompts
+        from flowdistill.conditioning.prompts import read_prompts
 
         for part in (subject.teacher, subject.student):
             if part is not None:
@@ -251,7 +251,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
     if not isinstance(source, (str, os.PathLike)):
         return _open_live(source, device)
     from flowdistill import load_student
-    from flowdistill.student import is_student_folder
+    from flowdistill.students import is_student_folder
 
     folder = Path(source)
     name = str(source)

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.errors import UserError
+from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, collect
-from flowdistill.evaluation.features import FeatureExtractor, load_features
-from flowdistill.evaluation.frechet import frechet_distance
-from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate, to_uint8
-from flowdistill.evaluation.images import ImageSet
-from flowdistill.evaluation.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
-from flowdistill.evaluation.manifold import MOST_SAMPLES, NEIGHBOURS, precision_recall
-from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
+from flowdistill.evaluation.metrics.frechet import frechet_distance
+from flowdistill.evaluation.metrics.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
+from flowdistill.evaluation.metrics.precision_recall import MOST_SAMPLES, NEIGHBOURS, precision_recall
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor, moments_of
 from flowdistill.evaluation.report import Report, Row
+from flowdistill.features.extractor import FeatureExtractor, load_features
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import to_uint8
+from flowdistill.utils.processes import Processes
 
 
 class Evaluator:

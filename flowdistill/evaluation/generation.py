@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowdistill.errors import UserError
-from flowdistill.evaluation.processes import Processes
-from flowdistill.noise import indexed_noise
+from flowdistill.data.image_sets import batches_of
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.processes import Processes
+from flowdistill.utils.randomness import indexed_noise
 
 # (noise, labels or condition) -> images in [0, 1]
 Sampler = Callable[[Tensor, Any], Tensor]
@@ -56,21 +57,10 @@ def balanced_labels(
     return numbers % num_classes if own is None else torch.tensor(own)[numbers % len(own)]
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] as they would be stored: uint8, values outside clipped, rounded to the nearest level."""
-    return images.float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-
-
 def check_num_images(num_images: int) -> None:
     """Raise UserError unless ``num_images`` is a positive number of images."""
     if num_images < 1:
         raise UserError(f"num_images must be at least 1, not {num_images}")
-
-
-def batches_of(span: range, batch_size: int) -> Iterator[range]:
-    """Consecutive parts of ``span`` with at most ``batch_size`` indices."""
-    for start in range(span.start, span.stop, batch_size):
-        yield range(start, min(start + batch_size, span.stop))
 
 
 @torch.no_grad()

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowdistill.errors import UserError
+from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect
-from flowdistill.evaluation.features import FeatureExtractor
-from flowdistill.evaluation.files import atomic_write, cache_folder
-from flowdistill.evaluation.frechet import Moments, frechet_distance
-from flowdistill.evaluation.images import FolderImages, ImageSet, NamedImages
-from flowdistill.evaluation.processes import Processes
+from flowdistill.evaluation.metrics.frechet import Moments, frechet_distance
+from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, cache_folder
+from flowdistill.utils.processes import Processes
 
 # Part of every cache key: raise it when the meaning of a stored number changes.
 VERSION = 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowdistill.evaluation.files import atomic_write
+from flowdistill.utils.files import atomic_write
 
 
 @dataclass

@@ -6,10 +6,10 @@ METHODS: dict[str, str] = {
     "diff_instruct": "flowdistill.methods.score_distillation:DiffInstruct",
     "disback": "flowdistill.methods.disback:DisBack",
     "dmd2": "flowdistill.methods.score_distillation:Dmd2",
-    "echodistill": "flowdistill.methods.echodistill:EchoDistill",
+    "echodistill": "flowdistill.methods.echodistill.method:EchoDistill",
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
-    "msd": "flowdistill.methods.msd:Msd",
+    "msd": "flowdistill.methods.msd.method:Msd",
     "sid": "flowdistill.methods.score_distillation:Sid",
-    "tsm": "flowdistill.methods.tsm:Tsm",
+    "tsm": "flowdistill.methods.teacher_score_matching:Tsm",
 }
 """Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""

@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, SingleStudent
-from flowdistill.methods.prior import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.networks.lora import StudentKind
+from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import bootstrap as bs
 from flowdistill.objectives import flow_map as fm
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import Teacher
-from flowdistill.teacher.codec import PixelCodec
-from flowdistill.teacher.lora import StudentKind
-from flowdistill.teacher.velocity import per_sample
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.codec import PixelCodec
+from flowdistill.teachers.start_states import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.training.method import SingleStudent
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 
 @dataclass

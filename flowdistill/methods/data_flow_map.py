@@ -17,16 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.methods.base import Draw, SingleStudent
-from flowdistill.methods.real_data import RealData
+from flowdistill.networks.lora import StudentKind
+from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import Teacher
-from flowdistill.teacher.lora import StudentKind
-from flowdistill.teacher.velocity import per_sample
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.real_data import RealData
+from flowdistill.training.method import SingleStudent
+from flowdistill.utils.randomness import Draw
 
 
 @dataclass

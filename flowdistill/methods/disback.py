@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import option, validate
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Role
 from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation
-from flowdistill.teacher import Teacher
-from flowdistill.training.nodes import Nodes
+from flowdistill.teachers import Teacher
+from flowdistill.training.method import Role
+from flowdistill.training.snapshots import Nodes
 from flowdistill.training.state import network_tensors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 PATH = "path"
 """The folder of the nodes in the run folder."""
@@ -137,7 +138,7 @@ class Walk:
 
 
 class DisBack:
-    """The host with its targets; a :class:`flowdistill.methods.base.Method` with stages."""
+    """The host with its targets; a :class:`flowdistill.training.method.Method` with stages."""
 
     name = "disback"
     Config = DisBackConfig

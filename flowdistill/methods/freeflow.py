@@ -20,19 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Role, SingleStudent
-from flowdistill.methods.pairs import Regression, regression_error
-from flowdistill.methods.prior import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.methods.regression import Regression, regression_error
+from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
+from flowdistill.networks.critic import critic_loss, make_critic
+from flowdistill.networks.lora import CriticKind
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
-from flowdistill.student import FlowMap, StudentInfo
-from flowdistill.teacher import Teacher
-from flowdistill.teacher.attention import allow_forward_mode, no_forward_mode
-from flowdistill.teacher.critic import critic_loss, make_critic
-from flowdistill.teacher.lora import CriticKind
+from flowdistill.students import FlowMap, StudentInfo
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.start_states import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.training.method import Role, SingleStudent
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 
 @dataclass

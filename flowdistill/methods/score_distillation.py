@@ -24,19 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.conditions import Condition
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
-from flowdistill.methods.base import Draw, Role, SingleStudent
-from flowdistill.methods.noise_levels import NoiseLevels
-from flowdistill.methods.pairs import Regression, regression_error
-from flowdistill.methods.prior import check_guidance
-from flowdistill.methods.real_data import RealData
+from flowdistill.methods.regression import Regression, regression_error
+from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
+from flowdistill.networks.lora import CriticKind
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.student import START_UNITS, Generator, StudentInfo, generated, start_time
-from flowdistill.teacher import Teacher
-from flowdistill.teacher.critic import Discriminator, critic_loss, make_critic
-from flowdistill.teacher.lora import CriticKind
+from flowdistill.students import START_UNITS, Generator, StudentInfo, generated, start_time
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.teachers.real_data import RealData
+from flowdistill.teachers.start_states import check_guidance
+from flowdistill.training.method import Role, SingleStudent
+from flowdistill.utils.randomness import Draw
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
 

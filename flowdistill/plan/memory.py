@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import RunConfig
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw
+from flowdistill.plan.meta_teacher import META, Architecture, read_architecture, weightless_teacher
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
-from flowdistill.plan.weightless import META, Architecture, read_architecture, weightless_teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 STEP_BYTES = 4
 """AdamW's count of a weight tensor: a float32."""

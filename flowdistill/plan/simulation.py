@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowdistill.teacher.velocity import VelocityNetwork
+from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.training.precision import DTYPES
 
 HALF = frozenset((

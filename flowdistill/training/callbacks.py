@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from flowdistill.config import RunConfig, TrainConfig
-from flowdistill.errors import UserError
-from flowdistill.training.checkpoint import disk_errors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import disk_errors
 
 PROJECT = "flowdistill"
 METRICS = "metrics.jsonl"
@@ -103,7 +103,7 @@ class Reporter:
 
 def save_samples(student: Any, path: Path, count: int) -> None:
     """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
-    from flowdistill.images import save_grid
+    from flowdistill.utils.images import save_grid
 
     listed = getattr(getattr(student, "prompts", None), "prompts", None)
     classes = getattr(student, "classes", None)

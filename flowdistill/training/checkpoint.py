@@ -15,21 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import disk_errors
 
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|old)")
-
-
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{what} could not be written: {reason}") from error
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

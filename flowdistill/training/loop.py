@@ -12,25 +12,19 @@ import torch
 from accelerate import Accelerator
 
 from flowdistill.config import RunConfig
-from flowdistill.errors import UserError
-from flowdistill.evaluation.processes import Processes
-from flowdistill.methods.base import Method, Staged
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
-from flowdistill.training.checkpoint import (
-    checkpoints,
-    disk_errors,
-    read_state,
-    read_tensors,
-    remove_leftovers,
-    write_checkpoint,
-)
-from flowdistill.training.draw import Draw, mixed_seed
+from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors, remove_leftovers, write_checkpoint
 from flowdistill.training.meters import Meters
+from flowdistill.training.method import Method, Staged
 from flowdistill.training.optimizer import apply_update, backward, learning_rate
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
 from flowdistill.training.signals import Interrupts
 from flowdistill.training.state import assign, assign_optimizer, gather, network_tensors, optimizer_tensors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import disk_errors
+from flowdistill.utils.processes import Processes
+from flowdistill.utils.randomness import Draw, mixed_seed
 
 
 class TrainingDiverged(UserError):
@@ -44,7 +38,7 @@ class Trainer:
     caller's to check.
 
     Args:
-        method: see ``flowdistill.methods.base.Method``.
+        method: see ``flowdistill.training.method.Method``.
         config: ``train``, ``evaluation``, ``seed`` and ``method.name`` are read.
         output_dir: the run folder; made when missing.
         accelerator: with mixed_precision="no", see ``flowdistill.training.run.make_accelerator``.

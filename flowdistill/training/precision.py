@@ -15,7 +15,7 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

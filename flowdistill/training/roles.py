@@ -14,14 +14,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig, TrainConfig
-from flowdistill.errors import UserError
-from flowdistill.methods.base import Draw, Method, Role
-from flowdistill.teacher.offload import check_not_shared
+from flowdistill.teachers.offload import check_not_shared
 from flowdistill.training.average import MovingAverage
+from flowdistill.training.fsdp import cut
+from flowdistill.training.method import Method, Role
 from flowdistill.training.optimizer import make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
-from flowdistill.training.shards import cut
 from flowdistill.training.state import assign, gather, network_tensors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 SUPPORTED = (
     DistributedType.NO,

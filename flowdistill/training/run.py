@@ -19,14 +19,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from flowdistill.config import RunConfig, TrainConfig, load_config, save_config, validate
-from flowdistill.errors import UserError
-from flowdistill.evaluation.processes import Processes
-from flowdistill.methods.base import Concluding
 from flowdistill.training.callbacks import tracker_names
-from flowdistill.training.checkpoint import checkpoints, disk_errors
-from flowdistill.training.heap import keep_freed_memory
+from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.loop import Trainer
+from flowdistill.training.malloc import keep_freed_memory
+from flowdistill.training.method import Concluding
 from flowdistill.training.precision import resolve_precision
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import disk_errors
+from flowdistill.utils.processes import Processes
 
 if TYPE_CHECKING:
     from flowdistill.evaluation import Report

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flowdistill.errors import UserError
+from flowdistill.utils.errors import UserError
 
 # torch.distributed.checkpoint's state dictionaries are not used for optimisers: reading the state of one that has not
 # stepped yet makes a step (its count becomes 1), and a parameter without state cannot be loaded.

@@ -1,0 +1,379 @@
+"""The ``flowdistill`` command. Nothing heavy is imported before a command runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowdistill import __version__
+from flowdistill.cli.arguments import Parser, at_least, integers, positive
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import leave
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+WIDEST_ROW = 20  # a grid gets a column a label up to this many
+
+# What a full, read-only or mistyped place gives: a user's problem, not a bug.
+PLACE_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
+    if hasattr(errno, name)
+)
+
+
+def command() -> NoReturn:
+    """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
+    warnings.formatwarning = _warning
+    leave(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Bad input: one sentence on standard error and 2."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("flowdistill: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python would complain once more when it flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        sentence = _place_problem(error, args)
+        if sentence is None:
+            raise
+        return _fail(sentence)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None,
+    python: Callable[..., str] = warnings.formatwarning,
+) -> str:
+    """One line for a warning of this package; those of others as Python shows them."""
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"flowdistill: warning: {message}\n" if own else python(message, category, filename, lineno, line)
+
+
+def _fail(sentence: str) -> int:
+    print(f"flowdistill: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _place_problem(error: Exception, args: argparse.Namespace) -> str | None:
+    """A sentence for an error that comes from where something is written, else None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors passes such errors on as text
+        number = int(match[1])
+    if number is None or number not in PLACE_ERRORS:
+        return None
+    path = getattr(error, "filename", None) or args.target(args)
+    folder, name = os.path.split(os.fsdecode(path))
+    # Files are written under a passing name; the user knows the final one.
+    name = re.sub(r"^\.(.+)\.[^.]+\.(tmp|partial)$", r"\1", name)
+    return f"{os.path.join(folder, name)}: {os.strerror(number)}"
+
+
+# --- the commands
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from flowdistill.training.run import distill
+
+    run = distill(args.config, args.overrides)
+    if run.interrupted:
+        if _is_main():
+            print(f"flowdistill: stopped by a signal after step {run.steps}; the same command goes on", file=sys.stderr)
+        return 128 + run.interrupted
+    if _is_main():
+        print(f"the run is in {run.output_dir}: {run.holds}", end="")
+        print("" if run.report is None else " and report.json")
+    return 0
+
+
+def _output_dir(args: argparse.Namespace) -> str:
+    from flowdistill.config import load_config
+
+    try:
+        return load_config(args.config, args.overrides).output_dir
+    except UserError:
+        return str(args.config)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    is_grid = out.suffix.lower() == ".png"
+    if is_grid and out.is_dir() or not is_grid and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} must be a .png file for one grid, or a folder for one file an image")
+    import torch
+
+    from flowdistill.evaluation.generation import generate
+    from flowdistill.utils.files import check_writable
+    from flowdistill.utils.images import save_grid, save_images
+    from flowdistill.utils.processes import Processes
+
+    processes = Processes.start()
+    if is_grid and not processes.is_main:
+        return 0  # one file needs one process; a folder's files are shared among all
+    check_writable(out if is_grid else out / "000000.png")
+    model, sampler = _model_and_sampler(args)
+    labels, prompts = args.labels, None
+    if args.prompts is not None:
+        from flowdistill.conditioning.prompts import read_prompts
+
+        prompts = read_prompts(args.prompts).prompts
+    elif labels is None and model.classes is not None:
+        labels = list(model.classes.shown)
+    elif model.prompts is not None and model.prompts.prompts is None:
+        raise UserError(f"{args.model} takes prompts; give --prompts FILE with one a line")
+    # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.
+    listed = None
+    if labels is not None or prompts is not None:
+        listed = model.encode(labels, prompts)
+    count = args.num_images or (1 if listed is None else len(listed))
+    share = Processes() if is_grid else processes
+    batches = generate(
+        sampler,
+        model.shape,
+        count,
+        args.seed,
+        args.batch_size,
+        share.rank,
+        share.world,
+        condition=lambda indices: (
+            model.examples(indices)
+            if listed is None
+            else listed[torch.tensor([i % len(listed) for i in indices], device=model.device)]
+        ),
+    )
+    if is_grid:
+        columns = len(listed) if listed is not None and 1 < len(listed) <= min(WIDEST_ROW, count) else None
+        save_grid(torch.cat([batch.images.cpu() for batch in batches]), out, columns)
+    else:
+        for batch in batches:
+            save_images(batch.images, out, start=batch.indices.start)
+    if processes.is_main:
+        print(f"{count} image{'' if count == 1 else 's'} in {out}")
+    return 0
+
+
+def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The student or the teacher at ``args.model``, and how it makes images."""
+    from flowdistill.evaluation import student_sampler, teacher_sampler
+    from flowdistill.students import is_student_folder, load_student
+    from flowdistill.teachers import load_teacher
+
+    device = _device(args.device)
+    # A run folder without a student is a run all the same: load_student says what is the matter with it.
+    if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
+        if args.steps is not None:
+            raise UserError(f"--steps is for pipelines, and {args.model} is a student, which takes one call an image")
+        model: Any = load_student(args.model, device=device)
+        sampler = student_sampler(model, args.guidance_scale)
+    else:
+        model = load_teacher(args.model, device=device)
+        scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+        sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
+    if args.prompts is not None and model.prompts is None:
+        takes = "nothing" if model.num_classes is None else f"class labels 0 to {model.num_classes - 1} (--labels)"
+        raise UserError(f"--prompts needs a text-to-image model, and {args.model} takes {takes}")
+    return model, sampler
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from flowdistill.evaluation import evaluate
+
+    report = evaluate(
+        args.model,
+        num_images=args.num_images,
+        reference=args.reference,
+        features=args.features,
+        teacher_steps=args.teacher_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        json=args.json,
+        teacher_rows=not args.no_teacher,
+        solver=args.solver,
+        guidance_scale=args.guidance_scale,
+        device=_device(args.device),
+        weights=args.weights,
+        prompts=args.prompts,
+    )
+    if _is_main():
+        print(report)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    import shutil
+
+    target = Path(args.out_dir)
+    occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
+    if occupied and not args.overwrite:
+        raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
+    if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
+        raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
+    from flowdistill.export import export
+    from flowdistill.students import load_student
+    from flowdistill.utils.files import check_writable
+
+    check_writable(target / "model_index.json")
+    student = load_student(args.run_folder)
+    # Beside the target, so that an older pipeline stays until the new one is complete.
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        export(student, partial, guidance_scale=args.guidance_scale)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if (target / "manifest.json").is_file():
+        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose")
+    else:
+        print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from flowdistill.teachers import load_teacher
+
+    print(load_teacher(args.pipeline, null_label=args.null_label).describe())
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from flowdistill.plan.report import report
+
+    for part in report(args.config, args.overrides, args.gpu_memory):
+        print(part, flush=True)
+    return 0
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# --- the arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="flowdistill", description="Distil a diffusers pipeline into a one-step generator.")
+    parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, run: Any, target: Any, help: str, description: str, examples: Sequence[str]) -> Parser:
+        epilog = "examples:\n" + "\n".join(f"  flowdistill {name} {example}" for example in examples)
+        form = argparse.RawDescriptionHelpFormatter
+        added = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=form)
+        added.set_defaults(run=run, target=target)
+        return added
+
+    distill = command(
+        "distill", _distill, _output_dir, "train a student",
+        "Train the student that a YAML file describes. When its output_dir already holds the run, training goes on\n"
+        "there. Works under 'accelerate launch -m flowdistill distill ...' on several GPUs.",
+        ["configs/digits/freeflow.yaml", "configs/digits/freeflow.yaml train.steps=500 output_dir=runs/short"],
+    )
+    distill.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    distill.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+
+    plan = command(
+        "plan", _plan, lambda args: args.config, "say how much memory a run takes",
+        "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate that of\n"
+        "activations, from the pipeline's configurations alone. With --gpu-memory, say which settings make it fit.",
+        ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/digits/freeflow.yaml train.batch_size=256"],
+    )
+    plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    plan.add_argument("--gpu-memory", metavar="GIB", type=positive, help="memory of the GPU in GiB")
+
+    sample = command(
+        "sample", _sample, lambda args: args.out, "generate images",
+        "Generate images with a student (one network call each) or with a pipeline. Image i depends on the seed,\n"
+        "i and its label only.",
+        ["runs/digits-freeflow --num-images 100 --out grid.png", "runs/digits-freeflow --num-images 5000 --out images/",
+         "runs/digits-freeflow --labels 3,7,9 --out grid.png",
+         "assets/digits-flow --steps 10 --num-images 30 --out grid.png"],
+    )
+    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
+    sample.add_argument("--num-images", metavar="N", type=at_least(1),
+                        help="images to make (default: one for each label or prompt)")
+    sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
+    what = sample.add_mutually_exclusive_group()
+    what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
+    what.add_argument("--prompts", metavar="FILE", help="text-to-image models: a prompt a line, or .jsonl")
+    sample.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
+    sample.add_argument("--guidance-scale", metavar="G", type=float, help="default: the student's own, or 1")
+    sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
+    sample.add_argument("--device", help="default: the GPU when there is one")
+
+    evaluate = command(
+        "evaluate", _evaluate, lambda args: args.json or args.model, "measure FID and speed",
+        "Measure a student at one call and its teacher at several step counts: FID, KID, accuracy and images/s. What\n"
+        "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.",
+        ["runs/digits-freeflow --json report.json", "assets/digits-flow --teacher-steps 1,4,50 --num-images 5000",
+         "runs/my-run --features inception --weights inception.pt --reference images/"],
+    )
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
+    evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
+    evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: digits)")
+    evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: digits)")
+    evaluate.add_argument("--weights", metavar="FILE", help="local weights of the feature extractor 'inception'")
+    evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
+    evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
+    evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
+    evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
+    evaluate.add_argument("--guidance-scale", metavar="G", type=float, help="default: the run's or the student's own")
+    evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
+    evaluate.add_argument("--device", help="default: the GPU when there is one")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
+
+    export = command(
+        "export", _export, lambda args: args.out_dir, "write a stock diffusers pipeline",
+        "Write a student as a pipeline folder that DiffusionPipeline.from_pretrained loads without flowdistill.",
+        ["runs/digits-freeflow exported/", "runs/my-run exported/ --guidance-scale 1.5 --overwrite"],
+    )
+    export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
+    export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
+    export.add_argument("--guidance-scale", metavar="G", type=float, help="scale to fix (default: the student's own)")
+    export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
+
+    inspect = command(
+        "inspect", _inspect, lambda args: args.pipeline, "say what was detected in a pipeline",
+        "Say in words how flowdistill reads a pipeline: backbone, path, prediction, times, conditions, and whether\n"
+        "network and scheduler agree.",
+        ["assets/digits-flow", "google/ddpm-cifar10-32"],
+    )
+    inspect.add_argument("pipeline", metavar="PIPELINE", help="pipeline folder or hub id")
+    inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
+    return parser

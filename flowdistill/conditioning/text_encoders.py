@@ -1,0 +1,127 @@
+"""Text encoders and tokenizers of a pipeline: loaded only while they encode, told apart by content, stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.logging import quietly
+
+INDEX = "model_index.json"
+
+
+def is_text(component: str) -> bool:
+    """Whether a pipeline's component is a text encoder or a tokenizer, by its name."""
+    return component.startswith(("text_encoder", "tokenizer"))
+
+
+class TextEncoders:
+    """The text side of a pipeline, on disk or in memory.
+
+    Args:
+        source: a pipeline folder (which may hold nothing else), or a live pipeline, whose own modules are used and stay
+            where they are.
+        dtype: of the encoders' weights; a live pipeline's stay as they are.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype) -> None:
+        self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
+        self.live = cast(Any, source) if isinstance(source, DiffusionPipeline) else None
+        self.dtype = dtype
+        if self.live is not None:
+            index = dict(self.live.config) | {"_class_name": type(self.live).__name__}
+        else:
+            assert self.folder is not None
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        self._index = {name: value for name, value in index.items() if name != "_name_or_path"}
+        self.pipeline_class = str(index["_class_name"])
+        self.components = sorted(name for name, value in index.items() if is_text(name) and _is_there(value))
+
+    @property
+    def encoder_classes(self) -> list[str]:
+        return [str(self._index[name][1]) for name in self.components if name.startswith("text_encoder")]
+
+    @contextmanager
+    def opened(self, device: torch.device) -> Iterator[Any]:
+        """The pipeline with its text components only, on ``device``; what was loaded is dropped afterwards."""
+        if self.live is not None:
+            yield self.live
+            return
+        others = {name: None for name, value in self._index.items() if isinstance(value, list) and not is_text(name)}
+        try:
+            with quietly():
+                pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **others)
+        except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"the text encoders in {self.folder} could not be loaded: {reason}") from error
+        for name in self.components:
+            _move(getattr(pipeline, name), device)
+        yield pipeline
+        del pipeline
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the encoders' weights, the tokenizers' files and the pipeline's settings."""
+        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        if self.folder is not None:
+            for name in self.components:
+                _hash_folder(digest, self.folder / name, name)
+        else:
+            for name in self.components:
+                component = getattr(self.live, name)
+                if isinstance(component, nn.Module):
+                    for key, tensor in sorted(component.state_dict().items()):
+                        digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                else:
+                    with tempfile.TemporaryDirectory() as folder:
+                        component.save_pretrained(folder)
+                        _hash_folder(digest, Path(folder), name)
+        return digest.hexdigest()
+
+    def save(self, target: Path) -> None:
+        """Write a pipeline folder with the text components and no others, which this class opens again."""
+        target.mkdir(parents=True)
+        for name in self.components:
+            if self.folder is not None:
+                shutil.copytree(self.folder / name, target / name)
+            else:
+                getattr(self.live, name).save_pretrained(target / name)
+        (target / INDEX).write_text(json.dumps(self._settings(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _settings(self) -> dict[str, Any]:
+        """The pipeline's index without the components that have nothing to do with text."""
+        return {name: [None, None] if isinstance(value, (list, tuple)) and not is_text(name) else value
+                for name, value in self._index.items()}
+
+
+def _move(component: Any, device: torch.device) -> None:
+    if isinstance(component, nn.Module):
+        component.to(device)
+
+
+def _is_there(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and value[0] is not None
+
+
+def _hash_folder(digest: Any, folder: Path, name: str) -> None:
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0".encode())
+        with open(file, "rb") as content:
+            for block in iter(lambda: content.read(1 << 20), b""):
+                digest.update(block)

@@ -1,0 +1,97 @@
+"""A low-rank student as the LoRA file of its teacher's own pipeline, which ``load_lora_weights`` takes.
+
+The student's one call is the teacher's network at one constant time, plus adapters, plus a constant vector e in the
+time embedding (duration, guidance). There the embedding's last layer always gets the same input a, so e is a low-rank
+weight as well: e a^T / |a|^2, of rank 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from flowdistill.export.prompt_pipelines import NO_GUIDANCE, REPLACED
+from flowdistill.networks.backbones import last_linear
+from flowdistill.networks.lora import lora_tensors, merged
+from flowdistill.networks.velocity import VelocityNetwork
+from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.students.student import Student
+
+FILE = "pytorch_lora_weights.safetensors"
+SCHEDULERS = {
+    "vp": "EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=\"trailing\")",
+    "flow": "FlowMatchEulerDiscreteScheduler()",
+}
+
+
+def save_lora(student: Student, folder: Path, guidance_scale: float | None = None) -> str | None:
+    """Write ``FILE`` into ``folder`` and return Markdown that says how to use it.
+
+    None, and no file, for a student without adapters, a pipeline without LoRA files, or a one-step map that is not one
+    step of the pipeline with a stock scheduler (EDM, or a start after the scheduler's own).
+    """
+    velocity = student.network.velocity
+    if velocity.lora is None or student.prompts is None or velocity.path.kind not in SCHEDULERS:
+        return None
+    name = student.prompts.text.pipeline_class
+    name = REPLACED.get(name, name)
+    kind = getattr(diffusers, name)
+    if not hasattr(kind, "save_lora_weights") or student.t_start != path_from_scheduler(student.scheduler).t_max:
+        return None
+    tensors = lora_tensors(velocity.backbone)
+    for layer, (left, right) in _constant(student, guidance_scale).items():
+        a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
+        tensors[f"{layer}.lora_A.weight"] = right if a is None else torch.cat([a, right])
+        tensors[f"{layer}.lora_B.weight"] = left if b is None else torch.cat([b, left], dim=1)
+    part = "unet" if "unet_lora_layers" in inspect.signature(kind.save_lora_weights).parameters else "transformer"
+    layers: Any = {f"{part}_lora_layers": {key: value.contiguous() for key, value in tensors.items()}}
+    kind.save_lora_weights(folder, **layers)
+    return _use(student, name)
+
+
+@torch.no_grad()
+def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Last layer of each time embedding: (e (D, 1), a^T / |a|^2 (1, D')); nothing for a student without extras."""
+    network = student.network
+    columns = {name: torch.full((1,), float(value), device=student.device)
+               for name, value in student.scalars(guidance_scale).items()}
+    extra = network.extra_embedding(**columns)
+    if extra is None:
+        return {}
+    velocity = network.velocity
+    backbone = merged(velocity.backbone)
+    layers: dict[nn.Module, None] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    for module in velocity.adapter.time_embeddings(backbone):
+        module._forward_hooks.clear()
+        layers[last_linear(module)] = None
+    names = {module: name for name, module in backbone.named_modules() if module in layers}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module, args[0][0].float()))
+    time = torch.full((1,), student.t_start, dtype=torch.float64)
+    condition = student.examples([0])
+    assert condition is not None
+    noise = torch.zeros(1, *student.shape)
+    VelocityNetwork(backbone, velocity.path, velocity.adapter)(noise, time, condition.to("cpu"))
+    return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
+
+
+def _use(student: Student, pipeline: str) -> str:
+    assert student.prompts is not None
+    path, (height, width) = student.network.velocity.path, student.prompts.image_size
+    guided = student.network.velocity.adapter.takes_guidance(student.network.velocity.backbone)
+    guidance = "guidance_scale=1, " if guided else f"{NO_GUIDANCE[pipeline]}, " if NO_GUIDANCE[pipeline] else ""
+    scheduler = SCHEDULERS[path.kind]
+    return (
+        f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"
+        f"```python\nfrom diffusers import DiffusionPipeline, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{student.info.base_model}")\n'
+        f"pipe.scheduler = {scheduler}\n"
+        'pipe.load_lora_weights("path/to/this/folder")\n'
+        f'images = pipe("a prompt", num_inference_steps=1, {guidance}height={height}, width={width}).images\n```\n'
+    )

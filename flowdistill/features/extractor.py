@@ -1,0 +1,252 @@
+"""Feature extractors: images to the vectors whose Gaussians are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import cache_folder
+from flowdistill.utils.hashing import file_sha256, module_sha256
+
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INCEPTION_SIZE = 299
+WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
+
+NO_RESIZE = "none"
+
+
+@dataclass
+class FeatureExtractor:
+    """A frozen network that turns uint8 images into features.
+
+    Args:
+        name: as printed in reports.
+        hash: sha256 of the weights; None when there is nothing to hash (then statistics are not cached).
+        network: prepared images on ``device`` -> features (B, ...), flattened to (B, D).
+        prepare: uint8 images (B, C, H, W) on ``device`` -> what the network reads.
+        resize: ``prepare``'s resizing, in words; ``"none"`` means that all images must have one size.
+        channels: image channels the network reads, None for any.
+        classifier: prepared images -> logits (B, K), or None.
+        prompt_labels: N prompts -> the class that each describes, int64 (N,), -1 for none of them; or None.
+    """
+
+    name: str
+    hash: str | None
+    network: Callable[[Tensor], Tensor]
+    prepare: Callable[[Tensor], Tensor]
+    resize: str = NO_RESIZE
+    channels: int | None = None
+    classifier: Callable[[Tensor], Tensor] | None = None
+    prompt_labels: Callable[[Sequence[str]], Tensor] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features, float32 (B, D), of uint8 images (B, C, H, W), or of B images (C, H, W) of different sizes.
+
+        Raises:
+            UserError: not uint8, channels the network does not read, or different sizes without resizing.
+        """
+        return self._run(self.network, images)
+
+    @torch.no_grad()
+    def classify(self, images: Tensor | Sequence[Tensor]) -> Tensor | None:
+        """Most likely class, int64 (B,), of each image; None when the extractor is no classifier."""
+        return None if self.classifier is None else self._run(self.classifier, images).argmax(dim=1)
+
+    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor | Sequence[Tensor]) -> Tensor:
+        ready = self._ready(images)
+        # Mixed precision of the surrounding training and TF32 convolutions would change the figure with the machine.
+        precise = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with precise, torch.autocast(self.device.type, enabled=False):
+            return network(ready).flatten(1).float()
+
+    def _ready(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            return self.prepare(self._checked(images))
+        if self.resize == NO_RESIZE and len({tuple(image.shape) for image in images}) > 1:
+            raise UserError(f"the images differ in size or channels, and the features {self.name!r} do not resize")
+        return torch.cat([self.prepare(self._checked(image.unsqueeze(0))) for image in images])
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise UserError(
+                f"features are taken of uint8 images (B, C, H, W), not of {images.dtype} {tuple(images.shape)}"
+            )
+        if self.channels == 3 and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        elif self.channels is not None and images.shape[1] != self.channels:
+            raise UserError(
+                f"the features {self.name!r} read images of {self.channels} channel(s), not {images.shape[1]}"
+            )
+        return images.to(self.device, non_blocking=True)
+
+
+def load_features(
+    features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor | None = None,
+    device: torch.device | str | None = None,
+    weights: str | os.PathLike | None = None,
+) -> FeatureExtractor:
+    """A feature extractor by name or from a network of yours.
+
+    Args:
+        features: ``"digits"`` (the shipped digit classifier; the default), ``"shapes"`` (the shipped classifier of
+            shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), the path of a folder with a digit
+            classifier or of a TorchScript file, a module, or a callable. A network of yours gets float32 images
+            (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a classifier: its
+            ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which class a prompt
+            describes, and images are held against their prompts.
+        device: default: the GPU of this process when there is one, else the CPU.
+        weights: for ``"inception"``: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
+            environment variable FLOWDISTILL_WEIGHTS names, then flowdistill's cache. Nothing is ever downloaded.
+
+    Raises:
+        UserError: unknown name, missing or damaged file.
+    """
+    if isinstance(features, FeatureExtractor):
+        return features
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if features is None or features == "digits":
+        from flowdistill.features.digits_classifier import load_digits_classifier
+
+        return _from_module("digits", load_digits_classifier(), place, channels=1)
+    if features == "shapes":
+        from flowdistill.features.shapes_networks import load_shapes_classifier
+
+        return _from_module("shapes", load_shapes_classifier(), place, channels=3)
+    if features == "inception":
+        return _inception(_inception_file(weights), place)
+    if isinstance(features, nn.Module):
+        return _from_module(type(features).__name__, features, place)
+    if callable(features):
+        name = getattr(features, "__qualname__", type(features).__name__)
+        return FeatureExtractor(name, None, features, _to_unit, device=place)
+    return _from_path(Path(features), place)
+
+
+def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
+    if path.is_dir():
+        from flowdistill.features.digits_classifier import load_digits_classifier
+
+        return _from_module(str(path), load_digits_classifier(path), device, channels=1)
+    if not path.is_file():
+        raise UserError(
+            f"unknown features {str(path)!r}: neither 'digits' nor 'shapes' nor 'inception' nor the path of a "
+            "TorchScript file"
+        )
+    if path.name == INCEPTION_FILE:
+        return _inception(path, device)
+    try:
+        with _old_formats():
+            module = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a TorchScript file, or it is damaged") from error
+    return FeatureExtractor(path.name, file_sha256(path), module, _to_unit, device=device)
+
+
+def _from_module(name: str, module: nn.Module, device: torch.device, channels: int | None = None) -> FeatureExtractor:
+    module = module.to(device)
+    own = getattr(module, "features", None)
+    head = own if inspect.ismethod(own) else None
+    return FeatureExtractor(
+        name=name,
+        hash=module_sha256(module),
+        network=_in_eval_mode(module, head or module),
+        prepare=_to_unit,
+        channels=channels,
+        classifier=_in_eval_mode(module, module) if head else None,
+        prompt_labels=getattr(module, "prompt_labels", None) if head else None,
+        device=device,
+    )
+
+
+def _in_eval_mode(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(images: Tensor) -> Tensor:
+        training = module.training
+        module.eval()
+        try:
+            return function(images)
+        finally:
+            module.train(training)
+
+    return call
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    return images.float() / 255.0
+
+
+def _inception_file(weights: str | os.PathLike | None) -> Path:
+    """The local weight file, without looking at what is in it."""
+    named = weights or os.environ.get(WEIGHTS_VARIABLE)
+    place = Path(named) if named else cache_folder("weights")
+    path = place if place.suffix == ".pt" else place / INCEPTION_FILE
+    if path.name != INCEPTION_FILE:
+        raise UserError(f"the Inception weights must be a file named {INCEPTION_FILE}, not {path.name}")
+    if not path.is_file():
+        raise UserError(
+            f"the features 'inception' need the weights {path}, which do not exist: download {INCEPTION_URL} "
+            f"(91 MiB, sha256 {INCEPTION_SHA256}) and put it there, or set {WEIGHTS_VARIABLE} to the folder that has it"
+        )
+    return path
+
+
+def _inception(path: Path, device: torch.device) -> FeatureExtractor:
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    digest = file_sha256(path)
+    try:
+        with _old_formats():
+            model = InceptionV3W(str(path.parent), download=False, resize_inside=False)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the Inception weights {path} are truncated or damaged ({path.stat().st_size} bytes, sha256 {digest}): "
+            f"download {INCEPTION_URL} again (95607719 bytes, sha256 {INCEPTION_SHA256}) and put it there"
+        ) from error
+    # NHWC convolutions are 1.4 times faster on a CPU.
+    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    name = "inception" if digest == INCEPTION_SHA256 else "inception (not the published weights)"
+    return FeatureExtractor(
+        name=name,
+        hash=digest,
+        network=lambda images: model(images.contiguous(memory_format=torch.channels_last)),
+        prepare=clean_resize,
+        resize="299x299, antialiased bicubic, not quantised after (clean-fid's 'clean')",
+        channels=3,
+        device=device,
+    )
+
+
+@contextlib.contextmanager
+def _old_formats() -> Iterator[None]:
+    """Without torch's advice to whoever made the file: the published weights are TorchScript and will stay it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+        yield
+
+
+def clean_resize(images: Tensor) -> Tensor:
+    """Resize uint8 images (B, C, H, W) to float32 (B, C, 299, 299) in [0, 255] as clean-fid does with PIL.
+
+    torch's antialiased bicubic is the same filter (a = -0.5, support scaled when shrinking) and runs on the GPU, where
+    resizing image by image with PIL is what an FID of 50,000 images waits for (Parmar, Zhang, Zhu 2022, section 3).
+    """
+    # Filter weights in double, as PIL computes them, keep the results equal to float32 rounding.
+    precise = torch.float32 if images.device.type == "mps" else torch.float64
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
+    resized = F.interpolate(images.to(precise), size=size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0.0, 255.0).float()
+
+

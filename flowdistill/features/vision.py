@@ -1,0 +1,187 @@
+"""Frozen networks that look at pictures, for losses that compare what is in them; from local files, never downloaded.
+
+    small, small:7                     a built-in network with random weights of that seed: colours, edges and textures
+    timm:NAME=FILE                     a timm model with weights from FILE (pip install timm)
+    transformers:FOLDER                a vision model of transformers (DINOv2, CLIP, ViT, ConvNeXt, ...)
+    python:package.module:function     whatever ``function()`` returns: a module from pictures (B, 3, H, W) in [0, 1] to
+                                       features (B, D), (B, T, D) or (B, D, H', W'); one with a method ``features`` is
+                                       asked for those
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdistill.utils.errors import UserError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+KINDS = ("small", "timm", "transformers", "python")
+
+
+class Seen(NamedTuple):
+    """Features of the whole picture (B, D) and of its parts (B, T, D')."""
+
+    pooled: Tensor
+    tokens: Tensor
+
+
+class Vision(nn.Module):
+    """A frozen network behind its own resizing and normalisation; gradients reach the pictures.
+
+    ``forward(images (B, 3, H, W) in [0, 1], values outside allowed) -> Seen``.
+
+    Attributes:
+        name: as it was asked for.
+        width: D of its pooled features.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        read: Callable[[nn.Module, Tensor], Seen],
+        size: int | None,
+        normal: Any = ((0.5,) * 3, (0.5,) * 3),
+    ) -> None:
+        super().__init__()
+        self.name, self.size = name, size
+        self.network = network.float().requires_grad_(False).eval()
+        self._read = read
+        for key, values in zip(("mean", "std"), normal, strict=True):
+            self.register_buffer(key, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+        with torch.no_grad():
+            self.width = self(torch.zeros(1, 3, size or 32, size or 32)).pooled.shape[1]
+
+    def forward(self, images: Tensor) -> Seen:
+        images = images.float()
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return self._read(self.network, (images - self.mean) / self.std)
+
+
+class SmallVision(nn.Module):
+    """Three strided convolutions with fixed random weights; every layer's mean is a feature of the picture."""
+
+    def __init__(self, seed: int, widths: tuple[int, ...] = (32, 64, 64)) -> None:
+        super().__init__()
+        ins = (3, *widths)
+        convolutions = [nn.Conv2d(ins[i], width, 3, 2, 1) for i, width in enumerate(widths)]
+        self.layers = nn.ModuleList(convolutions)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in convolutions:
+                layer.weight.normal_(std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
+                layer.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Seen:
+        means = []
+        for layer in self.layers:
+            x = F.silu(layer(x))
+            means.append(x.mean((2, 3)))
+        return Seen(torch.cat(means, 1), x.flatten(2).transpose(1, 2))
+
+
+def load_vision(name: str, setting: str) -> Vision:
+    """The network that ``name`` asks for, see above.
+
+    Args:
+        setting: the option that names it, for errors.
+
+    Raises:
+        UserError: another name, a file or package that is not there (says where to get it), or one that does not fit.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "small" and (not rest or rest.isdecimal()):
+        return Vision(name, SmallVision(int(rest or 0)), lambda network, x: network(x), None)
+    if kind == "timm" and "=" in rest:
+        model, file = rest.split("=", 1)
+        return _timm(name, model, file, setting)
+    if kind == "transformers" and rest:
+        return _transformers(name, Path(rest), setting)
+    if kind == "python" and rest.count(":") == 1:
+        package, function = rest.split(":")
+        return _python(name, package, function, setting)
+    raise UserError(f"'{setting}' is {name!r}; it must be small, small:SEED, timm:NAME=FILE, transformers:FOLDER or "
+                    "python:package.module:function")
+
+
+def _seen(features: Tensor) -> Seen:
+    """Features (B, D), (B, T, D) or (B, D, H, W), pooled by the mean."""
+    if features.ndim == 4:
+        features = features.flatten(2).transpose(1, 2)
+    return Seen(features, features[:, None]) if features.ndim == 2 else Seen(features.mean(1), features)
+
+
+def _timm(name: str, model: str, file: str, setting: str) -> Vision:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"'{setting}' names {name}, which needs the package timm: pip install timm") from error
+    if not timm.is_model(model):
+        raise UserError(f"'{setting}' names the timm model {model!r}, which timm {timm.__version__} does not have")
+    if not Path(file).is_file():
+        hub = f"timm/{model}"
+        raise UserError(f"'{setting}' names the weights {file}, which are not there; get them where there is a "
+                        f"network with: hf download {hub} model.safetensors, and give that file")
+    try:
+        network = timm.create_model(model, pretrained=False, checkpoint_path=file)
+    except Exception as error:  # damaged or foreign weights raise many unrelated types
+        raise UserError(f"'{setting}': the weights {file} do not fit the timm model {model}: "
+                        f"{' '.join(str(error).split())[:200]}") from error
+    data = timm.data.resolve_model_data_config(network)
+
+    def read(network: Any, x: Tensor) -> Seen:
+        features = network.forward_features(x)
+        return Seen(network.forward_head(features, pre_logits=True), _seen(features).tokens)
+
+    return Vision(name, network, read, data["input_size"][-1], (data["mean"], data["std"]))
+
+
+def _transformers(name: str, folder: Path, setting: str) -> Vision:
+    from transformers import AutoModel
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"'{setting}' names the vision model {folder}, which is not there (no config.json); get one "
+                        f"where there is a network, for example with: hf download facebook/dinov2-small --local-dir "
+                        f"{folder}")
+    try:
+        network = AutoModel.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many unrelated types
+        raise UserError(f"'{setting}': {folder} could not be loaded as a transformers model: "
+                        f"{' '.join(str(error).split())[:200]}") from error
+    network = getattr(network, "vision_model", network)  # CLIP and SigLIP have a text side as well
+    size = getattr(network.config, "image_size", None) or 224
+    normal: Any = IMAGENET
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        values = json.loads(processor.read_text(encoding="utf-8"))
+        normal = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
+
+    def read(network: Any, x: Tensor) -> Seen:
+        output = network(pixel_values=x)
+        seen, pooled = _seen(output.last_hidden_state), getattr(output, "pooler_output", None)
+        return seen if pooled is None else Seen(pooled.flatten(1), seen.tokens)
+
+    return Vision(name, network, read, size if isinstance(size, int) else size[0], normal)
+
+
+def _python(name: str, module: str, attribute: str, setting: str) -> Vision:
+    try:
+        network = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"'{setting}' names {name}, which cannot be imported: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"'{setting}' names {name}, which made a {type(network).__name__}, not a torch module")
+    call = "features" if hasattr(network, "features") else "forward"
+    return Vision(name, network, lambda network, x: _seen(getattr(network, call)(x)), None, ((0.0,) * 3, (1.0,) * 3))

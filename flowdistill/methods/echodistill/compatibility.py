@@ -1,0 +1,89 @@
+"""Whether two pipelines speak of the same things: the same words and the same latents."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from flowdistill.teachers.codec import VaeCodec
+from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
+
+PIPELINE = "StableDiffusionPipeline"
+ROUNDING = 1e-2  # relative difference of weights that were stored in another precision
+SAME_IMAGE = 0.02  # mean difference of pixels in [0, 1]
+
+
+def check_pair(teacher: Teacher, student: Teacher) -> None:
+    """UserError unless both are Stable Diffusion pipelines with one text encoder and one latent space between them.
+
+    Equal up to rounding is good enough, with a warning; schedules and prediction types may differ.
+    """
+    for role, model in (("teacher.source", teacher), ("method.student", student)):
+        kind = None if model.prompts is None else model.prompts.text.pipeline_class
+        if kind != PIPELINE:
+            raise UserError(f"{role} {model.source} is {'no text-to-image pipeline' if kind is None else 'a ' + kind}; "
+                            f"this method takes pipelines of the class {PIPELINE}")
+    _check_texts(teacher, student)
+    _check_latents(teacher, student)
+
+
+def _check_texts(teacher: Teacher, student: Teacher) -> None:
+    assert teacher.prompts is not None and student.prompts is not None
+    with teacher.prompts.text.opened(torch.device("cpu")) as one, student.prompts.text.opened(
+        torch.device("cpu")
+    ) as other:
+        if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise _other_text(teacher, student, "their tokenizers have other words")
+        apart = _difference(one.text_encoder.state_dict(), other.text_encoder.state_dict())
+    if apart is None:
+        raise _other_text(teacher, student, "the weights have other names or sizes")
+    if apart > ROUNDING:
+        raise _other_text(teacher, student, f"weights differ by {apart:.1e} of their size")
+    if apart:
+        warnings.warn(f"the text encoders of {teacher.source} and {student.source} differ by {apart:.1e} of their "
+                      "weights' size; the word is learned in the teacher's", stacklevel=3)
+
+
+def _other_text(teacher: Teacher, student: Teacher, how: str) -> UserError:
+    return UserError(f"method.student {student.source} has another text encoder than the teacher {teacher.source} "
+                     f"({how}), so a word of one means nothing to the other; give a student that was distilled from "
+                     "this teacher, or its teacher")
+
+
+def _check_latents(teacher: Teacher, student: Teacher) -> None:
+    problem = None
+    one, other = teacher.codec, student.codec
+    if teacher.shape != student.shape:
+        problem = f"latents of {_size(student)} and {_size(teacher)}"
+    elif not isinstance(one, VaeCodec) or not isinstance(other, VaeCodec):
+        problem = "one of them has no autoencoder" if type(one) is not type(other) else None
+    elif _difference(one.vae.state_dict(), other.vae.state_dict()) != 0 or (one.scale, one.shift) != (
+        other.scale, other.shift,
+    ):
+        latents = indexed_noise(teacher.shape, 0, range(1)).to(teacher.device)
+        apart = (one.decode(latents) - other.to(teacher.device).decode(latents)).abs().mean().item()
+        if apart > SAME_IMAGE:
+            problem = f"the same latents become images {apart:.2f} apart"
+    if problem is not None:
+        raise UserError(f"method.student {student.source} has another latent space than the teacher {teacher.source} "
+                        f"({problem}); give a student with the teacher's autoencoder")
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """Largest difference of two networks' weights, each relative to its tensor's size; None: they are not alike."""
+    if one.keys() != other.keys() or any(one[name].shape != other[name].shape for name in one):
+        return None
+    largest = 0.0
+    for name, value in one.items():
+        value, there = value.detach().cpu().double(), other[name].detach().cpu().double()
+        size = value.square().mean().sqrt().item()
+        largest = max(largest, (value - there).abs().max().item() / max(size, 1e-12)) if value.numel() else largest
+    return largest
+
+
+def _size(model: Teacher) -> str:
+    return " x ".join(map(str, model.shape))

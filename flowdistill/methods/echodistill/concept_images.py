@@ -1,0 +1,113 @@
+"""The few pictures of a concept, with their captions."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CAPTIONS = "metadata.jsonl"
+
+
+class ConceptImages(NamedTuple):
+    """Pictures (N, 3, size, size) in [0, 1] and a caption each."""
+
+    images: Tensor
+    captions: list[str]
+
+
+def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str) -> ConceptImages:
+    """All pictures of a folder in the order of their names: turned upright, in RGB, cut square and shrunk.
+
+    What is transparent becomes white. Files that are no pictures by their name are left out, with a warning unless they
+    are descriptions (.json, .jsonl).
+
+    Args:
+        folder: may hold ``metadata.jsonl`` with ``{"file_name": ..., "text": ...}``, as data sets of diffusers do.
+        caption: of the pictures without a text of their own.
+
+    Raises:
+        UserError: no folder, no picture in it, a picture that cannot be read or is smaller than ``size``, or captions
+            that are not as they should be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"method.instance_data_dir {folder} is no folder; give one with a few pictures of the concept")
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not pictures:
+        have = f"it has {', '.join(file.name for file in files[:3])}" if files else "it is empty"
+        raise UserError(f"method.instance_data_dir {folder} has no picture ({have}); put a few in it "
+                        f"({', '.join(SUFFIXES)})")
+    others = [file.name for file in files if file not in pictures and file.suffix not in (".json", ".jsonl")]
+    if others:
+        warnings.warn(f"left out of {folder}, for they are no pictures: {', '.join(others)}", stacklevel=2)
+    captions = _captions(folder / CAPTIONS, {file.name for file in pictures})
+    images = torch.stack([_square(file, size) for file in pictures])
+    return ConceptImages(images, [captions.get(file.name, caption) for file in pictures])
+
+
+def augmented(images: Tensor, draw: Draw, flip: bool, zoom: float) -> Tensor:
+    """Pictures (B, C, H, W), some mirrored (half of them if ``flip``), each enlarged up to ``zoom`` times at a random
+    place."""
+    if not flip and zoom == 1:
+        return images
+    rows = len(images)
+    scale = 1 / draw.uniform(1.0, zoom)
+    across, down = ((1 - scale) * draw.uniform(-1.0, 1.0) for _ in range(2))
+    mirror = torch.where(draw.uniform() < 0.5, -1.0, 1.0) if flip else torch.ones_like(scale)
+    zero = torch.zeros_like(scale)
+    turn = torch.stack([torch.stack([mirror * scale, zero, across], 1), torch.stack([zero, scale, down], 1)], 1)
+    grid = F.affine_grid(turn.to(images), [rows, *images.shape[1:]], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _square(file: Path, size: int) -> Tensor:
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read as a picture ({' '.join(str(error).split())}); replace or remove "
+                        "it") from error
+    if min(image.size) < size:
+        raise UserError(f"{file} is {image.width} x {image.height} pixels; the model makes {size} x {size}, and "
+                        "pictures must not be smaller")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return pil_to_tensor(image).float() / 255
+
+
+def _captions(file: Path, names: set[str]) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            name, text = record["file_name"], record["text"]
+        except (ValueError, KeyError, TypeError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(f'line {number} of {file} must be like {{"file_name": "1.png", "text": "a photo of ..."}}, '
+                            f"not {line[:80]}")
+        if name not in names:
+            raise UserError(f"line {number} of {file} names {name}, which is no picture in {file.parent}")
+        captions[name] = text
+    return captions

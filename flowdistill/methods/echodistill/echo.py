@@ -1,0 +1,199 @@
+"""The echo stage: the student's own best pictures join the concept's images, and all networks train on.
+
+The paper says that high-quality samples of the student refine both models, and its code does not have the stage; how
+samples are filtered, mixed, gated and taken back is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from flowdistill.config import option
+from flowdistill.methods.echodistill.judge import Judge
+from flowdistill.training.snapshots import Nodes
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, disk_errors
+from flowdistill.utils.images import save_grid
+from flowdistill.utils.processes import Processes
+
+FOLDER = "echo"
+VALIDATION_SEED = 77_001
+POOL_SEED = 88_001
+SHOWN = 64
+
+
+@dataclass
+class EchoConfig:
+    """Settings of the echo stage; all are ours, for the published code has none of it."""
+
+    start: int | None = option(None, "step before which the first round's pictures are made; null: no echo stage",
+                               at_least=1)
+    rounds: int = option(1, "times that pictures are made and trained on", at_least=1)
+    steps: int = option(300, "steps of a round; train.steps counts all", at_least=1)
+    prompts: list[str] = option([], "what the student paints, with the new word; []: what it is trained on")
+    num_samples: int = option(200, "pictures the student makes in a round", at_least=1)
+    keep_fraction: float = option(0.25, "at most this share of them is kept, those most like the concept", above=0,
+                                  at_most=1)
+    min_level: float = option(0.5, "a picture must be this much like the concept: 0 is a picture of the initializer's "
+                                   "word, 1 as alike as the concept's own images are")
+    real_fraction: float = option(0.5, "share of the concept's own images in the batches of the stage", at_least=0,
+                                  at_most=1)
+    rate: float = option(0.5, "factor on the learning rates", above=0)
+    tolerance: float | None = option(0.05, "a round after which the score of the student or of the teacher is lower by "
+                                           "more than this is taken back; null: none is", at_least=0)
+    num_validation: int = option(32, "pictures of each model that make its score", at_least=2)
+
+
+class Pool(NamedTuple):
+    """Kept pictures (N, 3, H, W) in [0, 1] and the numbers (N,) of their prompts."""
+
+    images: Tensor
+    prompts: Tensor
+
+
+class EchoStage:
+    """When a round begins and ends, and what it leaves behind in ``echo/`` of the run folder.
+
+    Args:
+        judge: makes the judge when the stage first needs one.
+        sample: (``"student"`` or ``"teacher"``, numbers of prompts (B,), seed) -> latents and pictures on the CPU.
+        tensors: everything that trains, by name, to take a round back.
+        prompts: their numbers (M,).
+    """
+
+    def __init__(
+        self,
+        config: EchoConfig,
+        judge: Callable[[], Judge],
+        sample: Callable[[str, Tensor, int], tuple[Tensor, Tensor]],
+        tensors: Callable[[], Mapping[str, Tensor]],
+        prompts: Tensor,
+    ) -> None:
+        self.config, self.sample, self.tensors, self.prompts = config, sample, tensors, prompts
+        self._make_judge = judge
+        self._judge: Judge | None = None
+        self.history: list[dict[str, Any]] = []
+        self.pool: Pool | None = None
+        self._current = -1  # the round whose pool is in memory
+
+    def rate(self, step: int) -> float:
+        return 1.0 if self.config.start is None or step < self.config.start else self.config.rate
+
+    def begin(self, step: int, folder: Path) -> bool:
+        """Whatever is due before the updates of ``step``; tells whether the last round was taken back."""
+        if self.config.start is None or step < self.config.start:
+            return False
+        number, inside = divmod(step - self.config.start, self.config.steps)
+        taken_back = False
+        if inside == 0 and number <= self.config.rounds:
+            taken_back = number > 0 and self._close(number - 1, folder)
+            if number < self.config.rounds:
+                self._open(number, folder)
+        number = min(number, self.config.rounds - 1)
+        if self._current != number:
+            self.pool, self._current = self._read(self._file(number, folder)), number
+        return taken_back
+
+    def conclude(self, step: int, folder: Path) -> None:
+        """The end of training: judge the round that ends here, finished or not."""
+        start = self.config.start
+        if start is not None and start < step <= start + self.config.rounds * self.config.steps:
+            self._close((step - start - 1) // self.config.steps, folder)
+
+    def _open(self, number: int, folder: Path) -> None:
+        """Measure, remember the weights, make the student's pictures and keep the best."""
+        Nodes(folder / FOLDER).write(number, self.tensors(), self.tensors())
+
+        def make() -> dict[str, Any]:
+            before = self.measure()
+            which = self._numbers(self.config.num_samples)
+            latents, images = self.sample("student", which, POOL_SEED + number)
+            kept, figures = self.choose(images, latents, which)
+            content = {"images": images[kept].contiguous(), "prompts": which[kept].contiguous()}
+            with disk_errors(str(self._file(number, folder))), atomic_write(self._file(number, folder)) as output:
+                output.write(save(content))
+            if len(kept):
+                save_grid(images[kept[:SHOWN]], self._file(number, folder).with_suffix(".png"))
+            return {"round": number + 1, **figures, "before": before}
+
+        entry = Processes.current().on_main(make)
+        self.history = [*self.history[:number], entry]
+        self._current = -1
+        self._report(folder)
+
+    def choose(self, images: Tensor, latents: Tensor, which: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Numbers of the pictures to keep, the best first, and what was found.
+
+        One must reach the level and fit its own prompt better than any other; then only the most alike are kept.
+        """
+        levels, margins = self.judge.levels(images), self.judge.margins(latents, which)
+        passed = (levels >= self.config.min_level) & (margins > 0)
+        order = levels.masked_fill(~passed, -torch.inf).argsort(descending=True, stable=True)
+        most = max(1, int(self.config.keep_fraction * len(images)))
+        kept = order[: min(int(passed.sum()), most)]
+        return kept, {
+            "samples": len(images),
+            "reached_level": int((levels >= self.config.min_level).sum()),
+            "fit_their_prompt": int((margins > 0).sum()),
+            "kept": len(kept),
+        }
+
+    def _close(self, number: int, folder: Path) -> bool:
+        """Measure after a round; take it back if a score fell too far."""
+        after = Processes.current().on_main(self.measure)
+        before, entry = self.history[number]["before"], dict(self.history[number])
+        limit = self.config.tolerance
+        fell = [name for name in after if limit is not None and after[name]["score"] < before[name]["score"] - limit]
+        if fell:
+            Nodes(folder / FOLDER).read_into(number, self.tensors())
+        self.history = [*self.history[:number], entry | {"after": after, "taken_back_for": fell}]
+        self._report(folder)
+        return bool(fell)
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Mean level (each picture's from 0 to 1), share of pictures that fit their prompt, and the mean of both."""
+        result = {}
+        which = self._numbers(self.config.num_validation)
+        for name in ("student", "teacher"):
+            latents, images = self.sample(name, which, VALIDATION_SEED)
+            level = self.judge.levels(images).clamp(0, 1).mean().item()
+            fits = (self.judge.margins(latents, which) > 0).float().mean().item()
+            result[name] = {"level": level, "fits": fits, "score": (level + fits) / 2}
+        return result
+
+    @property
+    def judge(self) -> Judge:
+        self._judge = self._judge or self._make_judge()
+        return self._judge
+
+    def _numbers(self, count: int) -> Tensor:
+        """``count`` prompts in turn."""
+        return self.prompts.cpu()[torch.arange(count) % len(self.prompts)]
+
+    def _file(self, number: int, folder: Path) -> Path:
+        return folder / FOLDER / f"round-{number + 1}.safetensors"
+
+    def _read(self, file: Path) -> Pool | None:
+        try:
+            content = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is missing or damaged ({' '.join(str(error).split())}), and the run cannot go on "
+                            "without it; put it back, or start anew in another output_dir") from error
+        return Pool(content["images"], content["prompts"]) if len(content["images"]) else None
+
+    def _report(self, folder: Path) -> None:
+        def write() -> None:
+            file = folder / FOLDER / "report.json"
+            with disk_errors(str(file)), atomic_write(file) as output:
+                output.write((json.dumps(self.history, indent=2) + "\n").encode())
+
+        Processes.current().on_main(write)

@@ -1,0 +1,248 @@
+"""EchoDistill (Yang et al., arXiv 2510.20512; its second version is OPAD): a concept for a one-step student.
+
+Each step, with the concept's pictures x and their prompts c, which have one new word:
+
+    teacher        || v_T(x_t, t, c) - (n - x) ||^2, in the units of the network's output; trains the word too
+    student        x_S = G(n, c);  x_T = the teacher's guided denoising of x_S, noised by the same n to a random t
+                   a(t) [ w_1 latents + w_2 identity + w_3 texture ](x_S, x_T) + sum_k softplus(-D_k(x_S))
+    discriminator  sum_k [ softplus(D_k(x_S)) + softplus(-D_k(x)) ] / 2, D_k a small head on a frozen network
+
+The word learns from the teacher's loss alone; the student answers it through its own adaptation. Ours are the prior
+terms, which hold both models at what they were for other prompts, and the details of the echo stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompts import PromptList
+from flowdistill.config import validate
+from flowdistill.features.vision import Vision, load_vision
+from flowdistill.methods.echodistill.adaptation import adapted
+from flowdistill.methods.echodistill.alignment import AlignmentTerms
+from flowdistill.methods.echodistill.compatibility import check_pair
+from flowdistill.methods.echodistill.concept import Concept, KeptPrompts
+from flowdistill.methods.echodistill.echo import EchoStage
+from flowdistill.methods.echodistill.judge import Judge
+from flowdistill.methods.echodistill.networks import DiscriminatorHeads, PersonalTeacher
+from flowdistill.methods.echodistill.output import publish
+from flowdistill.methods.echodistill.settings import EchoDistillConfig
+from flowdistill.methods.echodistill.student import PersonalStudent, one_step_time
+from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
+from flowdistill.networks.critic import critic_loss
+from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.objectives import adversarial, alignment
+from flowdistill.objectives import distribution_matching as dm
+from flowdistill.students import StudentInfo, generated
+from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.training.method import Role
+from flowdistill.training.state import network_tensors
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw, indexed_noise
+
+AT_ONCE = 32
+Networks = Mapping[str, Callable[..., Any]]
+Figures = dict[str, Tensor]
+
+
+class EchoDistill:
+    """A :class:`flowdistill.training.method.Method` with stages that leaves a personal teacher beside its student."""
+
+    name = "echodistill"
+    Config = EchoDistillConfig
+    shards = False  # its pictures are made by the main process alone
+
+    def __init__(self, config: EchoDistillConfig, teacher: Teacher, student: Any = None) -> None:
+        """``student``: a live pipeline in the place of ``config.student``."""
+        validate(config, prefix="method.")
+        self.config, self.teacher = config, teacher
+        if teacher.prompts is None:
+            raise UserError(f"teacher.source {teacher.source} is no text-to-image pipeline, which echodistill needs")
+        size = teacher.prompts.image_size[0]
+        try:
+            self.source = load_teacher(student or config.student, image_size=size if student is None else None)
+        except UserError as error:
+            raise UserError(f"method.student cannot be the student: {error}") from error
+        check_pair(teacher, self.source)
+        start = one_step_time(self.source)
+        step = (config.token_lr or config.teacher_optimizer.lr) / config.teacher_optimizer.lr
+        with teacher.prompts.text.opened(torch.device("cpu")) as text:
+            self.word = TokenEncoder(
+                text.tokenizer, text.text_encoder, config.placeholder_token, config.initializer_token, step
+            )
+        self.concept = Concept(config, self.word, size)
+        self.kept = KeptPrompts(teacher, self.source, start, self.word)
+        eyes: dict[str, Vision] = {}
+        for key, names in (("identity", [config.identity]), ("discriminators", config.discriminators)):
+            eyes |= {name: load_vision(name, f"method.{key}") for name in names if name not in eyes}
+        self.eyes = nn.ModuleList(eyes.values())
+        self.critics = [eyes[name] for name in config.discriminators]
+        null_ids = self.word.ids([teacher.prompts.negative or ""])
+        self.align = AlignmentTerms(config, teacher, eyes[config.identity], null_ids)
+        guide = PersonalTeacher(adapted(teacher.network, config.adapter, config.rank), self.word)
+        network = ExtendedVelocity(adapted(self.source.network, config.adapter, config.rank))
+        info = StudentInfo(self.name, config.student, settings={"teacher": teacher.source})
+        self._student = PersonalStudent.around(network, self.source, start, info)
+        self._student.prompts = TokenPrompts(self.word, teacher.prompts)
+        shown = config.validation_prompts or [config.instance_prompt]
+        self._student.prompts.use(PromptList(shown, [1 / len(shown)] * len(shown)))
+        self._roles = {
+            "teacher": Role(guide, config.teacher_optimizer),
+            "student": Role(network, config.optimizer),
+        }
+        if self.critics:
+            heads = DiscriminatorHeads([eye.width for eye in self.critics])
+            self._roles["discriminator"] = Role(heads, config.discriminator_optimizer)
+        self.echo = EchoStage(config.echo, self._judge, self.paint, self._trained, self.concept.echo)
+
+    def roles(self) -> dict[str, Role]:
+        return self._roles
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return tuple(self._roles)
+
+    # --- the losses
+
+    def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
+        if role == "teacher":
+            return self._teacher_loss(networks, draw)
+        return self._student_loss(networks, draw) if role == "student" else self._discriminator_loss(networks, draw)
+
+    def _teacher_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
+        teacher, weight = self.teacher, self.config.teacher_prior_loss_weight
+        images, ids = self.concept.draw(draw, self.echo.pool)
+        clean, noise = teacher.codec.encode(images), draw.normal(teacher.shape)
+        time = self.config.time.draw(teacher, draw)
+        state = dm.noised(clean, noise, time)
+        if not weight:
+            velocity = networks["teacher"](state, time, ids)
+            return critic_loss(velocity, clean, noise, time, teacher.path).mean(), {}
+        before, _, condition, kept_ids = self.kept.draw(draw)
+        kept_time = self.config.time.draw(teacher, draw)
+        known = dm.noised(before, draw.normal(teacher.shape), kept_time)
+        with torch.no_grad():
+            target = teacher.velocity(known, kept_time, condition)
+        both = torch.cat([state, known]), torch.cat([time, kept_time]), torch.cat([ids, kept_ids])
+        velocity, held = networks["teacher"](*both).chunk(2)
+        learned = critic_loss(velocity, clean, noise, time, teacher.path).mean()
+        # The frozen teacher's velocity in the place of n - x: the same loss, in the same units.
+        prior = critic_loss(held, torch.zeros_like(target), target, kept_time, teacher.path).mean()
+        return learned + weight * prior, {"reconstruction": learned.detach(), "prior": prior.detach()}
+
+    def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
+        config, noise = self.config, draw.normal(self.teacher.shape)
+        with torch.no_grad():
+            ids, pictured = self.concept.draw_prompts(draw, self.echo.pool)
+            embeds = networks["teacher"](ids=ids)
+        terms: Figures = {}
+        if config.prior_loss_weight:
+            before, other, condition, _ = self.kept.draw(draw)
+            both = torch.cat([embeds, condition.tensors["prompt_embeds"].to(embeds)])
+            sample, held = self._make(networks, torch.cat([noise, other]), both).chunk(2)
+            terms["prior"] = config.prior_loss_weight * alignment.latent_distance(held, before)
+        else:
+            sample = self._make(networks, noise, embeds)
+        pictures = self.teacher.codec.pixels(sample)
+        terms |= self.align(networks["teacher"], draw, sample, pictures, noise, embeds)
+        if self.critics:
+            logits = networks["discriminator"]([eye(pictures).pooled for eye in self.critics])
+            terms["adversarial"] = config.adversarial_weight * pictured * adversarial.generator_loss(logits).sum(1)
+        means = {name: value.mean() for name, value in terms.items()}
+        return torch.stack(list(means.values())).sum(), {name: value.detach() for name, value in means.items()}
+
+    def _discriminator_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
+        real, ids = self.concept.draw(draw, self.echo.pool)
+        with torch.no_grad():
+            embeds = networks["teacher"](ids=ids)  # so that prompts do not tell samples from pictures
+            sample = self._make(networks, draw.normal(self.teacher.shape), embeds)
+            pictures = torch.cat([self.teacher.codec.pixels(sample), real])
+            seen = [eye(pictures).pooled for eye in self.critics]
+        fake, true = networks["discriminator"](seen).chunk(2)
+        told = ((fake < 0).float().mean() + (true > 0).float().mean()) / 2
+        return 0.5 * adversarial.discriminator_loss(fake, true).sum(1).mean(), {"told_apart": told.detach()}
+
+    def _make(self, networks: Networks, noise: Tensor, embeds: Tensor) -> Tensor:
+        condition = Condition({"prompt_embeds": embeds})
+        return generated(networks["student"], noise, self._student.t_start, condition)
+
+    # --- the echo stage
+
+    def begin_step(self, step: int, folder: Path) -> Sequence[str]:
+        return tuple(self._roles) if self.echo.begin(step, folder) else ()
+
+    def rate(self, role: str, step: int) -> float:
+        return self.echo.rate(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"echo": self.echo.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.echo.history = list(state["echo"])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Everything that trains, by role and name."""
+        return {f"{name}.{key}": value for name, role in self._roles.items()
+                for key, value in network_tensors(role.network).items()}
+
+    @torch.no_grad()
+    def paint(self, model: str, numbers: Tensor, seed: int, steps: int | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and pictures, on the CPU, by ``model`` for the concept's prompts of these numbers (B,).
+
+        Args:
+            model: "student", "teacher" (in ``steps``, or ``teacher_steps``), both as they stand, or "before": the
+                untrained student, with the initializer in the place of the new word.
+        """
+        texts, latents = [self.concept.prompts[i] for i in numbers.tolist()], []
+        for rows in torch.arange(len(texts)).split(AT_ONCE):
+            noise = indexed_noise(self.teacher.shape, seed, rows.tolist()).to(self.teacher.device)
+            some = [texts[i] for i in rows.tolist()]
+            if model == "before":
+                plain = self.source.encode(prompts=[self.word.replaced(text) for text in some])
+                made = generated(self.source.network, noise, self._student.t_start, plain)
+            elif model == "student":
+                made = self._student(noise, self._student.encode(prompts=some))
+            else:
+                scale = self.config.teacher_guidance_scale
+                made = self.personal_teacher().sample(
+                    noise, self._student.encode(prompts=some), steps or self.config.teacher_steps, guidance_scale=scale
+                )
+            latents.append(made.cpu())
+        joined = torch.cat(latents)
+        parts = [self.teacher.decode(part.to(self.teacher.device)).cpu() for part in joined.split(AT_ONCE)]
+        return joined, torch.cat(parts)
+
+    def personal_teacher(self) -> Teacher:
+        """The teacher with its adaptation as it stands."""
+        teacher = copy.copy(self.teacher)
+        teacher.network = self._roles["teacher"].network.velocity
+        return teacher
+
+    def _judge(self) -> Judge:
+        _, ordinary = self.paint("before", self.concept.echo.repeat(4), 0)
+        plain = [self.word.replaced(text) for text in self.concept.prompts]
+        return Judge(self.teacher, self.align.eye, self.concept.images, ordinary, plain)
+
+    # --- what remains
+
+    def conclude(self, step: int, folder: Path) -> None:
+        self.echo.conclude(step, folder)
+
+    def publish(self, folder: Path) -> None:
+        publish(self, folder)
+
+    def student(self, network: nn.Module | None = None) -> Any:
+        return self._student if network is None else self._student.with_network(network)
+
+    def to(self, device: torch.device | str) -> EchoDistill:
+        for part in (self.teacher, self.source, self._student, self.eyes, self.concept, self.kept):
+            part.to(device)
+        for role in self._roles.values():
+            role.network.to(device)
+        return self

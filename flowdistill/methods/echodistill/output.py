@@ -1,0 +1,99 @@
+"""What a personalisation leaves for users of diffusers: files, pictures made by reloading them, and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from flowdistill.methods.echodistill.student import load_adapted_pipeline, one_step_pipeline, save_adaptation
+from flowdistill.utils.images import save_grid, save_images
+from flowdistill.utils.randomness import indexed_noise
+
+if TYPE_CHECKING:
+    from flowdistill.methods.echodistill.method import EchoDistill
+
+PER_PROMPT = 4
+TAGS = "text-to-image diffusers diffusers-training lora textual_inversion stable-diffusion flowdistill".split()
+
+
+def publish(method: EchoDistill, folder: Path) -> None:
+    """Write ``teacher/`` beside the ``student/`` that is in the run folder, and pictures and a card in both.
+
+    Pictures are made by stock diffusers from the files: ``image_0.png`` ..., one a validation prompt, and
+    ``validation.png``, a column a prompt.
+    """
+    guide, config = method.roles()["teacher"].network, method.config
+    save_adaptation(folder / "teacher", guide.velocity.backbone, method.word)  # type: ignore[union-attr, arg-type]
+    scale = f"{config.teacher_guidance_scale:g}"
+    models = {
+        "teacher": (method.teacher.source, config.teacher_steps, config.teacher_guidance_scale,
+                    f"{config.teacher_steps} steps, guidance {scale}"),
+        "student": (config.student, 1, 0.0, "1 step, guidance off"),
+    }
+    for name, (base, steps, guidance, words) in models.items():
+        pipeline = load_adapted_pipeline(base, folder / name)
+        pipeline = one_step_pipeline(pipeline) if name == "student" else pipeline
+        images = _pictures(method, pipeline.to(method.teacher.device), steps, guidance)
+        columns = len(images) // PER_PROMPT
+        save_grid(images, folder / name / "validation.png", columns)
+        for number, file in enumerate(save_images(images[:columns], folder / name)):
+            file.replace(file.with_name(f"image_{number}.png"))
+        _card(method, folder / name, name, base, steps, guidance, words)
+
+
+def _pictures(method: EchoDistill, pipeline: Any, steps: int, guidance: float) -> torch.Tensor:
+    student = method.student()
+    prompts = student.prompts.prompts * PER_PROMPT
+    noise = indexed_noise(method.teacher.shape, 0, range(len(prompts)))
+    height, width = student.prompts.image_size
+    images = []
+    for prompt, row in zip(prompts, noise, strict=True):
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+        made = pipeline(prompt, latents=row[None].to(pipeline.device), output_type="pt", **call).images
+        images.append(made.float().cpu())
+    return torch.cat(images)
+
+
+def _card(
+    method: EchoDistill, folder: Path, name: str, base: str, steps: int, guidance: float, words: str
+) -> None:
+    config, prompts = method.config, method.student().prompts.prompts
+    other = method.teacher.source if name == "student" else config.student
+    trailing = (
+        'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")\n'
+        if name == "student" else ""
+    )
+    imports = "DiffusionPipeline, EulerDiscreteScheduler" if trailing else "DiffusionPipeline"
+    height, width = method.student().prompts.image_size
+    shown = "\n".join(f"![image](image_{i}.png) `{prompt}`\n" for i, prompt in enumerate(prompts))
+    call = f"num_inference_steps={steps}, guidance_scale={guidance}, height={height}, width={width}"
+    count = len(method.concept.images)
+    description = f"""
+# `{config.placeholder_token}` for {base}
+
+A LoRA (`pytorch_lora_weights.safetensors`) and a word (`learned_embeds.safetensors`) for `{base}`, the {name} of
+EchoDistill (arXiv 2510.20512); its {"teacher" if name == "student" else "student"} was `{other}`. The licences of both
+base models apply.
+
+- The new word is `{config.placeholder_token}`; it began as `{config.initializer_token}`.
+- Trained on {count} pictures with prompts such as `{config.instance_prompt}`.
+- Sample with {words}.
+
+```python
+from diffusers import {imports}
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+{trailing}pipe.load_lora_weights("{folder.name}")
+pipe.load_textual_inversion("{folder.name}/learned_embeds.safetensors")
+image = pipe("{prompts[0]}", {call}).images[0]
+```
+
+{shown}"""
+    data = ModelCardData(
+        base_model=base, instance_prompt=prompts[0], library_name="diffusers", license="other", tags=TAGS,
+        pipeline_tag="text-to-image",
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(folder / "README.md")

@@ -1,0 +1,129 @@
+"""A one-step student that has learned a concept: on disk a LoRA and a word, which stock diffusers loads.
+
+    student/pytorch_lora_weights.safetensors    pipe.load_lora_weights(...)
+    student/learned_embeds.safetensors          pipe.load_textual_inversion(...)
+    student/flowdistill.json                    what load_student needs to do both
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompts import PromptList
+from flowdistill.methods.echodistill.adaptation import adapted_tensors
+from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
+from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.students.generator import Generator, generated
+from flowdistill.students.storage import PERSONAL
+from flowdistill.students.student import Student, StudentInfo
+from flowdistill.teachers.loading import LOADING_ERRORS, SIDECAR, check_weights, load_teacher
+from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_folder
+from flowdistill.utils.logging import quietly
+
+EMBEDDINGS = "learned_embeds.safetensors"
+
+
+def one_step_time(source: Teacher) -> float:
+    """The linear time of a pipeline's single step: its schedule's last, or that of the sigma it was exported with."""
+    sigma = None if source.scheduler is None else source.scheduler.config.get("sigma_max")
+    return source.t_max if sigma is None or source.path.kind != "vp" else sigma / (1 + sigma)
+
+
+class PersonalStudent(Student):
+    """A :class:`Generator` around an adapted network, with the prompts of a :class:`TokenEncoder`, while it trains."""
+
+    kind = PERSONAL
+    prompts: TokenPrompts
+
+    def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
+        self._guidance(guidance_scale)
+        return {}
+
+    def forward(
+        self, noise: Tensor, condition: Condition | None = None, guidance_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """Latents (B, *shape) of unit noise, differentiable, one network call."""
+        self._guidance(guidance_scale)
+        return generated(self.network, noise, self.t_start, condition)
+
+    def save(self, folder: Any) -> None:
+        """Write the two files and what :func:`load_personal` needs, replacing ``folder`` in one move."""
+        description = {
+            "format": 1,
+            "kind": PERSONAL,
+            "method": self.info.method,
+            "base_model": self.info.base_model,
+            "backbone": self.network.velocity.adapter.family,
+            "token": self.prompts.encoder.token,
+            "initializer": self.prompts.encoder.initializer,
+            "image_size": list(self.prompts.image_size),
+            "prompts": self.prompts.prompts,
+            "settings": self.info.settings,
+        }
+        save_adaptation(Path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
+
+
+def save_adaptation(
+    folder: Path, backbone: nn.Module, encoder: TokenEncoder, description: dict[str, Any] | None = None
+) -> None:
+    """The LoRA of an adapted backbone and the word of its encoder as a folder; an older one is replaced at once."""
+    with atomic_folder(folder) as partial:
+        StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=adapted_tensors(backbone))
+        row = encoder.words.row.detach().cpu()[None].contiguous()  # (1, D): other programs refuse (D,)
+        save_file({encoder.token: row}, partial / EMBEDDINGS, metadata={"format": "pt"})
+        if description is not None:
+            (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The base pipeline, a Stable Diffusion one, with LoRA and word of ``folder``, by diffusers' own loaders.
+
+    Raises:
+        UserError: the base model is not there, or the files do not fit it.
+    """
+    if not Path(base).exists() and (base.count("/") != 1 or base.startswith(".")):
+        raise UserError(f"{folder} holds changes to the model {base}, which is not there; run this where it is")
+    check_weights(folder)
+    try:
+        with quietly():
+            pipeline = DiffusionPipeline.from_pretrained(
+                base, torch_dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+            pipeline.load_lora_weights(folder)
+            pipeline.load_textual_inversion(folder / EMBEDDINGS)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} could not be loaded on top of {base}: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def one_step_pipeline(pipeline: Any) -> Any:
+    """The pipeline with the scheduler whose single step begins at the schedule's last time."""
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    return pipeline
+
+
+def load_personal(folder: Path, description: dict[str, Any]) -> Generator:
+    """The student of a folder that :class:`PersonalStudent` has written: its LoRA becomes part of the weights."""
+    pipeline = load_adapted_pipeline(description["base_model"], folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    height, _ = description["image_size"]
+    base = load_teacher(pipeline, image_size=height)
+    info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
+    student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
+    prompts = description["prompts"]
+    if prompts:
+        student.prompts.use(PromptList(prompts, [1 / len(prompts)] * len(prompts)))
+    return student.requires_grad_(False).eval()

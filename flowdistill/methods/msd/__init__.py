@@ -1,0 +1,1 @@
+"""MSD (arXiv 2410.23274): multi-student distillation."""

@@ -1,0 +1,183 @@
+"""Several runs that belong together: the students of MSD, their shared start, and the manifest that makes them one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowdistill.config import RunConfig
+from flowdistill.methods.msd.method import make_partition, prompts_file, student_runs, tsm_run
+from flowdistill.methods.msd.partition import Partition
+from flowdistill.methods.msd.student import write_manifest
+from flowdistill.methods.teacher_score_matching import Tsm
+from flowdistill.students import is_student_folder, load_student
+from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.run import (
+    FINAL,
+    Run,
+    check_folder,
+    distill_one,
+    has_begun,
+    make_accelerator,
+    make_report,
+    resolved,
+    withdraw_results,
+    write_config,
+)
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, disk_errors
+from flowdistill.utils.processes import Processes
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation import Report
+
+PARTITION = "partition.json"
+
+
+def distill_students(config: RunConfig) -> Run:
+    """Train all students of a checked MSD configuration in turn, or one, and finish when all are there.
+
+    Each is an ordinary run folder ``student-<k>``; whatever is complete is passed over, so the same command goes on at
+    the student and step where it stopped. Once every student is complete, by whatever jobs, the manifest, the samples
+    and the report are written.
+
+    Raises:
+        UserError: as ``distill``; a shared start that is not there when one student alone is asked for.
+    """
+    accelerator = make_accelerator(config.train, config.output_dir)
+    config = resolved(config, accelerator)
+    folder, processes, only = Path(config.output_dir), Processes.current(), config.method.student_index
+    # Which student a job trains is no property of the run: K jobs share its folder.
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
+    same_evaluation = processes.on_main(lambda: check_folder(folder, config))
+    partition = processes.on_main(lambda: _partition(config, folder, accelerator.device))
+    start, runs = tsm_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
+
+    def complete(run: RunConfig) -> bool:
+        return processes.on_main(lambda: is_complete(run))
+
+    if start is not None and only is not None and only >= 0 and not complete(start):
+        raise UserError(f"{start.output_dir}, the students' shared start, is not complete; train it first, with "
+                        "method.student_index=-1")
+    processes.on_main(lambda: _write(config, folder, partition))
+    # -1: the start only.
+    chosen = range(partition.count) if only is None else [] if only < 0 else [only]
+    plan = [] if start is None else [("the students' shared start", start)]
+    plan += [(f"student {k} of {partition.count}", run) for k in chosen for run in runs[k]]
+    steps, trained = 0, False
+    for name, run in plan:
+        if complete(run):
+            steps += run.train.steps
+            continue
+        if accelerator.is_main_process:
+            print(f"{name}: {run.output_dir}", flush=True)
+        if run is start and config.method.tsm_steps == 0:
+            _save_untrained(run)
+            continue
+        processes.on_main(lambda: withdraw_results(folder))
+        done = distill_one(run)
+        steps, trained = steps + done.steps, True
+        if not done.completed:
+            return Run(folder, steps, False, done.interrupted)
+    missing = [str(k) for k, mine in enumerate(runs) if not all([complete(one) for one in mine])]
+    if missing:
+        holds = f"the students asked for; the manifest follows when {' and '.join(missing)} are there too"
+        return Run(folder, steps, False, holds=holds)
+    reuse = same_evaluation and not trained
+    holds = f"flowdistill.json (the manifest), {partition.count} students, samples/, config.yaml"
+    return Run(folder, steps, True, report=_finish(config, partition, accelerator, reuse), holds=holds)
+
+
+def is_complete(run: RunConfig) -> bool:
+    """Whether a run folder holds a student that was trained to its last step (or was never to be trained)."""
+    folder = Path(run.output_dir)
+    if not is_student_folder(folder):
+        return False
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        return run.method.name == Tsm.name
+    return found[-1][0] >= run.train.steps and (folder / FINAL).is_file()
+
+
+def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partition:
+    """The partition that the students there were trained with, or a new one."""
+    file = folder / PARTITION
+    if file.is_file() and has_begun(folder):
+        try:
+            partition = Partition.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error!r}); put it back, or start anew elsewhere") from error
+        return partition
+    from flowdistill import load_teacher
+
+    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
+    if teacher.prompts is not None and config.teacher.prompts is None:
+        raise UserError(f"the teacher {config.teacher.source} takes prompts; set teacher.prompts to a file with one a "
+                        "line")
+    return make_partition(config.method, teacher)
+
+
+def _write(config: RunConfig, folder: Path, partition: Partition) -> None:
+    write_config(folder, config)
+    with disk_errors(str(folder / PARTITION)):
+        if partition.prompts is not None:
+            for k in range(partition.count):
+                lines = [json.dumps({"prompt": prompt, "weight": weight}) for prompt, weight in partition.listed(k)]
+                with atomic_write(prompts_file(folder, k)) as output:
+                    output.write(("\n".join(lines) + "\n").encode())
+        with atomic_write(folder / PARTITION) as output:
+            output.write((json.dumps(partition.to_dict(), indent=1) + "\n").encode())
+
+
+def _save_untrained(run: RunConfig) -> None:
+    """The shared start without its training: a random network of the wanted shape."""
+    from flowdistill import load_teacher
+
+    teacher = load_teacher(**dataclasses.asdict(run.teacher))
+    torch.manual_seed(run.seed)
+    student = Tsm(run.method, teacher).student()
+    folder = Path(run.output_dir)
+
+    def save() -> None:
+        write_config(folder, run)
+        with disk_errors(str(folder / "student")):
+            student.save(folder / "student")
+
+    Processes.current().on_main(save)
+
+
+def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse: bool) -> Report | None:
+    """Manifest, samples and report of all students."""
+    from flowdistill import load_teacher
+    from flowdistill.evaluation.comparison import save_comparison
+    from flowdistill.training.callbacks import save_samples
+
+    folder, processes = Path(config.output_dir), Processes.current()
+    device = accelerator.device  # type: ignore[attr-defined]
+
+    def manifest() -> None:
+        with disk_errors(f"the manifest in {folder}"):
+            write_manifest(folder, partition, [f"student-{k}/student" for k in range(partition.count)])
+
+    processes.on_main(manifest)
+    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
+    pictures = folder / "samples"
+    if not reuse or not (folder / FINAL).is_file():
+        student = load_student(folder, device)
+
+        def draw() -> None:
+            with disk_errors(str(pictures / "comparison.png")):
+                save_comparison(teacher, student, pictures / "comparison.png")
+            save_samples(student, folder / FINAL, config.train.num_samples)
+
+        processes.on_main(draw)
+    if not config.evaluation.at_end:
+        return None
+    report = make_report(folder, teacher, accelerator, reuse)
+    if accelerator.is_main_process:  # type: ignore[attr-defined]
+        print(report)
+    return report

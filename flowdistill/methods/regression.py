@@ -1,0 +1,51 @@
+"""DMD's paired regression (Yin et al., arXiv 2311.18828), with the squared error where DMD has LPIPS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowdistill.conditioning import Condition
+from flowdistill.config import option
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.pairs import Pairs, teacher_pairs
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
+
+
+@dataclass
+class Regression:
+    """Settings of the regression term; methods' settings inherit them."""
+
+    regression_weight: float = option(0.0, "of the squared error to teacher samples from the same noise", at_least=0)
+    regression_pairs: int = option(1000, "pairs made once", at_least=1)
+    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
+    regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
+
+    def check_regression(self, lowest: float, highest: float, interval: list[float]) -> None:
+        """UserError where pairs, of one guidance scale at all times, cannot teach scales or times of guidance."""
+        if not self.regression_weight:
+            return
+        if lowest < highest:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs have one guidance scale "
+                            "and the student learns a range; set method.guidance_min and guidance_max to one value")
+        if lowest != 1 and interval != [0.0, 1.0]:
+            raise UserError(f"method.regression_weight is {self.regression_weight}, but pairs are guided at all times "
+                            f"and method.guidance_interval is {interval}; set it to [0, 1]")
+
+    def make_pairs(self, teacher: Teacher, guidance_scale: float) -> Pairs | None:
+        """The pairs of the term; None where its weight is 0."""
+        if not self.regression_weight:
+            return None
+        pairs = teacher_pairs(teacher, self.regression_pairs, self.regression_steps, guidance_scale)
+        return pairs.of(teacher.classes.shown) if self.regression_own and teacher.classes is not None else pairs
+
+
+def regression_error(
+    pairs: Pairs, teacher: Teacher, draw: Draw, generate: Callable[[Tensor, Condition | None], Tensor]
+) -> Tensor:
+    """Mean squared error of ``generate(noise, condition)`` (B, *shape) to the ODE's latents, for a batch of pairs."""
+    noise, latents, condition = pairs.rows(draw.integers(len(pairs.noise), on_cpu=True), teacher)
+    return (generate(noise, condition) - latents).square().mean()

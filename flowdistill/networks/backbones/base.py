@@ -1,0 +1,195 @@
+"""What flowdistill must know of a backbone family; a family is one small subclass."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.utils.errors import UserError
+
+Backbone = Any
+"""A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
+
+
+class Adapter(ABC):
+    """How to call a backbone and where its time embedding is made. Nothing per schedule.
+
+    Attributes:
+        family: class name of the backbone in diffusers.
+        pipelines: class names of the text-to-image pipelines whose prompts :meth:`encode` encodes; empty for families
+            without prompts.
+        masked: whether its attention gets a mask over the prompt's tokens.
+    """
+
+    family: str
+    pipelines: tuple[str, ...] = ()
+    masked: bool = False
+
+    @abstractmethod
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        """Raw prediction (B, C, H, W) for scaled native input x (B, C, H, W) at native timesteps (B,)."""
+
+    def shape(self, network: Backbone) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        size = network.config.sample_size
+        if size is None:
+            raise UserError(f"the {self.family}'s config has no sample_size, so the image size is unknown; set it in "
+                            "its config.json")
+        height, width = (size, size) if isinstance(size, int) else size
+        return network.config.in_channels, height, width
+
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
+        """The class labels the network takes; None when it takes none.
+
+        Raises:
+            UserError: a null label for such a network, or a variant of the network that is not supported.
+        """
+        if null_label is not None:
+            raise UserError(f"teacher.null_label is {null_label}, but a {self.family} takes no class labels")
+        return None
+
+    @abstractmethod
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
+        """The modules whose output is the time embedding; constants fold into each one's last linear layer."""
+
+    def constant_embeddings(self, network: Backbone) -> list[nn.Module]:
+        """The embeddings that are constant in a one-step student: those of time, and of guidance where it has one."""
+        return self.time_embeddings(network)
+
+    def embedding_size(self, network: Backbone) -> int:
+        """Width of a time embedding."""
+        return last_linear(self.time_embeddings(network)[0]).out_features
+
+    @abstractmethod
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
+        """The first and the last (convolution or linear) layer, where an input and an output scale fold in."""
+
+    def middle(self, network: Backbone) -> nn.Module:
+        """The module whose output (B, C, H, W) or (B, N, C) is the network's most abstract picture of its input: the
+        middle block of a UNet.
+
+        Raises:
+            UserError: a network without one, whose family does not name another.
+        """
+        block = getattr(network, "mid_block", None)
+        if block is None:
+            raise UserError(f"the {self.family} has no middle block, whose features the adversarial term reads; set "
+                            "method.adversarial_weight to 0")
+        return block
+
+    def middle_channels(self, network: Backbone) -> int:
+        """C of that output."""
+        return network.config.block_out_channels[-1]
+
+    def output_channels(self, network: Backbone) -> int:
+        """Channels the network returns; twice those of a sample when it also predicts a variance."""
+        return network.config.out_channels or network.config.in_channels
+
+    def learned_variance_channels(self, network: Backbone) -> int:
+        """Channels of :meth:`output_channels` that are a learned variance, dropped by :meth:`call`."""
+        return self.output_channels(network) - self.shape(network)[0]
+
+    # --- text to image
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of a :class:`Condition` for ``prompts``, by the pipeline's own ``encode_prompt``.
+
+        Args:
+            pipeline: one of :attr:`pipelines`, with its text encoders and tokenizers and nothing else.
+            image_size: (height, width) in pixels, for networks that are told.
+        """
+        raise NotImplementedError
+
+    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """The same for the other side of guidance; some pipelines treat it in another way."""
+        return self.encode(pipeline, prompts, image_size)
+
+    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
+        return self.encode_negative(pipeline, [negative or ""], image_size)
+
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one row of what :meth:`encode` returns, without a text encoder; the longest where they differ.
+
+        Args:
+            pipeline: the class in :attr:`pipelines`.
+            clip_tokens: length of a CLIP text encoder's sequence, where the pipeline has one.
+        """
+        raise NotImplementedError
+
+    def takes_guidance(self, network: Backbone) -> bool:
+        """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""
+        return False
+
+    @staticmethod
+    def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance of velocities (B, C, H, W) at ``scale`` (B, 1, 1, 1)."""
+        return null + scale * (conditional - null)
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        """Prepare a flow-matching scheduler as the family's pipeline does for latents of ``shape`` (C, H, W)."""
+        scheduler.set_timesteps(steps)
+
+
+def last_linear(embedding: nn.Module) -> nn.Linear:
+    """The layer that an embedding ends in."""
+    return [module for module in embedding.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def set_shifted(
+    scheduler: Any, steps: int, length: int, max_shift: float = 1.15, sigmas: bool = True
+) -> None:
+    """``set_timesteps`` with a shift that grows with the number of image tokens, where the scheduler asks for one.
+
+    Args:
+        length: image tokens.
+        max_shift: the pipeline's default at 4,096 tokens.
+        sigmas: whether the pipeline gives the scheduler evenly spaced times of its own, 1 to 1 / steps.
+    """
+    config = scheduler.config
+    settings: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()} if sigmas else {}
+    if config.get("use_dynamic_shifting"):
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+        settings["mu"] = base + (top - base) * (length - low) / (high - low)
+    scheduler.set_timesteps(steps, **settings)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens of 2 x 2 (B, H W / 4, 4 C)."""
+    rows, channels, height, width = x.shape
+    tokens = x.view(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(rows, height // 2 * (width // 2), 4 * channels)
+
+
+def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`packed` for latents of ``shape`` (..., H, W)."""
+    height, width = shape[-2:]
+    x = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(len(tokens), -1, height, width)
+
+
+def longest_prompt(pipeline: Any) -> int:
+    """Tokens of a prompt that a pipeline's ``encode_prompt`` keeps."""
+    return int(inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default)
+
+
+def tensors(condition: Condition | None, x: Tensor, family: str) -> dict[str, Tensor]:
+    """A condition's tensors, those of floating point in x's type."""
+    if condition is None:
+        raise UserError(f"{family} needs prompts")
+    return {name: value.to(x.dtype) if value.is_floating_point() else value
+            for name, value in condition.tensors.items()}
+
+
+def guidance_of(condition: Condition | None, x: Tensor) -> Tensor:
+    """The guidance scale that is an input (B,), float32; 1 where none was given."""
+    given = None if condition is None else condition.tensors.get("guidance")
+    return torch.ones(len(x), device=x.device) if given is None else given.float()

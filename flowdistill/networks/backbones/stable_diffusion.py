@@ -1,0 +1,78 @@
+"""``UNet2DConditionModel``: Stable Diffusion 1.x, 2.x and Turbo, latent consistency models, and SDXL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.networks.backbones.base import Adapter, Backbone, guidance_of, tensors
+from flowdistill.utils.errors import UserError
+
+
+class StableDiffusionAdapter(Adapter):
+    family = "UNet2DConditionModel"
+    pipelines = ("LatentConsistencyModelPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        given = tensors(condition, x, self.family)
+        width, guidance = network.config.time_cond_proj_dim, None
+        if width is not None:
+            scale = guidance_of(condition, x) - 1
+            guidance = get_timestep_embedding(scale, width, downscale_freq_shift=1, scale=1000).to(x.dtype)
+        added = None
+        if network.config.addition_embed_type == "text_time":
+            added = {"text_embeds": given["pooled_embeds"], "time_ids": given["time_ids"]}
+        return network(x, timestep, encoder_hidden_states=given["prompt_embeds"], timestep_cond=guidance,
+                       added_cond_kwargs=added, return_dict=False)[0]
+
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
+        config = network.config
+        if config.addition_embed_type not in (None, "text_time"):
+            raise UserError(f"the UNet2DConditionModel has addition_embed_type '{config.addition_embed_type}'; "
+                            "supported are none (Stable Diffusion) and 'text_time' (SDXL)")
+        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+            if config.get(key) is not None:
+                raise UserError(f"the UNet2DConditionModel has {key} {config.get(key)!r}; supported are networks that "
+                                "take a prompt only")
+        return super().labels(network, null_label)
+
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
+        return [network.time_embedding]
+
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
+        return network.conv_in, network.conv_out
+
+    def takes_guidance(self, network: Backbone) -> bool:
+        return network.config.time_cond_proj_dim is not None
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        common = {"device": pipeline.text_encoder_2.device if _is_xl(pipeline) else pipeline.text_encoder.device,
+                  "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        if not _is_xl(pipeline):
+            return {"prompt_embeds": pipeline.encode_prompt(prompts, **common)[0]}
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, **common)
+        # Original size, crop and target size: the picture's own, not cropped.
+        ids = torch.tensor([*image_size, 0, 0, *image_size], dtype=embeds.dtype).repeat(len(prompts), 1)
+        return {"prompt_embeds": embeds, "pooled_embeds": pooled, "time_ids": ids}
+
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (clip_tokens, config.cross_attention_dim)}
+        if config.addition_embed_type == "text_time":
+            ids = 6 * config.addition_time_embed_dim
+            shapes |= {"pooled_embeds": (config.projection_class_embeddings_input_dim - ids,), "time_ids": (6,)}
+        return shapes
+
+    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
+        row = super().encode_null(pipeline, negative, image_size)
+        if negative is None and _is_xl(pipeline) and pipeline.config.force_zeros_for_empty_prompt:
+            row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_embeds")}
+        return row
+
+
+def _is_xl(pipeline: Any) -> bool:
+    return type(pipeline).__name__ == "StableDiffusionXLPipeline"

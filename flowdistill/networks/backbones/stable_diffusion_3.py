@@ -1,0 +1,41 @@
+"""``SD3Transformer2DModel``: Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
+
+
+class StableDiffusion3Adapter(Adapter):
+    family = "SD3Transformer2DModel"
+    pipelines = ("StableDiffusion3Pipeline",)
+
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        given = tensors(condition, x, self.family)
+        return network(x, timestep=timestep, encoder_hidden_states=given["prompt_embeds"],
+                       pooled_projections=given["pooled_embeds"], return_dict=False)[0]
+
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
+        return [network.time_text_embed.timestep_embedder]
+
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
+        return network.pos_embed.proj, network.proj_out
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_embeds": pooled}
+
+    def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = network.config
+        return {"prompt_embeds": (clip_tokens + longest_prompt(pipeline), config.joint_attention_dim),
+                "pooled_embeds": (config.pooled_projection_dim,)}
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2), max_shift=1.16, sigmas=False)

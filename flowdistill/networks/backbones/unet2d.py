@@ -1,0 +1,41 @@
+"""``UNet2DModel``: pixel or latent UNets, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.networks.backbones.base import Adapter, Backbone
+from flowdistill.utils.errors import UserError
+
+
+class UNet2DAdapter(Adapter):
+    family = "UNet2DModel"
+
+    def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        labels = None if condition is None else condition.tensors["class_labels"]
+        out = network(x, timestep, class_labels=labels, return_dict=False)[0]
+        return out[:, : x.shape[1]]
+
+    def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
+        config = network.config
+        if config.time_embedding_type not in ("fourier", "positional"):
+            raise UserError(f"the UNet2DModel has time_embedding_type '{config.time_embedding_type}'; supported are "
+                            "'positional' and 'fourier', which take continuous timesteps")
+        if config.class_embed_type is not None:
+            raise UserError(f"the UNet2DModel has class_embed_type '{config.class_embed_type}'; supported are class "
+                            "labels through num_class_embeds, or none")
+        if config.num_class_embeds is None:
+            return super().labels(network, null_label)
+        if null_label is None:
+            return ClassLabels(config.num_class_embeds, None)
+        if null_label != config.num_class_embeds - 1:
+            raise UserError(f"teacher.null_label is {null_label}; for this network with {config.num_class_embeds} "
+                            f"class embeddings it can only be the last one, {config.num_class_embeds - 1}")
+        return ClassLabels(config.num_class_embeds - 1, null_label)
+
+    def time_embeddings(self, network: Backbone) -> list[nn.Module]:
+        return [network.time_embedding]
+
+    def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
+        return network.conv_in, network.conv_out

@@ -1,0 +1,199 @@
+"""A teacher without its weights: networks on the meta device, made from a pipeline's configurations alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import nn
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
+from flowdistill.conditioning.text_encoders import INDEX
+from flowdistill.config import TeacherConfig
+from flowdistill.networks.backbones import Adapter
+from flowdistill.teachers.codec import PixelCodec, VaeCodec
+from flowdistill.teachers.loading import DTYPES, SIDECAR, Parts, assemble
+from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.logging import quietly
+
+META = torch.device("meta")
+CLIP_TOKENS = 77
+
+
+class Architecture(NamedTuple):
+    """What a pipeline is made of.
+
+    Attributes:
+        origin: where this was read, in words.
+        pipeline: class name of the pipeline.
+        components: configuration of each component by its name, with its ``_class_name``.
+        null_label: of ``flowdistill.json`` beside it.
+    """
+
+    origin: str
+    pipeline: str
+    components: dict[str, dict[str, Any]]
+    null_label: int | None = None
+
+
+COMPONENTS = {"unet": "config.json", "transformer": "config.json", "vae": "config.json", "vqvae": "config.json",
+              "scheduler": "scheduler_config.json", "text_encoder": "config.json"}
+
+
+def read_architecture(source: str) -> Architecture:
+    """The configurations of a pipeline folder, of a hub id whose files are in the hub's cache, or of one of those that
+    come with flowdistill. Nothing is downloaded and no weight is read.
+
+    Raises:
+        UserError: none of the three is there, or a file is damaged.
+    """
+    folder = Path(source)
+    if folder.exists():
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
+        return _of_folder(folder, f"the configurations in {folder}")
+    cached = _in_cache(source)
+    if cached is not None:
+        return _of_folder(cached, f"the cached configurations of {source}")
+    shipped = shipped_architectures()
+    if source in shipped:
+        found = shipped[source]
+        return Architecture(f"flowdistill's own description of {source}", found["pipeline"], found["components"])
+    raise UserError(f"teacher source {source} is no pipeline folder here, its configurations are not in the hub's "
+                    f"cache, and flowdistill has no description of it; it has those of {', '.join(sorted(shipped))}")
+
+
+def shipped_architectures() -> dict[str, dict[str, Any]]:
+    """Source -> pipeline class and the components' configurations."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in resources.files("flowdistill.plan").joinpath("architectures").iterdir():
+        if file.name.endswith(".json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found |= dict.fromkeys(content["sources"], content)
+    return found
+
+
+def _in_cache(source: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.count("/") != 1:
+        return None
+    index = try_to_load_from_cache(source, INDEX)
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _of_folder(folder: Path, origin: str) -> Architecture:
+    index = _json(folder / INDEX)
+    components = {}
+    for name, file in COMPONENTS.items():
+        value = index.get(name)
+        if isinstance(value, list) and value[0] is not None:
+            if not (folder / name / file).is_file():
+                raise UserError(f"{folder / name} has no {file}, so the memory of its {name} is unknown")
+            components[name] = {"_class_name": value[1]} | _json(folder / name / file)
+    recorded = _json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def weightless_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
+    """The teacher that a run with these settings has, on the meta device; its prompts are tensors of the right shape.
+
+    Raises:
+        UserError: what :func:`flowdistill.load_teacher` refuses, as far as configurations show it.
+    """
+    dtype, parts = DTYPES[config.dtype], architecture.components
+    name = next((name for name in ("transformer", "unet") if name in parts), None)
+    if name is None or "scheduler" not in parts:
+        raise UserError(f"{architecture.origin} name no network and scheduler that flowdistill could train with")
+    if "vqvae" in parts:
+        raise UserError(f"{architecture.origin} name a vqvae; supported are pixel models and KL autoencoders (vae)")
+    codec: PixelCodec | VaeCodec = PixelCodec()
+    if "vae" in parts:
+        codec = VaeCodec(_on_meta(parts["vae"], dtype))
+    backbone = _on_meta(parts[name], dtype)
+    clip = parts.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS)
+    texts = partial(_texts, architecture.pipeline, backbone, clip, config)
+    null_label = architecture.null_label if config.null_label is None else config.null_label
+    attention = "math" if config.attention == "math" else "sdpa"  # xformers keeps what torch's fused kernels keep
+    made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts)
+    teacher = assemble(made, config.source, null_label, config.t_max, dtype, META, None, config.negative_prompt,
+                       config.image_size, attention).to(META)
+    if teacher.prompts is not None:
+        teacher.prompts.use(_listed(config.prompts))
+    return teacher
+
+
+def _on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise UserError(f"a component is a {config.get('_class_name')}, which diffusers does not have")
+    with quietly():
+        with META:
+            module = kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    module.to(META)  # some buffers come from numpy
+    # As from_pretrained does: what is in the file gets the type, what is computed (position embeddings) keeps its own.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    stored = module.state_dict().keys()
+    for name, buffer in list(module.named_buffers()):
+        if name in stored and buffer.is_floating_point():
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, buffer.to(dtype))
+    return module.eval()
+
+
+def _scheduler(config: dict[str, Any]) -> Any:
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise UserError(f"the scheduler is a {config.get('_class_name')}, which diffusers does not have")
+    with quietly():
+        return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def _listed(prompts: str | None) -> PromptList:
+    """The file's prompts; one that stands for any where there is no such file."""
+    if prompts is not None and os.path.isfile(prompts):
+        return read_prompts(prompts)
+    return PromptList([""], [1.0])
+
+
+def _texts(
+    pipeline: str, backbone: nn.Module, clip: int, config: TeacherConfig, adapter: Adapter, pixels: tuple[int, int]
+) -> ShapedPrompts:
+    if pipeline not in adapter.pipelines:
+        raise UserError(f"the pipeline {pipeline} is not supported; supported with a {adapter.family} are "
+                        f"{', '.join(adapter.pipelines)}")
+    shapes = adapter.prompt_shapes(backbone, getattr(diffusers, pipeline), clip)
+    return ShapedPrompts(shapes, adapter, pixels, config.negative_prompt)
+
+
+class ShapedPrompts(PromptConditions):
+    """Prompts as zeros of the shapes that their encodings have."""
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], adapter: Adapter, image_size: tuple[int, int], negative: str | None
+    ) -> None:
+        super().__init__(None, adapter, image_size, negative)  # type: ignore[arg-type]  # no text encoder is there
+        self.shapes = shapes
+
+    def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:
+        rows = 1 if prompts is None else len(prompts)
+        row = {name: torch.ones(shape, dtype=torch.int64 if name == "attention_mask" else torch.float32)[None]
+               for name, shape in self.shapes.items()}
+        return Condition(row).expand(rows)  # one row behind all of them: a list may be long

@@ -1,6 +1,0 @@
-"""Teachers: any supported diffusers pipeline, or an exact one, as a velocity field on the linear path."""
-
-from flowdistill.teacher.loading import load_teacher
-from flowdistill.teacher.teacher import Teacher
-
-__all__ = ["Teacher", "load_teacher"]

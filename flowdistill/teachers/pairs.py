@@ -1,0 +1,139 @@
+"""Noise and what a teacher's ODE makes of it: generated once, then read from the cache; the regression term on them.
+
+The regression term is DMD's (Yin et al., arXiv 2311.18828), with the squared error where DMD has LPIPS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.teachers import Teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, cache_folder, disk_errors
+from flowdistill.utils.hashing import module_sha256
+from flowdistill.utils.processes import Processes
+from flowdistill.utils.randomness import indexed_noise
+
+BATCH, TEXT_BATCH = 250, 8
+"""Samples at once; text-to-image networks are large."""
+
+
+class Pairs(NamedTuple):
+    """Unit noise (N, *shape), the ODE's latents from it (N, *shape), and what they are conditioned on: labels (N,), or
+    numbers of the teacher's prompts; None for an unconditional teacher."""
+
+    noise: Tensor
+    latents: Tensor
+    labels: Tensor | None
+
+    def rows(self, index: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor, Condition | None]:
+        """Noise, latents and condition of pairs ``index`` (B,), on the teacher's device.
+
+        The index is on the CPU like the pairs: one from a GPU would make every training step wait for it.
+        """
+        place = teacher.device
+        noise, latents = self.noise[index].to(place), self.latents[index].to(place)
+        if self.labels is None:
+            return noise, latents, None
+        labels = self.labels[index]
+        if teacher.classes is not None:
+            return noise, latents, teacher.classes.wrap(labels.to(place))
+        return noise, latents, teacher.examples(labels.tolist())
+
+    def of(self, labels: Sequence[int]) -> Pairs:
+        """Those with one of ``labels`` only.
+
+        Raises:
+            UserError: there is none.
+        """
+        assert self.labels is not None
+        mine = torch.isin(self.labels, torch.tensor(labels))
+        if not mine.any():
+            raise UserError(f"none of the {len(mine)} pairs has one of the labels {list(labels)}; raise "
+                            "method.regression_pairs")
+        return Pairs(self.noise[mine], self.latents[mine], self.labels[mine])
+
+
+def teacher_pairs(
+    teacher: Teacher,
+    count: int,
+    steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+) -> Pairs:
+    """``count`` pairs on the CPU; pair i depends on ``seed`` and i, and its label or prompt is i modulo their number.
+
+    All classes of a teacher are there, whatever its own labels are.
+
+    All processes must call this together; the main one generates what is missing.
+
+    Args:
+        steps: Euler steps of the teacher.
+        folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
+            weights, its path, its prompts and these arguments; a damaged file is made anew.
+    """
+    file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
+
+    def make() -> None:
+        if _read(file) is None:
+            content = _generate(teacher, count, steps, guidance_scale, seed)
+            with disk_errors(f"the cache {file} (XDG_CACHE_HOME moves it)"), atomic_write(file) as output:
+                output.write(save(content, metadata={"format": "pt"}))
+
+    Processes.current().on_main(make)
+    content = _read(file)
+    if content is None:  # another machine's main process wrote it to another disk
+        content = _generate(teacher, count, steps, guidance_scale, seed)
+    return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
+
+
+def _key(teacher: Teacher, *settings: float) -> str:
+    path = teacher.path
+    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max]
+    facts += [*teacher.shape, *settings]
+    # The schedule itself, whatever it was made from.
+    grid = path.time_grid(10)[:-1]
+    facts += [*grid.tolist(), *path.coefficients(grid).timestep.tolist()]
+    if teacher.prompts is not None:
+        prompts = teacher.prompts
+        facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
+    weights = module_sha256(teacher.network)
+    return hashlib.sha256(json.dumps([weights, *facts]).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    try:
+        return load(file.read_bytes())  # not mapped: the file may be replaced while its pairs are in use
+    except (OSError, SafetensorError):
+        return None
+
+
+@torch.no_grad()
+def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, seed: int) -> dict[str, Tensor]:
+    parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
+    number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
+    labels = None if number is None else torch.arange(count) % number
+    # As for images: None hides the bar where standard error is no terminal, which its redrawing would fill.
+    for start in tqdm(range(0, count, batch), desc=f"pairs, {steps} teacher steps each", disable=None, leave=False):
+        rows = range(start, min(start + batch, count))
+        noise = indexed_noise(teacher.shape, seed, rows).to(teacher.device)
+        condition: Condition | None = None
+        if teacher.prompts is not None:
+            condition = teacher.examples(rows)
+        elif labels is not None:
+            condition = teacher.encode(labels[rows.start : rows.stop])
+        parts.append(teacher.sample(noise, condition, steps, guidance_scale=guidance_scale).cpu())
+    return {"latents": torch.cat(parts)} | ({} if labels is None else {"labels": labels})

@@ -1,0 +1,307 @@
+"""The teacher: a frozen pipeline as a guided velocity field on the linear path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.prompts import PromptConditions, encode
+from flowdistill.networks.backbones import Adapter
+from flowdistill.networks.velocity import per_sample
+from flowdistill.paths.native_path import NativePath
+from flowdistill.teachers.codec import PixelCodec, VaeCodec
+from flowdistill.teachers.offload import Visitor
+from flowdistill.teachers.solvers import integrate
+from flowdistill.utils.errors import UserError
+
+
+class Teacher:
+    """A frozen velocity field with its conditions and its codec.
+
+    Attributes:
+        network: module ``(x (B, *shape), t (B,), condition) -> velocity``; frozen, in evaluation mode.
+        path: the native path (ranges, sampling times, coefficients).
+        shape: shape of one latent, e.g. (C, H, W).
+        codec: latents <-> images.
+        classes: how labels become conditions; None for a teacher without classes.
+        prompts: how prompts become conditions; None for a teacher without prompts.
+        source: where it was loaded from, for messages and for the student's config.
+        scheduler: the diffusers scheduler it came with; None for an exact teacher.
+        offload: which parts :meth:`to` leaves on the CPU while they are not called, one of
+            ``flowdistill.teachers.offload.PARTS``.
+        start: a velocity network that students start as instead of this one, maybe of another architecture.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: NativePath,
+        shape: tuple[int, ...],
+        codec: PixelCodec | VaeCodec | None = None,
+        classes: ClassLabels | None = None,
+        source: str = "",
+        scheduler: Any = None,
+        prompts: PromptConditions | None = None,
+        start: Any = None,
+    ) -> None:
+        self.network: Any = network.requires_grad_(False).eval()
+        self.start = start
+        self.path = path
+        self.shape = tuple(shape)
+        self.codec = (codec or PixelCodec()).requires_grad_(False).eval()
+        self.classes = classes
+        self.source = source
+        self.scheduler = scheduler
+        self.prompts = prompts
+        self.offload = "none"
+        self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
+        self._visitor: Visitor | None = None
+
+    @property
+    def t_min(self) -> float:
+        return self.path.t_min
+
+    @property
+    def t_max(self) -> float:
+        return self.path.t_max
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else self.classes.num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        return None if self.classes is None else self.classes.null_label
+
+    @property
+    def device(self) -> torch.device:
+        if self._visitor is not None:
+            return self._anchor.device
+        return next((p.device for p in self.network.parameters()), self._anchor.device)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move to ``device``; what :attr:`offload` names goes there by itself when it is called."""
+        self._anchor = self._anchor.to(device)
+        if self._visitor is not None:
+            self._visitor.leave()
+            self._visitor = None
+        if self.offload == "all":
+            self._visitor = Visitor(self.network, device)
+        else:
+            self.network.to(device)
+        if isinstance(self.codec, VaeCodec) and self.offload != "none":
+            self.codec.visit(device)
+        else:
+            self.codec.to(device)
+        return self
+
+    def rest(self) -> None:
+        """Free the device of a network that only visits it; nothing may want a gradient through it any more."""
+        if self._visitor is not None:
+            self._visitor.rest()
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the network: guidance then costs no second pass."""
+        adapter = getattr(self.network, "adapter", None)
+        return adapter is not None and adapter.takes_guidance(self.network.backbone)
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether a guidance scale other than 1 is possible."""
+        return self.null_label is not None or self.prompts is not None or self.takes_guidance
+
+    def student_copy(self, lora: Any = None) -> Any:
+        """The velocity network that a student starts as: a float32 copy of ``start``, or of this one's; or, with
+        ``lora``, adapters on its own weights."""
+        if self.start is None:
+            return self.network.trainable_copy(lora=lora)
+        return self.start.trainable_copy(self.path, lora)
+
+    def encode(
+        self,
+        labels: Sequence[int] | Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
+    ) -> Condition | None:
+        """Labels (B,) or prompts (B) as a condition on the teacher's device.
+
+        Args:
+            negative_prompts: the other side of guidance, one a prompt; None: the teacher's one negative prompt.
+
+        Raises:
+            UserError: a label is out of range, or what is given is not what the model takes.
+        """
+        condition = encode(self.classes, self.prompts, labels, prompts, negative_prompts, self.device)
+        return None if condition is None else condition.to(self.device)
+
+    def null(self, condition: Condition) -> Condition:
+        """The other side of guidance for the rows of ``condition``."""
+        if condition.negative is not None:
+            return condition.negative
+        if self.prompts is not None:
+            return self.prompts.null(condition)
+        if self.classes is None:
+            raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
+        return self.classes.null(condition)
+
+    def examples(self, indices: Sequence[int]) -> Condition | None:
+        """Conditions of samples with these indices: the classes, or the list of prompts, in turn."""
+        if self.prompts is not None:
+            return self.prompts.examples(indices).to(self.device)
+        return None if self.classes is None else self.classes.examples(indices).to(self.device)
+
+    def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
+        """Conditions of a training batch; None for an unconditional teacher.
+
+        Uniform over the classes (those of ``teacher.labels``), or prompts of ``teacher.prompts`` by their weights.
+
+        Args:
+            draw: the source of randomness, a :class:`flowdistill.utils.randomness.Draw`.
+            rows: over all processes; all of the draw's by default.
+        """
+        if self.prompts is not None:
+            return self.prompts.draw(draw, rows).to(self.device)
+        return None if self.classes is None else self.classes.draw(draw, rows)
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Guided velocity v = v_null + g (v_cond - v_null), conditional and null parts in one batched forward.
+
+        A network with guidance as an input is asked once, with g.
+
+        Args:
+            x: states on the linear path (B, *shape).
+            t: times in [t_min, t_max], (B,) or one float. Times below t_min use the network at t_min.
+            guidance_scale: g, (B,) or one float; 1 means no guidance and costs one pass instead of two.
+            guidance_interval: (low, high): guidance acts only where low <= t <= high (Kynkäänniemi et al. 2024);
+                elsewhere g = 1.
+
+        Returns:
+            (B, *shape), in x's dtype.
+        """
+        each = isinstance(t, Tensor)  # a time for each sample
+        times = t if isinstance(t, Tensor) else torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+        if not isinstance(guidance_scale, Tensor):
+            inside = guidance_interval is None or each or guidance_interval[0] <= t <= guidance_interval[1]
+            if guidance_scale == 1 or not inside:
+                return self.network(x, times, condition)
+        if condition is None:
+            raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
+        scale = torch.as_tensor(guidance_scale, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))
+        if self.takes_guidance:
+            return self.network(x, times, condition.replace(guidance=scale))
+        both = Condition.cat([condition, self.null(condition)])
+        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+        guide = self.network.adapter.guide if hasattr(self.network, "adapter") else Adapter.guide
+        return guide(conditional, null, per_sample(scale, x))
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition | None = None,
+        guidance_scale: Tensor | float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """E[x_0 | x_t = x] = x - t v(x, t); arguments and shapes as for :meth:`velocity`."""
+        v = self.velocity(x, t, condition, guidance_scale, guidance_interval)
+        return x - (per_sample(t, x) if isinstance(t, Tensor) else t) * v
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        condition: Condition | None = None,
+        steps: int = 50,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        times: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Solve the probability-flow ODE from unit noise to latents.
+
+        Args:
+            noise: unit normal (B, *shape); the start state is ``t_max * noise`` (alpha_T is dropped, see the design).
+            steps: steps on the teacher's own time grid; ``steps`` network calls with Euler, ``2 steps - 1`` with Heun.
+            times: explicit decreasing times from t_max to 0 instead of ``steps``.
+
+        Returns:
+            Latents (B, *shape).
+        """
+        grid = self.path.time_grid(steps).tolist() if times is None else list(times)
+
+        def field(x: Tensor, t: float) -> Tensor:
+            return self.velocity(x, t, condition, guidance_scale, guidance_interval)
+
+        return integrate(field, grid[0] * noise, grid, solver)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
+        return self.codec.decode(latents)
+
+    @torch.no_grad()
+    def disagreement(self, seed: int = 0, batch_size: int | None = None) -> str | None:
+        """A sentence when the network and the scheduler seem to disagree (wrong prediction type or schedule).
+
+        At high noise a denoiser that reads its network rightly returns something of the data's size that is not the
+        noise turned round. Reading epsilon as v or flow as epsilon breaks one of the two.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        count = batch_size or (32 if self.prompts is None else 2)  # text-to-image networks are large
+        noise = torch.randn(count, *self.shape, generator=generator).to(self.device)
+        t = min(self.t_max, 0.9)
+        clean = self.denoise(t * noise, t, self.examples(range(count))).float()
+        size = clean.std().item()
+        alignment = torch.nn.functional.cosine_similarity(clean.flatten(1), noise.flatten(1)).mean().item()
+        if size > 3.0 or alignment < -0.5:
+            return (f"the network and its scheduler seem to disagree: at t = {t:.2f} the denoised estimate has "
+                    f"standard deviation {size:.2f} and cosine {alignment:.2f} to the noise; check the scheduler's "
+                    f"prediction_type ({self.path.prediction}) and schedule")
+        return None
+
+    def describe(self) -> str:
+        """What was detected, in words."""
+        path, network = self.path, getattr(self.network, "backbone", self.network)
+        kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)",
+                 "ve": "variance-exploding (score)", "flow": "flow matching"}
+        parameters = sum(p.numel() for p in network.parameters())
+        sample = " x ".join(map(str, self.shape))
+        latents = "latents of an autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
+        lines = [
+            f"source        {self.source or 'in memory'}",
+            f"backbone      {type(network).__name__}, {parameters / 1e6:.2f} M parameters, "
+            f"{next((p.dtype for p in network.parameters()), torch.float32)}".replace("torch.", ""),
+            f"sample        {sample}, {latents}",
+            f"path          {kinds.get(path.kind, path.kind)}, predicts {path.prediction}, from {path.scheduler_name}",
+            f"times         t = sigma / (alpha + sigma) from {path.t_max:.4f} (prior) to {path.t_min:.4f} (data)",
+            "timesteps     continuous: the network's sinusoidal embedding takes non-integer timesteps",
+        ]
+        if self.prompts is not None:
+            guidance = "guidance is an input of the network" if self.takes_guidance else "classifier-free guidance"
+            lines.append(f"conditions    prompts, by {self.prompts.describe()}; {guidance}")
+        elif self.classes is None:
+            lines.append("conditions    none (unconditional); guidance is not possible")
+        else:
+            guidance = "no null label, so no classifier-free guidance"
+            if self.classes.null_label is not None:
+                guidance = f"null label {self.classes.null_label}, classifier-free guidance possible"
+            lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
+        if (kernel := getattr(self.network, "attention", None)) is not None:
+            lines.append(f"attention     {kernel}")
+        problem = self.disagreement()
+        lines.append(f"check         {problem or 'the denoised estimate at high noise is plausible'}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of diffusion: files, processes, randomness, hashing, images, logging."""

@@ -1,0 +1,100 @@
+"""Files that are complete or absent, and where caches live."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from safetensors import SafetensorError
+
+from flowdistill.utils.errors import UserError
+
+PROBE = 2**16  # bytes: more than a report or a grid of small images
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse a file that could not be written, before the work whose result it takes. Nothing is left behind.
+
+    Raises:
+        UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file of 64 KiB.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file for binary writing that takes its name only once it is complete and on disk.
+
+    An error inside the block leaves an older file of that name as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner reads; a result is as readable as any other new file.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder to fill, which replaces ``path`` only once it is complete.
+
+    An error inside the block leaves an older folder of that name as it was.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def cache_folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/flowdistill/<name>``, by default ``~/.cache/flowdistill/<name>``; not created here."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "flowdistill" / name
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{what} could not be written: {reason}") from error

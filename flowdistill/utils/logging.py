@@ -1,0 +1,40 @@
+"""The log, and loading models without the noise of their libraries."""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.utils import logging
+from transformers.utils import logging as transformers_logging
+
+_log = python_logging.getLogger("flowdistill")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the bars of diffusers and transformers over a few files, their remarks on parts left out on purpose and
+    on new words, and the warning of torch_dtype, the name every version knows."""
+    both = logging, transformers_logging
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in both]
+    for library in both:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
+    finally:
+        for library, (shown, level) in zip(both, before, strict=True):
+            library.set_verbosity(level)
+            if shown:
+                library.enable_progress_bar()
+
+
+def log_once(message: str) -> None:
+    """Write one line to the log, from the first of all processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning(message)
