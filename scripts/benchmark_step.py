@@ -161,7 +161,7 @@ def bare_pass(trainer: Any, module: Any, rows: int, kind: str) -> Thunk:
     condition = None if classes is None else classes.wrap(torch.randint(classes.num_classes, (rows,), device=device))
 
     def forward() -> Any:
-        return module.adapter.call(backbone, x, time, condition)
+        return module.family.call(backbone, x, time, condition)
 
     def without() -> None:
         with torch.no_grad():
@@ -211,7 +211,7 @@ def sampling(trainer: Any) -> tuple[Thunk, Thunk]:
         for _ in range(SAMPLING_BATCHES):
             noise = torch.randn(SAMPLING_BATCH, *shape, device=device)
             time = torch.full((SAMPLING_BATCH,), 1000.0, device=device)
-            images.append(student.decode(noise - module.adapter.call(module.backbone, noise, time, labels)).cpu())
+            images.append(student.decode(noise - module.family.call(module.backbone, noise, time, labels)).cpu())
         return torch.cat(images)
 
     return lambda: student.generate(num_images=count, batch_size=SAMPLING_BATCH), loop

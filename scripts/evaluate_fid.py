@@ -270,6 +270,6 @@ def read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    from flowdistill.utils.exit import leave
+    from flowdistill.utils.exit import exit_process
 
-    leave(main())
+    exit_process(main())

@@ -22,7 +22,7 @@ from flowdistill.networks.lora import LoraSettings
 from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import _save_student, make_accelerator
-from flowdistill.utils.exit import leave
+from flowdistill.utils.exit import exit_process
 from tests.families import FAMILIES, PROMPTS
 from tests.toy_method import shard
 
@@ -80,4 +80,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    leave(0)
+    exit_process(0)

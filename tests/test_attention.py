@@ -12,7 +12,7 @@ from flowdistill.config import load_config
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
-from flowdistill.teachers.start_states import Prior
+from flowdistill.teachers.start_states import StartStates
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
@@ -176,7 +176,7 @@ def derivatives(teacher, caplog, **settings):
         for p in student.embeddings.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     n, duration = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.6])
-    prior = Prior(n, teacher.encode([0, 1]), None)
+    prior = StartStates(n, teacher.encode([0, 1]), None)
     exact = method._derivative(student, prior, duration)
     assert method._derivative(student, prior, duration).equal(exact)
     lines = [record.message for record in caplog.records if record.name == "flowdistill"]
@@ -247,7 +247,7 @@ def test_other_errors_are_not_taken_for_a_missing_rule():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        method._derivative(broken, Prior(torch.zeros(1, 4, 8, 8), None, None), torch.ones(1))
+        method._derivative(broken, StartStates(torch.zeros(1, 4, 8, 8), None, None), torch.ones(1))
 
 
 def test_the_log_is_the_first_processs(monkeypatch, caplog):

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowdistill.config import EvaluationConfig, OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
-from flowdistill.methods.disback import DisBack, DisBackConfig, Walk
+from flowdistill.methods.disback import DisBack, DisBackConfig, TargetSchedule
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
-from flowdistill.training.snapshots import Nodes
+from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.exit import leave
+from flowdistill.utils.exit import exit_process
 from flowdistill.utils.randomness import Draw
 from tests.test_distribution_matching import SHIFT, SIGMA, TEACHER_MEAN, TEACHER_STD, T, quadrature
 from tests.test_training_processes import BIN, figures, run
@@ -60,7 +60,7 @@ def stepping(trainer, steps):
         trainer.train_step()
         roles = trainer.roles
         copies = [{k: v.clone() for k, v in roles[name].network.state_dict().items()} for name in ("student", "critic")]
-        seen.append((trainer.method.walk.index, *copies))
+        seen.append((trainer.method.targets.index, *copies))
     return seen
 
 
@@ -140,7 +140,7 @@ def test_targets_are_visited_in_reverse_and_end_with_the_teacher(tmp_path):
         trainer.train_step()
         network = host.target.network
         if step >= 5:
-            visited.append(trainer.method.walk.index)
+            visited.append(trainer.method.targets.index)
             if visited[-1]:  # every load takes: the target has the node's weights, all of them (published bug 1)
                 assert same(network.state_dict(), nodes(tmp_path)[visited[-1]])
     assert visited == [2, 2, 1, 1, 0, 0, 0]  # and the last one is not skipped (published bug 2)
@@ -159,8 +159,8 @@ def test_stage_two_starts_with_the_last_nodes_critic_and_no_gradient_toward_it(t
     networks = {name: role.network for name, role in trainer.roles.items()}
     _, metrics = method.host.loss("student", networks, Draw(0, 0, rows=8))
     assert metrics["gradient_size"] > 1e-4
-    method.walk.index = 3
-    method._place(Nodes(tmp_path / "path"))
+    method.targets.index = 3
+    method._place(WeightSnapshots(tmp_path / "path"))
     loss, metrics = method.host.loss("student", networks, Draw(0, 0, rows=8))
     loss.backward()
     assert metrics["gradient_size"] == 0
@@ -278,7 +278,7 @@ def test_learning_rates_and_moments_at_switches(tmp_path):
 
 
 def walked(config, sizes=None, steps=40):
-    walk, targets = Walk(config), []
+    walk, targets = TargetSchedule(config), []
     for step in range(config.degradation_steps, steps):
         walk.moves_on(step)
         targets.append(walk.index)
@@ -396,4 +396,4 @@ def test_two_processes_train_as_one(alone, tmp_path, flags):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave(0)
+    exit_process(0)

@@ -19,7 +19,7 @@ def gaussian(mean, std):
 
 
 def quadrature(order=8):
-    """Nodes (z, n) (order^2,) of two unit normals and their weights: exact for polynomials of low degree."""
+    """WeightSnapshots (z, n) (order^2,) of two unit normals and their weights: exact for polynomials of low degree."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(order)
     z, n = np.meshgrid(nodes, nodes, indexing="ij")
     weight = np.outer(weights, weights) / (2 * math.pi)

@@ -90,7 +90,7 @@ def test_the_trained_teacher_loads_in_stock_diffusers(finished):
     there = pipeline([f"a {TOKEN}"], latents=noise.clone(), num_inference_steps=4, guidance_scale=3.0,
                      output_type="latent").images
     condition = method.student().encode(prompts=[f"a {TOKEN}"])
-    here = method.personal_teacher().sample(noise, condition, 4, guidance_scale=3.0)
+    here = method.concept_teacher().sample(noise, condition, 4, guidance_scale=3.0)
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
 
 
@@ -175,7 +175,7 @@ def test_bad_settings_are_refused_by_name(tmp_path):
     assert "placeholder_token" in problem(tmp_path, placeholder_token="b", instance_prompt="a b")
     assert "initializer_token" in problem(tmp_path, initializer_token="cat")
     assert "method.discriminators" in problem(tmp_path, discriminators=["dino"])
-    assert "method.adapter" in problem(tmp_path, adapter="lora")
+    assert "method.family" in problem(tmp_path, family="lora")
     (tmp_path / "empty").mkdir()
     assert "it is empty" in problem(tmp_path, instance_data_dir=str(tmp_path / "empty"))
     assert "such as" in problem(tmp_path, placeholder_token="my dog", instance_prompt="a my dog")

@@ -17,7 +17,7 @@ from flowdistill.methods.boot import BootConfig
 from flowdistill.methods.msd.method import AdversarialStage, MsdConfig, student_runs
 from flowdistill.methods.msd.student import RoutedStudent
 from flowdistill.methods.score_distillation import Dmd2Config
-from flowdistill.methods.teacher_score_matching import TsmConfig
+from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
 from flowdistill.students import is_student_folder
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.teachers.real_data import RealData
@@ -300,7 +300,7 @@ def test_evaluation_pools_all_students_and_measures_each_part(run, cli, tmp_path
 
 
 def test_smaller_students_share_one_start(source, tmp_path):
-    settings = {"tsm": TsmConfig(student_size=0.5, samples=4, sample_steps=1), "tsm_steps": 2}
+    settings = {"tsm": ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1), "tsm_steps": 2}
     with pytest.raises(UserError, match="the students' shared start, is not complete; train it first"):
         distill(msd(source, tmp_path / "a", student_index=0, **settings))
     assert not (tmp_path / "a").exists()

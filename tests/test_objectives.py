@@ -10,7 +10,7 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
-from flowdistill.teachers.start_states import Prior
+from flowdistill.teachers.start_states import StartStates
 from flowdistill.utils.randomness import Draw
 from tests.tiny import tiny_unet_pipeline
 
@@ -299,7 +299,7 @@ def test_jvp_runs_on_a_real_backbone_and_agrees_with_differences():
     results = {}
     for kind in ("jvp", "finite_difference"):
         method.config.derivative = kind
-        results[kind] = method._derivative(student, Prior(n, condition, None), duration)
+        results[kind] = method._derivative(student, StartStates(n, condition, None), duration)
     assert results["jvp"].abs().max() > 1e-2
     assert torch.allclose(results["jvp"], results["finite_difference"], rtol=0.05, atol=2e-3)
 

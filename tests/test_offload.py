@@ -10,7 +10,7 @@ from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig, Sid, SidConfig
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.teachers import load_teacher
-from flowdistill.teachers.offload import Visitor
+from flowdistill.teachers.offload import OffloadHook
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.training.state import network_tensors
@@ -41,14 +41,14 @@ def recorded(visitor, module, name, moves):
     module.to = lambda device: (moves.append(f"{name} {'home' if visitor.resting else 'out'}"), to(device))[1]
 
 
-class Noted(Visitor):
+class Noted(OffloadHook):
     """A visitor that knows when it is told to rest."""
 
     resting = False
 
-    def rest(self):
+    def offload(self):
         self.resting = True
-        super().rest()
+        super().offload()
         self.resting = False
 
 
@@ -56,20 +56,20 @@ class Noted(Visitor):
 def test_training_is_the_same_and_the_teacher_is_away_for_the_backward_passes(tmp_path, method, monkeypatch):
     plain = trainer_of(tmp_path / "plain", method)
     plain.train()
-    monkeypatch.setattr("flowdistill.teachers.teacher.Visitor", Noted)
-    monkeypatch.setattr("flowdistill.teachers.codec.Visitor", Noted)
+    monkeypatch.setattr("flowdistill.teachers.teacher.OffloadHook", Noted)
+    monkeypatch.setattr("flowdistill.teachers.codec.OffloadHook", Noted)
     trainer, moves = trainer_of(tmp_path / "offload", method, "all"), []
     teacher = trainer.method.teacher
     assert teacher.device == torch.device("cpu") and trainer.method.student().codec is teacher.codec
-    recorded(teacher._visitor, teacher.network, "network", moves)
-    recorded(teacher.codec._visitor, teacher.codec.vae, "codec", moves)
+    recorded(teacher._offload_hook, teacher.network, "network", moves)
+    recorded(teacher.codec._offload_hook, teacher.codec.vae, "codec", moves)
 
     def noted(name):
         return lambda *arguments: moves.append(name)
 
     for name, role in trainer.roles.items():  # hooks run when the backward pass reaches the role's last layer
-        adapter = role.network.velocity.adapter
-        adapter.projections(role.network.velocity.backbone)[1].register_full_backward_hook(noted(f"backward {name}"))
+        family = role.network.velocity.family
+        family.projections(role.network.velocity.backbone)[1].register_full_backward_hook(noted(f"backward {name}"))
     trainer.train()
     for name, role in plain.roles.items():
         other = network_tensors(trainer.roles[name].network)
@@ -87,11 +87,11 @@ def test_training_is_the_same_and_the_teacher_is_away_for_the_backward_passes(tm
 def test_a_visitor_goes_to_its_device_with_its_arguments():
     """On the meta device, which is another one on every machine."""
     layer = nn.Linear(2, 3)
-    visitor = Visitor(layer, "meta")
+    visitor = OffloadHook(layer, "meta")
     assert layer.weight.device.type == "cpu"
     out = layer(torch.zeros(1, 2))
     assert out.device.type == layer.weight.device.type == "meta"
-    visitor.leave()
+    visitor.remove()
     with pytest.raises((RuntimeError, NotImplementedError)):
         layer(torch.zeros(1, 2))  # no hook moves the arguments any more
 
@@ -108,8 +108,8 @@ def test_the_device_of_a_teacher_is_where_it_works():
     assert torch.equal(latents, plain.sample(n, plain.encode([0, 1]), steps=2))
     assert torch.equal(teacher.decode(latents), plain.decode(latents))
     only_codec = load_teacher(tiny_dit_pipeline(), offload="codec", device="cpu")
-    assert only_codec._visitor is None and only_codec.codec._visitor is not None
-    only_codec.rest()
+    assert only_codec._offload_hook is None and only_codec.codec._offload_hook is not None
+    only_codec.release()
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

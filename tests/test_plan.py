@@ -9,7 +9,7 @@ import yaml
 from flowdistill.config import load_config
 from flowdistill.plan import make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
-from flowdistill.plan.meta_teacher import read_architecture, weightless_teacher
+from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
 from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
 from flowdistill.training.run import distill, method_class
@@ -178,7 +178,7 @@ def test_prompts_have_the_shapes_of_encoded_ones(tmp_path, name):
     encoded = load_teacher(pipeline, image_size=family.image_size).encode(prompts=PROMPTS[:2])
     config = load_config(written(tmp_path, pipeline, {"name": "boot"}))
     config.teacher.image_size = family.image_size
-    teacher = weightless_teacher(config.teacher, read_architecture(config.teacher.source))
+    teacher = meta_teacher(config.teacher, read_architecture(config.teacher.source))
     drawn = teacher.draw_condition(Draw(0, 0, rows=2))
     assert drawn.tensors.keys() == encoded.tensors.keys() and len(drawn) == 2
     for key, value in encoded.tensors.items():

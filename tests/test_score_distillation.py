@@ -239,7 +239,7 @@ def test_discriminator_reads_the_middle_of_the_critic(path):
     assert torch.equal(network(x, t, condition), velocity)
     gradients = torch.autograd.grad(logits.sum(), list(network.parameters()), allow_unused=True)
     used = {name for (name, _), g in zip(network.named_parameters(), gradients, strict=True) if g is not None}
-    last = teacher.network.adapter.projections(bare.velocity.backbone)
+    last = teacher.network.family.projections(bare.velocity.backbone)
     names = {id(p): name for name, p in network.named_parameters()}
     assert names[id(last[0].weight)] in used and names[id(last[1].weight)] not in used
 
@@ -259,7 +259,7 @@ def test_critic_learns_to_tell_real_digits_from_samples():
         loss, metrics = method.loss("critic", networks, Draw(0, step, rows=32))
         loss.backward()
         optimizer.step()
-        told.append(metrics["told_apart"].item())
+        told.append(metrics["discriminator_accuracy"].item())
     assert sum(told[-10:]) / 10 > 0.8
 
 

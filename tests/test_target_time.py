@@ -67,7 +67,7 @@ def test_before_training_the_backbone_is_asked_at_the_target_time(family, schedu
     for d in (0.0, 0.3, teacher.t_max):
         duration = torch.full((3,), d, dtype=torch.float64)
         asked = path.coefficients((time - duration).clamp(min=teacher.t_min)).timestep
-        raw = teacher.network.adapter.call(
+        raw = teacher.network.family.call(
             teacher.network.backbone, start * at_prior.input_scale.float().reshape(wide), asked.float(), condition
         )
         expected = start * at_prior.state.float().reshape(wide) + raw * at_prior.output.float().reshape(wide)
@@ -86,7 +86,7 @@ def test_boundary_loss_is_zero_before_training_and_gradients_reach_the_time_chan
     # Not bit for bit: the student's rows share a pass with others, and a larger batch may round differently.
     assert metrics["boundary_error"] < 1e-8 and metrics["bootstrap_error"] > 1e-6
     loss.backward()
-    for module in teacher.network.adapter.time_embeddings(network.velocity.backbone):
+    for module in teacher.network.family.time_embeddings(network.velocity.backbone):
         assert module.linear_2.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in teacher.network.parameters())
 

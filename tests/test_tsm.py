@@ -6,7 +6,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from flowdistill.config import OptimizerConfig, validate
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
-from flowdistill.methods.teacher_score_matching import Tsm, TsmConfig, matching_loss, student_velocity
+from flowdistill.methods.teacher_score_matching import (
+    ScoreMatchingConfig,
+    TeacherScoreMatching,
+    matching_loss,
+    student_velocity,
+)
 from flowdistill.networks.resizing import parameters, reshaped, smaller
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import load_student
@@ -76,7 +81,7 @@ def teacher():
 def tsm(teacher, **settings):
     settings = {"student_shape": {"block_out_channels": (8, 8)}, "samples": 8, "sample_steps": 2} | settings
     torch.manual_seed(0)
-    return Tsm(TsmConfig(**settings, optimizer=OptimizerConfig(lr=3e-3)), teacher)
+    return TeacherScoreMatching(ScoreMatchingConfig(**settings, optimizer=OptimizerConfig(lr=3e-3)), teacher)
 
 
 @pytest.mark.parametrize("data", [None, "digits"])
@@ -136,7 +141,7 @@ def test_starts_that_do_not_fit_are_refused(teacher, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"student_size": 0.5, "student_shape": {"layers_per_block": 1}}])
 def test_the_students_network_is_given_in_one_way(settings):
     with pytest.raises(UserError, match="given by either method.student_size"):
-        validate(TsmConfig(**settings), prefix="method.")
+        validate(ScoreMatchingConfig(**settings), prefix="method.")
 
 
 # --- shapes

@@ -22,7 +22,7 @@ from flowdistill.training import checkpoint
 from flowdistill.training.loop import Trainer
 from flowdistill.training.method import Role
 from flowdistill.training.run import make_accelerator
-from flowdistill.utils.exit import leave
+from flowdistill.utils.exit import exit_process
 
 
 @dataclass
@@ -185,4 +185,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    leave(0)
+    exit_process(0)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from flowdistill import __version__
 from flowdistill.cli.arguments import Parser, at_least, integers, positive
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.exit import leave
+from flowdistill.utils.exit import exit_process
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -32,7 +32,7 @@ PLACE_ERRORS = frozenset(
 def command() -> NoReturn:
     """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
     warnings.formatwarning = _warning
-    leave(main())
+    exit_process(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_encoders import TextEncoders
-from flowdistill.networks.backbones.base import Adapter
+from flowdistill.networks.backbones.base import BackboneFamily
 from flowdistill.utils.errors import UserError
 
 ENCODED_AT_ONCE = 16
@@ -77,15 +77,15 @@ class PromptConditions:
 
     Args:
         text: the text encoders.
-        adapter: of the backbone's family.
+        family: of the backbone's family.
         image_size: (height, width) in pixels, for networks that are told.
         negative: the negative prompt of guidance; None for what the pipeline takes where none is given.
     """
 
     def __init__(
-        self, text: TextEncoders, adapter: Adapter, image_size: tuple[int, int], negative: str | None = None
+        self, text: TextEncoders, family: BackboneFamily, image_size: tuple[int, int], negative: str | None = None
     ) -> None:
-        self.text, self.adapter, self.image_size, self.negative = text, adapter, image_size, negative
+        self.text, self.family, self.image_size, self.negative = text, family, image_size, negative
         self.device = torch.device("cpu")  # where text encoders run
         self.prompts: list[str] | None = None
         self.weights: list[float] = []
@@ -163,10 +163,10 @@ class PromptConditions:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str] | None, negative: bool) -> Condition:
-        one = self.adapter.encode_negative if negative else self.adapter.encode
+        one = self.family.encode_negative if negative else self.family.encode
         with self.text.opened(self.device) as pipeline:
             if prompts is None:
-                parts = [self.adapter.encode_null(pipeline, self.negative, self.image_size)]
+                parts = [self.family.encode_null(pipeline, self.negative, self.image_size)]
             else:
                 parts = [
                     one(pipeline, prompts[start : start + ENCODED_AT_ONCE], self.image_size)

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.logging import quietly
+from flowdistill.utils.logging import quiet_libraries
 
 INDEX = "model_index.json"
 
@@ -62,7 +62,7 @@ class TextEncoders:
             return
         others = {name: None for name, value in self._index.items() if isinstance(value, list) and not is_text(name)}
         try:
-            with quietly():
+            with quiet_libraries():
                 pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **others)
         except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -22,7 +22,7 @@ def fold_scales(student: Student, backbone: nn.Module, k_input: float, k_output:
     if any(hasattr(block, "skip_conv") for block in getattr(backbone, "up_blocks", ())):
         raise UserError("the UNet2DModel has skip blocks that bypass its last layer, which an output scale cannot fold "
                         "into")
-    first, last = student.network.velocity.adapter.projections(backbone)
+    first, last = student.network.velocity.family.projections(backbone)
     first.weight.mul_(k_input)
     last.weight.mul_(k_output)
     last.bias.mul_(k_output)

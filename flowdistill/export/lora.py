@@ -67,7 +67,7 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
     backbone = merged(velocity.backbone)
     layers: dict[nn.Module, None] = {}
     inputs: dict[nn.Module, Tensor] = {}
-    for module in velocity.adapter.time_embeddings(backbone):
+    for module in velocity.family.time_embeddings(backbone):
         module._forward_hooks.clear()
         layers[last_linear(module)] = None
     names = {module: name for name, module in backbone.named_modules() if module in layers}
@@ -77,14 +77,14 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
     condition = student.examples([0])
     assert condition is not None
     noise = torch.zeros(1, *student.shape)
-    VelocityNetwork(backbone, velocity.path, velocity.adapter)(noise, time, condition.to("cpu"))
+    VelocityNetwork(backbone, velocity.path, velocity.family)(noise, time, condition.to("cpu"))
     return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
 
 
 def _use(student: Student, pipeline: str) -> str:
     assert student.prompts is not None
     path, (height, width) = student.network.velocity.path, student.prompts.image_size
-    guided = student.network.velocity.adapter.takes_guidance(student.network.velocity.backbone)
+    guided = student.network.velocity.family.takes_guidance(student.network.velocity.backbone)
     guidance = "guidance_scale=1, " if guided else f"{NO_GUIDANCE[pipeline]}, " if NO_GUIDANCE[pipeline] else ""
     scheduler = SCHEDULERS[path.kind]
     return (

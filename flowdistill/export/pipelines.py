@@ -70,7 +70,7 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     k_input, k_noise, k_output = t * c.input_scale.item(), t * (1 - t * state), -t * output
     if student.prompts is not None:
         pipeline, call = prompt_pipeline(student, backbone, k_input, k_noise, k_output)
-    elif student.network.velocity.adapter.family == "UNet2DModel":
+    elif student.network.velocity.family.backbone_class == "UNet2DModel":
         pipeline = _consistency_pipeline(student, backbone, k_input, k_noise, k_output)
         call = "pipe(batch_size=4, num_inference_steps=1)"
         if student.num_classes is not None:
@@ -90,7 +90,7 @@ def _with_constant_time(student: Student, guidance_scale: float | None) -> nn.Mo
     network = student.network
     scalars = student.scalars(guidance_scale)
     captured: dict[int, torch.Tensor] = {}
-    modules = network.velocity.adapter.constant_embeddings(network.velocity.backbone)
+    modules = network.velocity.family.constant_embeddings(network.velocity.backbone)
     handles = [
         module.register_forward_hook(lambda m, args, out, i=i: captured.__setitem__(i, out[0].clone()))
         for i, module in enumerate(modules)
@@ -105,7 +105,7 @@ def _with_constant_time(student: Student, guidance_scale: float | None) -> nn.Mo
         for handle in handles:
             handle.remove()
     backbone = merged(network.velocity.backbone)
-    for i, module in enumerate(network.velocity.adapter.constant_embeddings(backbone)):
+    for i, module in enumerate(network.velocity.family.constant_embeddings(backbone)):
         module._forward_hooks.clear()  # the hook that adds the extra embedding: it is in the constant now
         layer = last_linear(module)
         layer.weight.zero_()

@@ -10,6 +10,6 @@ METHODS: dict[str, str] = {
     "freeflow": "flowdistill.methods.freeflow:FreeFlow",
     "msd": "flowdistill.methods.msd.method:Msd",
     "sid": "flowdistill.methods.score_distillation:Sid",
-    "tsm": "flowdistill.methods.teacher_score_matching:Tsm",
+    "tsm": "flowdistill.methods.teacher_score_matching:TeacherScoreMatching",
 }
 """Method name -> ``module:Class``, imported only when used; the class has ``Config``, its settings' dataclass."""

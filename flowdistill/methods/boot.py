@@ -28,7 +28,7 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import PixelCodec
-from flowdistill.teachers.start_states import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
 from flowdistill.training.method import SingleStudent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -97,7 +97,7 @@ class Boot(SingleStudent):
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:
         student, t_max = networks["student"], self.teacher.t_max
-        prior = draw_prior(self.teacher, draw)
+        prior = draw_start_states(self.teacher, draw)
         h = self.config.step_size * t_max
         # Of the prediction at s: uniform, not from the noise downwards; float64, as every time (t_max - d) needs it.
         duration = h + (t_max - h) * draw.uniform().double()
@@ -127,7 +127,7 @@ class Boot(SingleStudent):
             loss = loss + self.config.boundary_weight * off
         return loss, metrics
 
-    def _target(self, student: Callable[..., Tensor], prior: Prior, before: Tensor, duration: Tensor) -> Tensor:
+    def _target(self, student: Callable[..., Tensor], prior: StartStates, before: Tensor, duration: Tensor) -> Tensor:
         """V*(d): one step of the teacher's solver from the student's own state after ``before``."""
         t, s = self.teacher.t_max - before, self.teacher.t_max - duration
         shorter = self._velocity(student, prior, before)
@@ -144,7 +144,7 @@ class Boot(SingleStudent):
             slope = (state - (first + second) / 2) / per_sample(t, state)
         return fm.discrete_target(shorter, slope, duration, step)
 
-    def _error(self, velocity: Tensor, goal: Tensor, prior: Prior, duration: Tensor) -> Tensor:
+    def _error(self, velocity: Tensor, goal: Tensor, prior: StartStates, duration: Tensor) -> Tensor:
         """Per sample (B,)."""
         if self.config.form == "velocity" and self.metric is None:
             return (velocity - goal).square().flatten(1).mean(dim=1)
@@ -161,10 +161,10 @@ class Boot(SingleStudent):
 
     # --- passes and draws
 
-    def _velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+    def _velocity(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
         return student(prior.start, at_t_max(self.teacher, prior.start), prior.condition, duration=duration)
 
-    def _teacher_velocity(self, prior: Prior, x: Tensor, t: Tensor) -> Tensor:
+    def _teacher_velocity(self, prior: StartStates, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's guided velocity, through its thresholded estimate of the data when that is asked for."""
         velocity = self.teacher.velocity(x, t, prior.condition, self.config.guidance_scale)
         if self.config.threshold == "none":

@@ -23,7 +23,7 @@ from flowdistill.config import option, validate
 from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation
 from flowdistill.teachers import Teacher
 from flowdistill.training.method import Role
-from flowdistill.training.snapshots import Nodes
+from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -91,7 +91,7 @@ class DisBackConfig:
                 f"well above {first + walk}, or lower method.interval")
 
 
-class Walk:
+class TargetSchedule:
     """Which node is the target, and since when. Every process comes to the same answer.
 
     Attributes:
@@ -150,8 +150,8 @@ class DisBack:
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
         self.host = ScoreDistillation(config.host, teacher, student_network, critic_network, self.name)
-        self.walk = Walk(config)
-        self._node: nn.Module | None = None if self.walk.index == 0 else self._target_network()
+        self.targets = TargetSchedule(config)
+        self._node: nn.Module | None = None if self.targets.index == 0 else self._target_network()
         self._placed = 0  # index of the node that is the host's target now
 
     # --- the two stages
@@ -160,21 +160,21 @@ class DisBack:
         return ("critic",) if step < self.config.degradation_steps else self.host.schedule(step)
 
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
-        path, last = Nodes(folder / PATH), self.config.degradation_steps
+        path, last = WeightSnapshots(folder / PATH), self.config.degradation_steps
         if 0 < step <= last and (step % self.config.degradation_every == 0 or step == last):
             score, like = network_tensors(self.host.score), self._node or self.host.score
             index = -(-step // self.config.degradation_every)
             path.write(index, score, network_tensors(like, self.host.score))
         if step < last:
             return ()
-        switched = self.walk.moves_on(step) or step == last > 0
-        if self._placed != self.walk.index or switched:
+        switched = self.targets.moves_on(step) or step == last > 0
+        if self._placed != self.targets.index or switched:
             self._place(path)
         return ("student", "critic") if switched and self.config.reset_optimizers else ()
 
-    def _place(self, path: Nodes) -> None:
+    def _place(self, path: WeightSnapshots) -> None:
         """Make the walk's node the host's target."""
-        index, scale = self.walk.index, self.config.host.guidance_scale
+        index, scale = self.targets.index, self.config.host.guidance_scale
         share = index / self.config.nodes if self.config.nodes else 0.0
         self.host.guidance_scale = scale - share * (scale - 1) if self.config.node_guidance == "linear" else scale
         if index == 0:  # not a file of it: the teacher itself, to the last bit
@@ -201,26 +201,26 @@ class DisBack:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.host.loss(role, networks, draw)
         if role == "student":
-            self.walk.observe(metrics["gradient_size"])
-            metrics["target"] = torch.full((), float(self.walk.index), device=loss.device)
+            self.targets.observe(metrics["gradient_size"])
+            metrics["target"] = torch.full((), float(self.targets.index), device=loss.device)
         return loss, metrics
 
     def rate(self, role: str, step: int) -> float:
         config = self.config
         if step < config.degradation_steps:
             return (config.degradation_lr or config.host.critic_optimizer.lr) / config.host.critic_optimizer.lr
-        since = step - self.walk.since
+        since = step - self.targets.since
         warming = config.degradation_steps > 0 and since < config.switch_warmup
         return (since + 1) / (config.switch_warmup + 1) if warming else 1.0
 
     # --- what the trainer needs besides
 
     def state_dict(self) -> dict[str, Any]:
-        return self.walk.state_dict()
+        return self.targets.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.walk.load_state_dict(state)
-        if self.walk.index == 0:
+        self.targets.load_state_dict(state)
+        if self.targets.index == 0:
             self._node = None
 
     def roles(self) -> dict[str, Role]:

@@ -30,7 +30,7 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
-from flowdistill.teachers.start_states import Prior, at_t_max, check_guidance, draw_prior
+from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
 from flowdistill.training.method import Role, SingleStudent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -128,7 +128,7 @@ class FreeFlow(SingleStudent):
         local = draw.rows // draw.world
         alone = draw.step < self.config.prediction_only_steps
         predicted = local if alone else round(self.config.prediction_fraction * local)
-        prior = draw_prior(self.teacher, draw, draw.rows, self.scales)
+        prior = draw_start_states(self.teacher, draw, draw.rows, self.scales)
         duration = self._durations(draw)
         duration[predicted:] = self.teacher.t_max
         prediction, correction = slice(0, predicted), slice(predicted, local)
@@ -160,7 +160,7 @@ class FreeFlow(SingleStudent):
         return loss, metrics
 
     @torch.no_grad()
-    def _target(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Callable[[Tensor], Tensor]:
+    def _target(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Callable[[Tensor], Tensor]:
         """Delta_G as a function of the student's own velocity V(n, d), known only after its pass with gradients."""
         t_max, interval, step = self.teacher.t_max, self.config.guidance_interval, self.config.finite_difference_step
         if self.config.derivative == "discrete":
@@ -181,7 +181,7 @@ class FreeFlow(SingleStudent):
         return residual
 
     @torch.no_grad()
-    def _derivative(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+    def _derivative(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
         """dV/dd, start fixed."""
         if self.forward_mode:
             try:
@@ -194,7 +194,7 @@ class FreeFlow(SingleStudent):
         )
 
     @torch.no_grad()
-    def _correction(self, critic: Callable[..., Tensor], prior: Prior, velocity: Tensor, draw: Draw) -> Tensor:
+    def _correction(self, critic: Callable[..., Tensor], prior: StartStates, velocity: Tensor, draw: Draw) -> Tensor:
         """Delta_N at the student's noised one-step samples."""
         sample, count = prior.start - self.teacher.t_max * velocity, len(velocity) * draw.world
         time = self._noise_levels(draw, count, "logit_normal")
@@ -204,7 +204,7 @@ class FreeFlow(SingleStudent):
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         rows = max(1, round(self.config.critic_fraction * draw.rows / draw.world)) * draw.world
-        prior = draw_prior(self.teacher, draw, rows, self.scales)
+        prior = draw_start_states(self.teacher, draw, rows, self.scales)
         with torch.no_grad():
             sample = self._sample(networks["student"], prior)
         time = self._noise_levels(draw, rows, self.config.critic_noising_sampling)
@@ -214,22 +214,22 @@ class FreeFlow(SingleStudent):
 
     # --- passes
 
-    def _average_velocity(self, student: Callable[..., Tensor], prior: Prior, duration: Tensor) -> Tensor:
+    def _average_velocity(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
         time = at_t_max(self.teacher, prior.start)
         return student(prior.start, time, prior.condition, **self._scalars(prior), duration=duration)
 
-    def _sample(self, student: Callable[..., Tensor], prior: Prior) -> Tensor:
+    def _sample(self, student: Callable[..., Tensor], prior: StartStates) -> Tensor:
         """f(n, t_max)."""
         whole = torch.full((len(prior.start),), self.teacher.t_max, device=prior.start.device)
         return prior.start - self.teacher.t_max * self._average_velocity(student, prior, whole)
 
     def _generate(self, student: Callable[..., Tensor], noise: Tensor, condition: Condition | None) -> Tensor:
-        return self._sample(student, Prior(self.teacher.t_max * noise, condition))
+        return self._sample(student, StartStates(self.teacher.t_max * noise, condition))
 
-    def _scalars(self, prior: Prior) -> dict[str, Tensor]:
+    def _scalars(self, prior: StartStates) -> dict[str, Tensor]:
         return {"guidance": prior.guidance} if self.guidance_input and prior.guidance is not None else {}
 
-    def _teacher_velocity(self, x: Tensor, t: Tensor, prior: Prior, interval: list[float]) -> Tensor:
+    def _teacher_velocity(self, x: Tensor, t: Tensor, prior: StartStates, interval: list[float]) -> Tensor:
         with torch.no_grad():
             if prior.guidance is None:
                 return self.teacher.velocity(x, t, prior.condition)

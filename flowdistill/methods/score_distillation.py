@@ -178,7 +178,7 @@ class ScoreDistillation(SingleStudent):
         fake, true = logits.chunk(2)
         told = adversarial.discriminator_loss(fake, true).mean()
         loss = critic_loss(velocity[: len(state)], sample, noise, time, path).mean()
-        metrics = {"told_apart": ((fake < 0).float().mean() + (true > 0).float().mean()).detach() / 2}
+        metrics = {"discriminator_accuracy": ((fake < 0).float().mean() + (true > 0).float().mean()).detach() / 2}
         return loss + self.config.adversarial_critic_weight * told, metrics
 
     def _adversarial_gradient(

@@ -33,7 +33,7 @@ from flowdistill.utils.randomness import Draw
 
 
 @dataclass
-class TsmConfig:
+class ScoreMatchingConfig:
     """Settings of teacher score matching; the paper's values for its steps and learning rate could not be found."""
 
     name: str = "tsm"
@@ -52,13 +52,13 @@ class TsmConfig:
                             "method.student_shape, such as {block_out_channels: [16, 32]}; set one of them")
 
 
-class Tsm(SingleStudent):
+class TeacherScoreMatching(SingleStudent):
     """The method; its student is a generator that starts other methods' students (``teacher.start``)."""
 
     name = "tsm"
-    Config = TsmConfig
+    Config = ScoreMatchingConfig
 
-    def __init__(self, config: TsmConfig, teacher: Teacher, student_network: nn.Module | None = None) -> None:
+    def __init__(self, config: ScoreMatchingConfig, teacher: Teacher, student_network: nn.Module | None = None) -> None:
         """``student_network``: of one's own, called as ``(x, t, condition) -> velocity``."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
@@ -108,8 +108,8 @@ def student_velocity(
     backbone = velocity.backbone
     changes = shape if size is None else smaller(backbone, size)
     assert changes is not None
-    network = VelocityNetwork(reshaped(backbone, changes), teacher.path, velocity.adapter)
-    if velocity.adapter.shape(network.backbone) != velocity.adapter.shape(backbone):
+    network = VelocityNetwork(reshaped(backbone, changes), teacher.path, velocity.family)
+    if velocity.family.shape(network.backbone) != velocity.family.shape(backbone):
         raise UserError(f"method.student_shape {dict(changes)} makes samples of another shape than the teacher's "
-                        f"{velocity.adapter.shape(backbone)}")
+                        f"{velocity.family.shape(backbone)}")
     return network.requires_grad_(True).eval()

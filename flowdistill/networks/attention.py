@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.logging import log_once, quietly
+from flowdistill.utils.logging import log_once, quiet_libraries
 
 CHOICES = ("auto", "sdpa", "xformers", "math")
 PROCESSORS: dict[type, type] = {
@@ -65,7 +65,7 @@ def use_attention(backbone: Any, kernel: str) -> None:
             module.set_processor(swap[kind]())
     if any(_dispatches(module) for module in backbone.modules()):
         # The context keeps diffusers from making it the choice of every other model too.
-        with quietly(), attention_backend("native"):
+        with quiet_libraries(), attention_backend("native"):
             backbone.set_attention_backend("xformers" if fused else "native")
 
 

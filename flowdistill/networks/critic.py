@@ -54,12 +54,12 @@ class Discriminator(nn.Module):
     def __init__(self, critic: ExtendedVelocity) -> None:
         super().__init__()
         self.critic = critic
-        backbone, adapter = critic.velocity.backbone, critic.velocity.adapter
-        channels = adapter.middle_channels(backbone)
+        backbone, family = critic.velocity.backbone, critic.velocity.family
+        channels = family.middle_channels(backbone)
         hidden = nn.Linear(channels, channels)
         self.head = nn.Sequential(nn.LayerNorm(channels), hidden, nn.SiLU(), nn.Linear(channels, 1))
         self._features = _Keep()
-        adapter.middle(backbone).register_forward_hook(self._features)
+        family.middle(backbone).register_forward_hook(self._features)
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition | None = None, logits: bool = False, **scalars: Tensor

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.attention import attention_kernels, only_math
-from flowdistill.networks.backbones import Adapter
+from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.networks.lora import LoraSettings, add_lora
 from flowdistill.paths.native_path import Coefficients, NativePath
 
@@ -44,7 +44,7 @@ class VelocityNetwork(nn.Module):
         self,
         backbone: Any,
         path: NativePath,
-        adapter: Adapter,
+        family: BackboneFamily,
         attention: str = "sdpa",
         lora: LoraSettings | None = None,
     ) -> None:
@@ -52,7 +52,7 @@ class VelocityNetwork(nn.Module):
         self.backbone: Any = backbone if lora is None else add_lora(backbone, lora)
         self.lora = lora
         self.path = path
-        self.adapter = adapter
+        self.family = family
         self.attention = attention
         self._dtype: tuple[torch.dtype, torch.dtype] = (self._first_dtype(), backbone.dtype)
 
@@ -86,14 +86,14 @@ class VelocityNetwork(nn.Module):
         native = x * per_sample(c.input_scale, x)
         native = (native + c.input_shift if c.input_shift else native).to(self.dtype)
         with attention_kernels(self.attention):
-            prediction = self.adapter.call(self.backbone, native, c.timestep.float(), condition)
+            prediction = self.family.call(self.backbone, native, c.timestep.float(), condition)
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 
     def frozen_copy(self, path: NativePath | None = None) -> VelocityNetwork:
         """A second module tree over the very same parameter tensors, for adapters on top of shared weights."""
         tree = copy.deepcopy(self.backbone, {id(p): p for p in self.backbone.parameters()})
-        return VelocityNetwork(tree, path or self.path, self.adapter, self.attention)
+        return VelocityNetwork(tree, path or self.path, self.family, self.attention)
 
     def trainable_copy(self, path: NativePath | None = None, lora: LoraSettings | None = None) -> VelocityNetwork:
         """An independent float32 copy with gradients: trained weights are float32 masters.
@@ -103,11 +103,11 @@ class VelocityNetwork(nn.Module):
         """
         if lora is not None:
             tree = self.frozen_copy().backbone
-            return VelocityNetwork(tree, path or self.path, self.adapter, self.attention, lora).eval()
+            return VelocityNetwork(tree, path or self.path, self.family, self.attention, lora).eval()
         backbone = copy.deepcopy(self.backbone)
         if self.dtype != torch.float32:
             backbone = backbone.float()
-        copied = VelocityNetwork(backbone, path or self.path, self.adapter, attention=self.attention)
+        copied = VelocityNetwork(backbone, path or self.path, self.family, attention=self.attention)
         copied.requires_grad_(True).eval()
         for module in copied.modules():
             if isinstance(module, GaussianFourierProjection):  # its frequencies are drawn once and never trained
@@ -183,10 +183,10 @@ class ExtendedVelocity(nn.Module):
         self.target_time = target_time
         if target_time == "reuse":
             scalars = tuple(name for name in scalars if name != "duration")
-        size = velocity.adapter.embedding_size(velocity.backbone)
+        size = velocity.family.embedding_size(velocity.backbone)
         self.embeddings = nn.ModuleDict({name: ScalarEmbedding(size) for name in scalars})
         self._extra = _AddToTimeEmbedding()
-        for module in velocity.adapter.time_embeddings(velocity.backbone):
+        for module in velocity.family.time_embeddings(velocity.backbone):
             module.register_forward_hook(self._extra)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None, **scalars: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import RunConfig
-from flowdistill.plan.meta_teacher import META, Architecture, read_architecture, weightless_teacher
+from flowdistill.plan.meta_teacher import META, Architecture, meta_teacher, read_architecture
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.precision import resolve_precision
@@ -76,7 +76,7 @@ def make_plan(config: RunConfig) -> Plan:
         UserError: the pipeline's configurations are not here, or the method refuses them.
     """
     architecture = read_architecture(config.teacher.source)
-    teacher = weightless_teacher(config.teacher, architecture)
+    teacher = meta_teacher(config.teacher, architecture)
     precision = resolve_precision(config.train.precision, META)
     torch.manual_seed(config.seed)
     try:

@@ -18,12 +18,12 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
-from flowdistill.networks.backbones import Adapter
+from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import DTYPES, SIDECAR, Parts, assemble
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.logging import quietly
+from flowdistill.utils.logging import quiet_libraries
 
 META = torch.device("meta")
 CLIP_TOKENS = 77
@@ -111,7 +111,7 @@ def _json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON: {error}") from error
 
 
-def weightless_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
+def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
     """The teacher that a run with these settings has, on the meta device; its prompts are tensors of the right shape.
 
     Raises:
@@ -143,7 +143,7 @@ def _on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise UserError(f"a component is a {config.get('_class_name')}, which diffusers does not have")
-    with quietly():
+    with quiet_libraries():
         with META:
             module = kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     module.to(META)  # some buffers come from numpy
@@ -162,7 +162,7 @@ def _scheduler(config: dict[str, Any]) -> Any:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise UserError(f"the scheduler is a {config.get('_class_name')}, which diffusers does not have")
-    with quietly():
+    with quiet_libraries():
         return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
@@ -174,22 +174,22 @@ def _listed(prompts: str | None) -> PromptList:
 
 
 def _texts(
-    pipeline: str, backbone: nn.Module, clip: int, config: TeacherConfig, adapter: Adapter, pixels: tuple[int, int]
+    pipeline: str, backbone: nn.Module, clip: int, config: TeacherConfig, family: BackboneFamily, pixels: tuple[int, int]
 ) -> ShapedPrompts:
-    if pipeline not in adapter.pipelines:
-        raise UserError(f"the pipeline {pipeline} is not supported; supported with a {adapter.family} are "
-                        f"{', '.join(adapter.pipelines)}")
-    shapes = adapter.prompt_shapes(backbone, getattr(diffusers, pipeline), clip)
-    return ShapedPrompts(shapes, adapter, pixels, config.negative_prompt)
+    if pipeline not in family.pipelines:
+        raise UserError(f"the pipeline {pipeline} is not supported; supported with a {family.backbone_class} are "
+                        f"{', '.join(family.pipelines)}")
+    shapes = family.prompt_shapes(backbone, getattr(diffusers, pipeline), clip)
+    return ShapedPrompts(shapes, family, pixels, config.negative_prompt)
 
 
 class ShapedPrompts(PromptConditions):
     """Prompts as zeros of the shapes that their encodings have."""
 
     def __init__(
-        self, shapes: dict[str, tuple[int, ...]], adapter: Adapter, image_size: tuple[int, int], negative: str | None
+        self, shapes: dict[str, tuple[int, ...]], family: BackboneFamily, image_size: tuple[int, int], negative: str | None
     ) -> None:
-        super().__init__(None, adapter, image_size, negative)  # type: ignore[arg-type]  # no text encoder is there
+        super().__init__(None, family, image_size, negative)  # type: ignore[arg-type]  # no text encoder is there
         self.shapes = shapes
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flowdistill.conditioning.prompts import PromptConditions, PromptList
 from flowdistill.conditioning.text_encoders import TextEncoders
-from flowdistill.networks.backbones import ADAPTERS, Adapter, adapter_for
+from flowdistill.networks.backbones import FAMILIES, BackboneFamily, family_of
 from flowdistill.networks.lora import LoraSettings, split
 from flowdistill.networks.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 from flowdistill.paths.native_path import path_from_scheduler
@@ -65,7 +65,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         "kind": student.kind,
         "method": info.method,
         "base_model": info.base_model,
-        "backbone": network.velocity.adapter.family,
+        "backbone": network.velocity.family.backbone_class,
         "path": path.kind,
         "prediction": path.prediction,
         "t_min": path.t_min,
@@ -108,9 +108,9 @@ def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
     }
 
 
-def _load_prompts(folder: Path, adapter: Adapter, text: dict[str, Any]) -> PromptConditions:
+def _load_prompts(folder: Path, family: BackboneFamily, text: dict[str, Any]) -> PromptConditions:
     encoders = TextEncoders(folder / "text", getattr(torch, text["dtype"]))
-    prompts = PromptConditions(encoders, adapter, tuple(text["image_size"]), text["negative"])
+    prompts = PromptConditions(encoders, family, tuple(text["image_size"]), text["negative"])
     if text["prompts"] is not None:
         prompts.use(PromptList(text["prompts"], text["weights"]))
     return prompts
@@ -168,13 +168,13 @@ def _load(folder: Path, resident: int | None) -> Student:
 
         return load_routed(folder, description, resident)
     if kind == PERSONAL and version <= FORMAT:
-        from flowdistill.methods.echodistill.student import load_personal
+        from flowdistill.methods.echodistill.student import load_concept_student
 
-        return load_personal(folder, description)
+        return load_concept_student(folder, description)
     if kind not in KINDS or version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads {', '.join(KINDS)} "
                         f"students up to format {FORMAT}")
-    if description["backbone"] not in ADAPTERS:
+    if description["backbone"] not in FAMILIES:
         raise UserError(f"{folder} has the backbone {description['backbone']}, which is not supported")
     backbone_class = getattr(diffusers, description["backbone"])
     try:
@@ -189,12 +189,12 @@ def _load(folder: Path, resident: int | None) -> Student:
     native = path_from_scheduler(scheduler)
     if description["t_max"] < native.t_max:
         native = native.with_t_max(description["t_max"])
-    adapter = adapter_for(backbone)
+    family = family_of(backbone)
     wiring = description.get("target_time", "separate")
     if wiring not in TARGET_TIMES:
         raise UserError(f"{folder / SIDECAR} has target_time '{wiring}'; this version knows {', '.join(TARGET_TIMES)}")
     lora = None if description.get("lora") is None else LoraSettings(**description["lora"])
-    velocity = VelocityNetwork(backbone, native, adapter, lora=lora)
+    velocity = VelocityNetwork(backbone, native, family, lora=lora)
     network = ExtendedVelocity(velocity, tuple(description["scalars"]), wiring)
     for name, parameter in network.named_parameters():  # in the types on the disk: a frozen base may be bfloat16
         if name in weights:
@@ -213,11 +213,11 @@ def _load(folder: Path, resident: int | None) -> Student:
         guidance_scale=description["guidance_scale"],
         settings=description["settings"],
     )
-    classes = adapter.labels(backbone, description["null_label"])
+    classes = family.labels(backbone, description["null_label"])
     if classes is not None and description.get("labels") is not None:
         classes = classes.restricted(description["labels"])
     text = description.get("text")
-    prompts = None if text is None else _load_prompts(folder, adapter, text)
+    prompts = None if text is None else _load_prompts(folder, family, text)
     t_start = description.get("t_start", native.t_max)  # older flow maps do not say it
     student = KINDS[kind](network, tuple(description["shape"]), t_start, codec, classes, info, scheduler, prompts)
     return student.requires_grad_(False).eval()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.teachers.offload import Visitor
+from flowdistill.teachers.offload import OffloadHook
 
 AT_ONCE = 4 * 1024**2  # pixels of one pass through an autoencoder
 WHOLE = 2048**2  # pixels of an image that still fits in one
@@ -57,18 +57,18 @@ class VaeCodec(nn.Module):
             given = torch.tensor(otherwise if None in each else values, dtype=torch.float32)
             self.register_buffer(name, given.reshape(1, -1, 1, 1), persistent=False)
 
-        self._visitor: Visitor | None = None
+        self._offload_hook: OffloadHook | None = None
 
-    def visit(self, device: torch.device | str) -> None:
+    def offload_to(self, device: torch.device | str) -> None:
         """Keep the autoencoder on the CPU between calls, which run on ``device``."""
-        if self._visitor is not None:
-            self._visitor.leave()
-        self._visitor = Visitor(self.vae, device)
+        if self._offload_hook is not None:
+            self._offload_hook.remove()
+        self._offload_hook = OffloadHook(self.vae, device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def _rest(self) -> None:
-        if self._visitor is not None:
-            self._visitor.rest()
+    def _release(self) -> None:
+        if self._offload_hook is not None:
+            self._offload_hook.offload()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class VaeCodec(nn.Module):
             self.vae.enable_tiling()
         rows = max(1, AT_ONCE // pixels)
         parts = [self.pixels(latents[start : start + rows]) for start in range(0, len(latents), rows)]
-        self._rest()
+        self._release()
         return torch.cat(parts).clamp(0, 1)
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class VaeCodec(nn.Module):
             self.vae.enable_tiling()
         rows = max(1, AT_ONCE // pixels)
         latents = torch.cat([self._encode(images[start : start + rows]) for start in range(0, len(images), rows)])
-        self._rest()
+        self._release()
         return latents
 
     def _encode(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.networks.attention import choose_attention
-from flowdistill.networks.backbones import Adapter, adapter_for
+from flowdistill.networks.backbones import BackboneFamily, family_of
 from flowdistill.networks.lora import merged
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import NativePath, path_from_scheduler
@@ -25,7 +25,7 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.logging import quietly
+from flowdistill.utils.logging import quiet_libraries
 
 SIDECAR = "flowdistill.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -83,8 +83,8 @@ def load_teacher(
         folder = _folder_of(name)
         pipeline, scheduler, recorded = _load_pipeline(name, folder, weights)
 
-    def texts(adapter: Adapter, pixels: tuple[int, int]) -> PromptConditions:
-        return _prompts(pipeline, folder, adapter, pixels, negative_prompt, weights)
+    def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
+        return _prompts(pipeline, folder, family, pixels, negative_prompt, weights)
 
     null_label = recorded.get("null_label") if null_label is None else null_label
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
@@ -102,12 +102,12 @@ def load_teacher(
 
 
 class Parts(NamedTuple):
-    """What a teacher is made of; ``texts(adapter, (height, width))`` makes the prompts' side where there is one."""
+    """What a teacher is made of; ``texts(family, (height, width))`` makes the prompts' side where there is one."""
 
     backbone: nn.Module
     codec: PixelCodec | VaeCodec
     scheduler: Any
-    texts: Callable[[Adapter, tuple[int, int]], PromptConditions]
+    texts: Callable[[BackboneFamily, tuple[int, int]], PromptConditions]
 
 
 def assemble(
@@ -124,22 +124,22 @@ def assemble(
 ) -> Teacher:
     """The teacher of a pipeline's parts, which stay where they are; see :func:`load_teacher`."""
     backbone, codec, scheduler, make_texts = parts
-    adapter = adapter_for(backbone)
+    family = family_of(backbone)
     path = path_from_scheduler(scheduler)
     if t_max is not None:
         path = path.with_t_max(t_max)
-    _check_agreement(backbone, adapter, scheduler, path, codec)
+    _check_agreement(backbone, family, scheduler, path, codec)
     backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
-    kernel = choose_attention(attention, backbone, adapter.masked, torch.device(device or "cpu"))
-    network = VelocityNetwork(backbone, path, adapter, attention=kernel)
-    classes = adapter.labels(backbone, null_label)
-    shape, texts = adapter.shape(backbone), None
-    if adapter.pipelines:
+    kernel = choose_attention(attention, backbone, family.masked, torch.device(device or "cpu"))
+    network = VelocityNetwork(backbone, path, family, attention=kernel)
+    classes = family.labels(backbone, null_label)
+    shape, texts = family.shape(backbone), None
+    if family.pipelines:
         shape = _resized(shape, codec, image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
-        texts = make_texts(adapter, pixels)
+        texts = make_texts(family, pixels)
         if path.kind == "flow":
-            path = path.with_grid(lambda steps: _own_times(adapter, scheduler, steps, shape))
+            path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
     elif prompts is not None or negative_prompt is not None or image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
@@ -153,17 +153,17 @@ def assemble(
 def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:
     from flowdistill.students import load_student
 
-    student, adapter = load_student(source), teacher.network.adapter
+    student, family = load_student(source), teacher.network.family
     network = student.network
     velocity = getattr(network, "velocity", None)
     if velocity is None or len(network.embeddings) or network.target_time != "separate":
         raise UserError(f"teacher.start {source} is a {student.kind} with conditions of its own, which is no network "
                         "of one time; give a generator, such as tsm and score distillation make")
-    if velocity.adapter is not adapter or student.shape != teacher.shape or student.num_classes != teacher.num_classes:
-        raise UserError(f"teacher.start {source} is a {velocity.adapter.family} for samples of {student.shape} and "
-                        f"{student.num_classes} classes; the teacher is a {adapter.family} for {teacher.shape} and "
+    if velocity.family is not family or student.shape != teacher.shape or student.num_classes != teacher.num_classes:
+        raise UserError(f"teacher.start {source} is a {velocity.family.backbone_class} for samples of {student.shape} and "
+                        f"{student.num_classes} classes; the teacher is a {family.backbone_class} for {teacher.shape} and "
                         f"{teacher.num_classes}")
-    return velocity if velocity.lora is None else VelocityNetwork(merged(velocity.backbone), velocity.path, adapter)
+    return velocity if velocity.lora is None else VelocityNetwork(merged(velocity.backbone), velocity.path, family)
 
 
 def _equal(prompts: Sequence[str]) -> PromptList:
@@ -184,27 +184,27 @@ def _resized(
 def _prompts(
     pipeline: DiffusionPipeline,
     folder: Path | None,
-    adapter: Adapter,
+    family: BackboneFamily,
     image_size: tuple[int, int],
     negative: str | None,
     dtype: torch.dtype,
 ) -> PromptConditions:
     kind = type(pipeline).__name__
-    if kind not in adapter.pipelines:
-        raise UserError(f"the pipeline {kind} is not supported; supported with a {adapter.family} are "
-                        f"{', '.join(adapter.pipelines)}")
+    if kind not in family.pipelines:
+        raise UserError(f"the pipeline {kind} is not supported; supported with a {family.backbone_class} are "
+                        f"{', '.join(family.pipelines)}")
     text = TextEncoders(folder or pipeline, dtype)
     if not text.components:
         raise UserError(f"the pipeline {kind} has no text encoder, so no prompt can be encoded")
-    return PromptConditions(text, adapter, image_size, negative)
+    return PromptConditions(text, family, image_size, negative)
 
 
-def _own_times(adapter: Adapter, scheduler: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _own_times(family: BackboneFamily, scheduler: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The times (steps,) at which the family's pipeline asks its network."""
     if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=float(scheduler.config.get("flow_shift") or 1.0))
     scheduler = type(scheduler).from_config(scheduler.config)
-    adapter.set_timesteps(scheduler, steps, shape)
+    family.set_timesteps(scheduler, steps, shape)
     return scheduler.sigmas[:steps].double().cpu()
 
 
@@ -249,7 +249,7 @@ def _load_pipeline(
     absent = {name: None for name, value in index.items()
               if isinstance(value, list) and (is_text(name) or name in UNUSED)}
     try:
-        with quietly():
+        with quiet_libraries():
             # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
             pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, scheduler=scheduler, **absent)
     except LOADING_ERRORS as error:
@@ -304,12 +304,12 @@ def _codec(pipeline: Any) -> PixelCodec | VaeCodec:
 
 
 def _check_agreement(
-    backbone: Any, adapter: Adapter, scheduler: Any, path: NativePath, codec: PixelCodec | VaeCodec
+    backbone: Any, family: BackboneFamily, scheduler: Any, path: NativePath, codec: PixelCodec | VaeCodec
 ) -> None:
     """Contradictions that the configs alone show; the rest is :meth:`Teacher.disagreement`'s business."""
-    channels = adapter.shape(backbone)[0]
+    channels = family.shape(backbone)[0]
     learned = str(scheduler.config.get("variance_type") or "").startswith("learned")
-    if learned and not adapter.learned_variance_channels(backbone):
+    if learned and not family.learned_variance_channels(backbone):
         raise UserError(f"the scheduler has variance_type '{scheduler.config.variance_type}', but the network "
                         f"returns no variance channels ({channels} in, {channels} out); scheduler and network disagree")
     if isinstance(codec, VaeCodec) and codec.channels != channels:

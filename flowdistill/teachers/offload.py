@@ -15,20 +15,20 @@ PARTS = ("none", "codec", "all")
 """What rests on the CPU: nothing, the autoencoder, or the teacher's network as well."""
 
 
-class Visitor:
+class OffloadHook:
     """A module on the CPU that moves to ``device`` when its forward pass (of autoencoders: encode, decode) begins.
 
-    It stays there, so that calls in a row move it once, until :meth:`rest`.
+    It stays there, so that calls in a row move it once, until :meth:`offload`.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str) -> None:
         module.to("cpu")
         _, self.hook = cpu_offload_with_hook(module, torch.device(device))
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         self.hook.offload()
 
-    def leave(self) -> None:
+    def remove(self) -> None:
         """Make the module an ordinary one again."""
         self.hook.remove()
 

@@ -14,26 +14,26 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
 
-class Prior(NamedTuple):
+class StartStates(NamedTuple):
     """Start states t_max n (B, *shape), their conditions, and guidance scales (B,); None where there are none."""
 
     start: Tensor
     condition: Condition | None
     guidance: Tensor | None = None
 
-    def rows(self, part: slice) -> Prior:
+    def rows(self, part: slice) -> StartStates:
         condition = None if self.condition is None else self.condition[part]
-        return Prior(self.start[part], condition, None if self.guidance is None else self.guidance[part])
+        return StartStates(self.start[part], condition, None if self.guidance is None else self.guidance[part])
 
-    def twice(self) -> Prior:
+    def twice(self) -> StartStates:
         condition = None if self.condition is None else Condition.cat([self.condition, self.condition])
         guidance = None if self.guidance is None else torch.cat([self.guidance, self.guidance])
-        return Prior(torch.cat([self.start, self.start]), condition, guidance)
+        return StartStates(torch.cat([self.start, self.start]), condition, guidance)
 
 
-def draw_prior(
+def draw_start_states(
     teacher: Teacher, draw: Draw, rows: int | None = None, guidance: tuple[float, float] | None = None
-) -> Prior:
+) -> StartStates:
     """``rows`` (over all processes; all of the micro-batch by default) of the prior.
 
     Args:
@@ -41,7 +41,7 @@ def draw_prior(
     """
     start = teacher.t_max * draw.normal(teacher.shape, rows=rows)
     condition = teacher.draw_condition(draw, rows)
-    return Prior(start, condition, None if guidance is None else draw.uniform(*guidance, rows=rows))
+    return StartStates(start, condition, None if guidance is None else draw.uniform(*guidance, rows=rows))
 
 
 def check_guidance(teacher: Teacher, settings: Mapping[str, float]) -> None:

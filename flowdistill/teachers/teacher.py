@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.prompts import PromptConditions, encode
-from flowdistill.networks.backbones import Adapter
+from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.networks.velocity import per_sample
 from flowdistill.paths.native_path import NativePath
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
-from flowdistill.teachers.offload import Visitor
+from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.solvers import integrate
 from flowdistill.utils.errors import UserError
 
@@ -59,7 +59,7 @@ class Teacher:
         self.prompts = prompts
         self.offload = "none"
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
-        self._visitor: Visitor | None = None
+        self._offload_hook: OffloadHook | None = None
 
     @property
     def t_min(self) -> float:
@@ -79,36 +79,36 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        if self._visitor is not None:
+        if self._offload_hook is not None:
             return self._anchor.device
         return next((p.device for p in self.network.parameters()), self._anchor.device)
 
     def to(self, device: torch.device | str) -> Teacher:
         """Move to ``device``; what :attr:`offload` names goes there by itself when it is called."""
         self._anchor = self._anchor.to(device)
-        if self._visitor is not None:
-            self._visitor.leave()
-            self._visitor = None
+        if self._offload_hook is not None:
+            self._offload_hook.remove()
+            self._offload_hook = None
         if self.offload == "all":
-            self._visitor = Visitor(self.network, device)
+            self._offload_hook = OffloadHook(self.network, device)
         else:
             self.network.to(device)
         if isinstance(self.codec, VaeCodec) and self.offload != "none":
-            self.codec.visit(device)
+            self.codec.offload_to(device)
         else:
             self.codec.to(device)
         return self
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Free the device of a network that only visits it; nothing may want a gradient through it any more."""
-        if self._visitor is not None:
-            self._visitor.rest()
+        if self._offload_hook is not None:
+            self._offload_hook.offload()
 
     @property
     def takes_guidance(self) -> bool:
         """Whether the guidance scale is an input of the network: guidance then costs no second pass."""
-        adapter = getattr(self.network, "adapter", None)
-        return adapter is not None and adapter.takes_guidance(self.network.backbone)
+        family = getattr(self.network, "family", None)
+        return family is not None and family.takes_guidance(self.network.backbone)
 
     @property
     def can_guide(self) -> bool:
@@ -206,7 +206,7 @@ class Teacher:
             return self.network(x, times, condition.replace(guidance=scale))
         both = Condition.cat([condition, self.null(condition)])
         conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-        guide = self.network.adapter.guide if hasattr(self.network, "adapter") else Adapter.guide
+        guide = self.network.family.guide if hasattr(self.network, "family") else BackboneFamily.guide
         return guide(conditional, null, per_sample(scale, x))
 
     def denoise(

@@ -100,8 +100,8 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
     loss = method.loss(name, networks, draw)
-    if (rest := getattr(method.teacher, "rest", None)) is not None:
-        rest()
+    if (release := getattr(method.teacher, "release", None)) is not None:
+        release()
     return loss
 
 

@@ -15,7 +15,7 @@ from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.processes import Processes
 
 
-class Nodes:
+class WeightSnapshots:
     """Files ``node-000.safetensors``, ``node-001.safetensors``, ... in a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process with this exit code, as ``sys.exit`` does, but safely where gloo connects several processes.
 
     gloo's threads race with the interpreter's end: whether the group is closed first or left open, some processes abort

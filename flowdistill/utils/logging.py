@@ -15,7 +15,7 @@ _log = python_logging.getLogger("flowdistill")
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without the bars of diffusers and transformers over a few files, their remarks on parts left out on purpose and
     on new words, and the warning of torch_dtype, the name every version knows."""
     both = logging, transformers_logging

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowdistill.config import option
 from flowdistill.methods.echodistill.judge import Judge
-from flowdistill.training.snapshots import Nodes
+from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.images import save_grid
@@ -111,7 +111,7 @@ class EchoStage:
 
     def _open(self, number: int, folder: Path) -> None:
         """Measure, remember the weights, make the student's pictures and keep the best."""
-        Nodes(folder / FOLDER).write(number, self.tensors(), self.tensors())
+        WeightSnapshots(folder / FOLDER).write(number, self.tensors(), self.tensors())
 
         def make() -> dict[str, Any]:
             before = self.measure()
@@ -154,7 +154,7 @@ class EchoStage:
         limit = self.config.tolerance
         fell = [name for name in after if limit is not None and after[name]["score"] < before[name]["score"] - limit]
         if fell:
-            Nodes(folder / FOLDER).read_into(number, self.tensors())
+            WeightSnapshots(folder / FOLDER).read_into(number, self.tensors())
         self.history = [*self.history[:number], entry | {"after": after, "taken_back_for": fell}]
         self._report(folder)
         return bool(fell)

@@ -31,10 +31,10 @@ from flowdistill.methods.echodistill.compatibility import check_pair
 from flowdistill.methods.echodistill.concept import Concept, KeptPrompts
 from flowdistill.methods.echodistill.echo import EchoStage
 from flowdistill.methods.echodistill.judge import Judge
-from flowdistill.methods.echodistill.networks import DiscriminatorHeads, PersonalTeacher
+from flowdistill.methods.echodistill.networks import ConceptTeacher, DiscriminatorHeads
 from flowdistill.methods.echodistill.output import publish
 from flowdistill.methods.echodistill.settings import EchoDistillConfig
-from flowdistill.methods.echodistill.student import PersonalStudent, one_step_time
+from flowdistill.methods.echodistill.student import ConceptStudent, one_step_time
 from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
 from flowdistill.networks.critic import critic_loss
 from flowdistill.networks.velocity import ExtendedVelocity
@@ -86,10 +86,10 @@ class EchoDistill:
         self.critics = [eyes[name] for name in config.discriminators]
         null_ids = self.word.ids([teacher.prompts.negative or ""])
         self.align = AlignmentTerms(config, teacher, eyes[config.identity], null_ids)
-        guide = PersonalTeacher(adapted(teacher.network, config.adapter, config.rank), self.word)
+        guide = ConceptTeacher(adapted(teacher.network, config.adapter, config.rank), self.word)
         network = ExtendedVelocity(adapted(self.source.network, config.adapter, config.rank))
         info = StudentInfo(self.name, config.student, settings={"teacher": teacher.source})
-        self._student = PersonalStudent.around(network, self.source, start, info)
+        self._student = ConceptStudent.around(network, self.source, start, info)
         self._student.prompts = TokenPrompts(self.word, teacher.prompts)
         shown = config.validation_prompts or [config.instance_prompt]
         self._student.prompts.use(PromptList(shown, [1 / len(shown)] * len(shown)))
@@ -166,7 +166,7 @@ class EchoDistill:
             seen = [eye(pictures).pooled for eye in self.critics]
         fake, true = networks["discriminator"](seen).chunk(2)
         told = ((fake < 0).float().mean() + (true > 0).float().mean()) / 2
-        return 0.5 * adversarial.discriminator_loss(fake, true).sum(1).mean(), {"told_apart": told.detach()}
+        return 0.5 * adversarial.discriminator_loss(fake, true).sum(1).mean(), {"discriminator_accuracy": told.detach()}
 
     def _make(self, networks: Networks, noise: Tensor, embeds: Tensor) -> Tensor:
         condition = Condition({"prompt_embeds": embeds})
@@ -210,7 +210,7 @@ class EchoDistill:
                 made = self._student(noise, self._student.encode(prompts=some))
             else:
                 scale = self.config.teacher_guidance_scale
-                made = self.personal_teacher().sample(
+                made = self.concept_teacher().sample(
                     noise, self._student.encode(prompts=some), steps or self.config.teacher_steps, guidance_scale=scale
                 )
             latents.append(made.cpu())
@@ -218,7 +218,7 @@ class EchoDistill:
         parts = [self.teacher.decode(part.to(self.teacher.device)).cpu() for part in joined.split(AT_ONCE)]
         return joined, torch.cat(parts)
 
-    def personal_teacher(self) -> Teacher:
+    def concept_teacher(self) -> Teacher:
         """The teacher with its adaptation as it stands."""
         teacher = copy.copy(self.teacher)
         teacher.network = self._roles["teacher"].network.velocity

@@ -14,7 +14,7 @@ from flowdistill.networks.velocity import VelocityNetwork
 HIDDEN = 512
 
 
-class PersonalTeacher(nn.Module):
+class ConceptTeacher(nn.Module):
     """An adapted velocity and the text encoder with the new word: what the reconstruction loss trains together.
 
     ``forward(x, t, ids)`` encodes the ids (B, L) and gives the velocity; with ``embeds`` they are not encoded again;

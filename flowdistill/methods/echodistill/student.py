@@ -28,7 +28,7 @@ from flowdistill.teachers.loading import LOADING_ERRORS, SIDECAR, check_weights,
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder
-from flowdistill.utils.logging import quietly
+from flowdistill.utils.logging import quiet_libraries
 
 EMBEDDINGS = "learned_embeds.safetensors"
 
@@ -39,7 +39,7 @@ def one_step_time(source: Teacher) -> float:
     return source.t_max if sigma is None or source.path.kind != "vp" else sigma / (1 + sigma)
 
 
-class PersonalStudent(Student):
+class ConceptStudent(Student):
     """A :class:`Generator` around an adapted network, with the prompts of a :class:`TokenEncoder`, while it trains."""
 
     kind = PERSONAL
@@ -57,13 +57,13 @@ class PersonalStudent(Student):
         return generated(self.network, noise, self.t_start, condition)
 
     def save(self, folder: Any) -> None:
-        """Write the two files and what :func:`load_personal` needs, replacing ``folder`` in one move."""
+        """Write the two files and what :func:`load_concept_student` needs, replacing ``folder`` in one move."""
         description = {
             "format": 1,
             "kind": PERSONAL,
             "method": self.info.method,
             "base_model": self.info.base_model,
-            "backbone": self.network.velocity.adapter.family,
+            "backbone": self.network.velocity.family.backbone_class,
             "token": self.prompts.encoder.token,
             "initializer": self.prompts.encoder.initializer,
             "image_size": list(self.prompts.image_size),
@@ -95,7 +95,7 @@ def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.fl
         raise UserError(f"{folder} holds changes to the model {base}, which is not there; run this where it is")
     check_weights(folder)
     try:
-        with quietly():
+        with quiet_libraries():
             pipeline = DiffusionPipeline.from_pretrained(
                 base, torch_dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
@@ -114,8 +114,8 @@ def one_step_pipeline(pipeline: Any) -> Any:
     return pipeline
 
 
-def load_personal(folder: Path, description: dict[str, Any]) -> Generator:
-    """The student of a folder that :class:`PersonalStudent` has written: its LoRA becomes part of the weights."""
+def load_concept_student(folder: Path, description: dict[str, Any]) -> Generator:
+    """The student of a folder that :class:`ConceptStudent` has written: its LoRA becomes part of the weights."""
     pipeline = load_adapted_pipeline(description["base_model"], folder)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

@@ -95,7 +95,7 @@ class TokenPrompts(PromptConditions):
     """Prompts encoded by a :class:`TokenEncoder` as it stands now: nothing is kept, for its word still changes."""
 
     def __init__(self, encoder: TokenEncoder, like: PromptConditions) -> None:
-        super().__init__(like.text, like.adapter, like.image_size, like.negative)
+        super().__init__(like.text, like.family, like.image_size, like.negative)
         self.encoder = encoder
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 from flowdistill.config import MISSING, RunConfig, method_config_class, option
 from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, split_classes
 from flowdistill.methods.score_distillation import HostConfig
-from flowdistill.methods.teacher_score_matching import TsmConfig
+from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import mixed_seed
@@ -57,7 +57,7 @@ class MsdConfig:
     partition_seed: int = option(0, "of random and of balanced_kmeans", at_least=0)
     student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; "
                                              "-1: only the shared start (tsm); null: all, in turn", at_least=-1)
-    tsm: TsmConfig | None = option(None, "students of another shape, and how they learn to be denoisers first; null: "
+    tsm: ScoreMatchingConfig | None = option(None, "students of another shape, and how they learn to be denoisers first; null: "
                                          "they start as the teacher")
     tsm_steps: int = option(1000, "steps of teacher score matching; 0: such students start at random", at_least=0)
     adversarial: AdversarialStage = option(AdversarialStage, "what follows the host's run")

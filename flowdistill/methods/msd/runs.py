@@ -13,7 +13,7 @@ from flowdistill.config import RunConfig
 from flowdistill.methods.msd.method import make_partition, prompts_file, student_runs, tsm_run
 from flowdistill.methods.msd.partition import Partition
 from flowdistill.methods.msd.student import write_manifest
-from flowdistill.methods.teacher_score_matching import Tsm
+from flowdistill.methods.teacher_score_matching import TeacherScoreMatching
 from flowdistill.students import is_student_folder, load_student
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.run import (
@@ -99,7 +99,7 @@ def is_complete(run: RunConfig) -> bool:
         return False
     found = checkpoints(folder / "checkpoints")
     if not found:
-        return run.method.name == Tsm.name
+        return run.method.name == TeacherScoreMatching.name
     return found[-1][0] >= run.train.steps and (folder / FINAL).is_file()
 
 
@@ -139,7 +139,7 @@ def _save_untrained(run: RunConfig) -> None:
 
     teacher = load_teacher(**dataclasses.asdict(run.teacher))
     torch.manual_seed(run.seed)
-    student = Tsm(run.method, teacher).student()
+    student = TeacherScoreMatching(run.method, teacher).student()
     folder = Path(run.output_dir)
 
     def save() -> None:

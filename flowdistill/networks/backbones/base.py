@@ -18,17 +18,17 @@ Backbone = Any
 """A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
 
 
-class Adapter(ABC):
+class BackboneFamily(ABC):
     """How to call a backbone and where its time embedding is made. Nothing per schedule.
 
     Attributes:
-        family: class name of the backbone in diffusers.
+        backbone_class: class name of the backbone in diffusers.
         pipelines: class names of the text-to-image pipelines whose prompts :meth:`encode` encodes; empty for families
             without prompts.
         masked: whether its attention gets a mask over the prompt's tokens.
     """
 
-    family: str
+    backbone_class: str
     pipelines: tuple[str, ...] = ()
     masked: bool = False
 
@@ -40,7 +40,7 @@ class Adapter(ABC):
         """(C, H, W) of one sample."""
         size = network.config.sample_size
         if size is None:
-            raise UserError(f"the {self.family}'s config has no sample_size, so the image size is unknown; set it in "
+            raise UserError(f"the {self.backbone_class}'s config has no sample_size, so the image size is unknown; set it in "
                             "its config.json")
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
@@ -52,7 +52,7 @@ class Adapter(ABC):
             UserError: a null label for such a network, or a variant of the network that is not supported.
         """
         if null_label is not None:
-            raise UserError(f"teacher.null_label is {null_label}, but a {self.family} takes no class labels")
+            raise UserError(f"teacher.null_label is {null_label}, but a {self.backbone_class} takes no class labels")
         return None
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Adapter(ABC):
         """
         block = getattr(network, "mid_block", None)
         if block is None:
-            raise UserError(f"the {self.family} has no middle block, whose features the adversarial term reads; set "
+            raise UserError(f"the {self.backbone_class} has no middle block, whose features the adversarial term reads; set "
                             "method.adversarial_weight to 0")
         return block
 

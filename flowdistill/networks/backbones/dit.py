@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily
 from flowdistill.utils.errors import UserError
 
 
-class DiTAdapter(Adapter):
-    family = "DiTTransformer2DModel"
+class DiTFamily(BackboneFamily):
+    backbone_class = "DiTTransformer2DModel"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         if condition is None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.backbones.base import (
-    Adapter,
     Backbone,
+    BackboneFamily,
     guidance_of,
     longest_prompt,
     packed,
@@ -23,12 +23,12 @@ from flowdistill.networks.backbones.base import (
 DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of its own
 
 
-class FluxAdapter(Adapter):
-    family = "FluxTransformer2DModel"
+class FluxFamily(BackboneFamily):
+    backbone_class = "FluxTransformer2DModel"
     pipelines = ("FluxPipeline",)
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         height, width = x.shape[2] // 2, x.shape[3] // 2
         places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
         places[..., 1] = torch.arange(height, device=x.device)[:, None]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
 
 
-class Lumina2Adapter(Adapter):
-    family = "Lumina2Transformer2DModel"
+class Lumina2Family(BackboneFamily):
+    backbone_class = "Lumina2Transformer2DModel"
     pipelines = ("Lumina2Pipeline",)
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         # The network's time and velocity point the other way.
         return -network(x, timestep=1 - timestep / 1000, encoder_hidden_states=given["prompt_embeds"],
                         encoder_attention_mask=given["attention_mask"], return_dict=False)[0]

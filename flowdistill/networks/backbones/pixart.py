@@ -9,16 +9,16 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, tensors
 
 
-class PixArtAdapter(Adapter):
-    family = "PixArtTransformer2DModel"
+class PixArtFamily(BackboneFamily):
+    backbone_class = "PixArtTransformer2DModel"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if network.use_additional_conditions:
             size = given["image_size"]

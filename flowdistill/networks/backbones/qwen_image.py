@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.networks.backbones.base import (
-    Adapter,
     Backbone,
+    BackboneFamily,
     longest_prompt,
     packed,
     set_shifted,
@@ -23,13 +23,13 @@ from flowdistill.utils.errors import UserError
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
 
-class QwenImageAdapter(Adapter):
-    family = "QwenImageTransformer2DModel"
+class QwenImageFamily(BackboneFamily):
+    backbone_class = "QwenImageTransformer2DModel"
     pipelines = ("QwenImagePipeline",)
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         tokens = network(
             packed(x),
             timestep=timestep / 1000,

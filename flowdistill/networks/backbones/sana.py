@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, tensors
 from flowdistill.utils.errors import UserError
 
 
-class SanaAdapter(Adapter):
-    family = "SanaTransformer2DModel"
+class SanaFamily(BackboneFamily):
+    backbone_class = "SanaTransformer2DModel"
     pipelines = ("SanaPipeline",)
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         out = network(x, encoder_hidden_states=given["prompt_embeds"], encoder_attention_mask=given["attention_mask"],
                       timestep=timestep * network.config.timestep_scale, return_dict=False)[0]
         return out[:, : x.shape[1]]

@@ -9,16 +9,16 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, guidance_of, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, guidance_of, tensors
 from flowdistill.utils.errors import UserError
 
 
-class StableDiffusionAdapter(Adapter):
-    family = "UNet2DConditionModel"
+class StableDiffusionFamily(BackboneFamily):
+    backbone_class = "UNet2DConditionModel"
     pipelines = ("LatentConsistencyModelPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         width, guidance = network.config.time_cond_proj_dim, None
         if width is not None:
             scale = guidance_of(condition, x) - 1

@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
 
 
-class StableDiffusion3Adapter(Adapter):
-    family = "SD3Transformer2DModel"
+class StableDiffusion3Family(BackboneFamily):
+    backbone_class = "SD3Transformer2DModel"
     pipelines = ("StableDiffusion3Pipeline",)
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         return network(x, timestep=timestep, encoder_hidden_states=given["prompt_embeds"],
                        pooled_projections=given["pooled_embeds"], return_dict=False)[0]
 

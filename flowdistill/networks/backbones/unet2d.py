@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily
 from flowdistill.utils.errors import UserError
 
 
-class UNet2DAdapter(Adapter):
-    family = "UNet2DModel"
+class UNet2DFamily(BackboneFamily):
+    backbone_class = "UNet2DModel"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         labels = None if condition is None else condition.tensors["class_labels"]

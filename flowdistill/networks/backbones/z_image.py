@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Adapter, Backbone, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
 
-class ZImageAdapter(Adapter):
-    family = "ZImageTransformer2DModel"
+class ZImageFamily(BackboneFamily):
+    backbone_class = "ZImageTransformer2DModel"
     pipelines = ("ZImagePipeline",)
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
-        given = tensors(condition, x, self.family)
+        given = tensors(condition, x, self.backbone_class)
         lengths = given["attention_mask"].sum(dim=1).tolist()
         texts = [row[:length] for row, length in zip(given["prompt_embeds"], lengths, strict=True)]
         # The network's time and velocity point the other way.
