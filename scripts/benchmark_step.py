@@ -17,7 +17,6 @@ alternates in one run and medians are compared, but other work on the machine st
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -49,7 +48,7 @@ def make_trainer(config: Any, folder: str) -> Any:
         config.method.degradation_steps, config.method.degradation_every = 2, 1
         config.method.interval, config.method.switch = [FOREVER], "interval"
     accelerator = make_accelerator(config.train, folder)
-    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=accelerator.device)
+    teacher = load_teacher(config.teacher, device=accelerator.device)
     torch.manual_seed(config.seed)
     trainer = Trainer(method_class(config.method.name)(config.method, teacher), config, folder, accelerator)
     while config.method.name == "disback" and trainer.step < 2:  # stage 1

@@ -21,7 +21,7 @@ from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
-from flowdistill.training.run import _save_student, make_accelerator
+from flowdistill.training.run import make_accelerator, save_student
 from flowdistill.utils.exit import exit_process
 from tests.families import FAMILIES, PROMPTS
 from tests.toy_method import shard
@@ -75,7 +75,7 @@ def main(arguments):
         print(json.dumps({"name": name, "rank": trainer.rank, "world": trainer.world, "from": trainer.step,
                           **parts(trainer.roles["student"].network)}), flush=True)
         trainer.train()
-        _save_student(trainer)
+        save_student(trainer)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from flowdistill.config import (
     validate,
 )
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.registry import Registry
 
 GOOD = """
 output_dir: runs/a
@@ -61,12 +62,13 @@ class Other:
 
 @pytest.fixture(autouse=True)
 def toy_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("toy_methods")
-    module.Toy, module.Other = Toy, Other  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "toy_methods", module)
-    registry = types.ModuleType("flowdistill.methods")
-    registry.METHODS = {"toy": "toy_methods:Toy", "other": "toy_methods:Other"}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flowdistill.methods", registry)
+    package = types.ModuleType("no_methods")
+    package.__path__ = []
+    monkeypatch.setitem(sys.modules, "no_methods", package)
+    registry: Registry[type] = Registry("method", package="no_methods", group="no methods")
+    registry.register("toy")(Toy)
+    registry.register("other")(Other)
+    monkeypatch.setattr("flowdistill.config.loading.METHODS", registry)
 
 
 @pytest.fixture

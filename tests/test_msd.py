@@ -14,7 +14,8 @@ from flowdistill import UserError, load_student, load_teacher
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.config import EvaluationConfig, RunConfig, TeacherConfig, TrainConfig, load_config
 from flowdistill.methods.boot import BootConfig
-from flowdistill.methods.msd.method import AdversarialStage, MsdConfig, student_runs
+from flowdistill.methods.msd.runs import student_runs
+from flowdistill.methods.msd.settings import AdversarialStage, MsdConfig
 from flowdistill.methods.msd.student import RoutedStudent
 from flowdistill.methods.score_distillation import Dmd2Config
 from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
@@ -99,9 +100,9 @@ def test_one_student_is_the_host_bit_for_bit(source, tmp_path, host):
 def test_jobs_of_one_student_each_make_what_one_job_makes(source, tmp_path, run):
     for part in (2, 0):
         done = distill(msd(source, tmp_path / "r", num_students=3, student_index=part))
-        assert not done.completed and "the manifest follows when" in done.holds
+        assert not done.completed and "the manifest follows when" in done.contents
         assert not (tmp_path / "r" / "flowdistill.json").exists()
-    assert done.holds.endswith("when 1 are there too")
+    assert done.contents.endswith("when 1 are there too")
     with pytest.raises(UserError, match="its training has not finished yet"):
         load_student(tmp_path / "r")
     done = distill(msd(source, tmp_path / "r", num_students=3, student_index=1))
@@ -133,7 +134,7 @@ def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, r
 
 def test_students_differ_in_their_conditions_and_seeds_only(source, tmp_path):
     config = msd(source, tmp_path, num_students=2)
-    from flowdistill.methods.msd.method import make_partition
+    from flowdistill.methods.msd.runs import make_partition
 
     partition = make_partition(config.method, load_teacher(source))
     (first,), (second,) = (student_runs(config, partition, part) for part in (0, 1))
@@ -300,7 +301,7 @@ def test_evaluation_pools_all_students_and_measures_each_part(run, cli, tmp_path
 
 
 def test_smaller_students_share_one_start(source, tmp_path):
-    settings = {"tsm": ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1), "tsm_steps": 2}
+    settings = {"score_matching": ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1), "score_matching_steps": 2}
     with pytest.raises(UserError, match="the students' shared start, is not complete; train it first"):
         distill(msd(source, tmp_path / "a", student_index=0, **settings))
     assert not (tmp_path / "a").exists()
@@ -312,8 +313,8 @@ def test_smaller_students_share_one_start(source, tmp_path):
     assert small <= 0.5 * sum(p.numel() for p in load_teacher(source).network.parameters())
     assert student.generate(num_images=3).isfinite().all()
     # Without its training the start is random, and still the same for all.
-    distill(msd(source, tmp_path / "b", **settings | {"tsm_steps": 0}))
-    assert load_student(tmp_path / "b" / "tsm").info.method == "tsm"
+    distill(msd(source, tmp_path / "b", **settings | {"score_matching_steps": 0}))
+    assert load_student(tmp_path / "b" / "tsm").info.method == "teacher_score_matching"
     assert not same(weights(tmp_path / "a" / "tsm"), weights(tmp_path / "b" / "tsm"))
 
 

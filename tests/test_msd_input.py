@@ -5,7 +5,8 @@ import re
 import pytest
 
 from flowdistill import UserError, load_teacher
-from flowdistill.methods.msd.method import MsdConfig, make_partition
+from flowdistill.methods.msd.runs import make_partition
+from flowdistill.methods.msd.settings import MsdConfig
 from flowdistill.methods.score_distillation import Dmd2Config
 from tests.families import stable_diffusion
 from tests.tiny import tiny_unet_pipeline
@@ -36,9 +37,9 @@ def source(tmp_path_factory):
         (["method.host.weightin=sid"], "unknown key 'method.host.weightin'"),
         (["method.host.critic_updates=0"], "'method.host.critic_updates' must be at least 1"),
         (["method.student_index=2"], "method.student_index is 2; with 2 students it is 0 to 1"),
-        (["method.student_index=-1"], "method.student_index is -1, the shared start, but method.tsm is null"),
+        (["method.student_index=-1"], "method.student_index is -1, the shared start, but method.score_matching is null"),
         (["method.host.name=boot", "method.adversarial.steps=5"], "the host 'boot' has no adversarial term"),
-        (["method.tsm={}"], "given by either method.student_size"),
+        (["method.score_matching={}"], "given by either method.student_size"),
         (["teacher.labels=[1,2]"], "teacher.labels is set, but MSD divides all classes"),
         (["teacher.source={folder}/unconditional"], "the teacher .*unconditional is unconditional: there is"),
         (["train.device=cuda:7"], "train.device"),
@@ -78,12 +79,12 @@ def test_prompts_cannot_be_split_like_classes(tmp_path):
 def test_a_run_that_saved_nothing_may_be_set_right(tmp_path, source, cli):
     lines = (f"output_dir: {tmp_path}/run\nteacher: {{source: {source}}}\n"
              "train: {steps: 1, batch_size: 4, trackers: []}\n"
-             "method: {name: msd, num_students: 2, tsm: {student_size: 1.0e-9}, host: {name: dmd2}}\n"
+             "method: {name: msd, num_students: 2, score_matching: {student_size: 1.0e-9}, host: {name: dmd2}}\n"
              "evaluation: {at_end: false}\n")
     (tmp_path / "msd.yaml").write_text(lines)
     result = cli("distill", tmp_path / "msd.yaml")
     assert result.code == 2 and "raise method.student_size" in result.err
-    right = ["method.tsm.student_size=0.5", "method.tsm_steps=0", "method.num_students=1"]
+    right = ["method.score_matching.student_size=0.5", "method.score_matching_steps=0", "method.num_students=1"]
     assert cli("distill", tmp_path / "msd.yaml", *right).code == 0
-    result = cli("distill", tmp_path / "msd.yaml", "method.tsm.student_size=0.5", "method.tsm_steps=0")
+    result = cli("distill", tmp_path / "msd.yaml", "method.score_matching.student_size=0.5", "method.score_matching_steps=0")
     assert result.code == 2 and "holds another run: method.num_students is 1 there and 2 here" in result.err

@@ -12,17 +12,24 @@ from accelerate.utils import DistributedType
 
 import flowdistill
 from flowdistill import UserError
-from flowdistill.config import TrainConfig, load_config, save_config
+from flowdistill.config import METHODS, TrainConfig, load_config, save_config
 from flowdistill.evaluation import Report, Row
-from flowdistill.methods import METHODS
 from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
 from flowdistill.utils.files import atomic_folder
 from tests.tiny import tiny_unet_pipeline
-from tests.toy_method import ToyConfig, make_config
+from tests.toy_method import ToyConfig, ToyMethod, make_config
+
+
+@pytest.fixture(autouse=True)
+def toy():
+    METHODS.register("toy")(ToyMethod)
+    yield
+    METHODS.unregister("toy")
 
 
 @pytest.fixture
@@ -34,11 +41,10 @@ def measured(monkeypatch):
         calls.append((folder, options))
         return Report([Row("student", 1, fid=2.5)], 10, "digits", "digits", 0)
 
-    monkeypatch.setitem(METHODS, "toy", "tests.toy_method:ToyMethod")
-    teacher = SimpleNamespace(disagreement=lambda: None, prompts=None)
-    monkeypatch.setattr(flowdistill, "load_teacher", lambda **settings: teacher, raising=False)
-    monkeypatch.setattr("flowdistill.evaluation.comparison.save_comparison", lambda *arguments: None)
-    monkeypatch.setattr("flowdistill.evaluation.evaluate", evaluate)
+    teacher = exact_teacher(GaussianVelocity(torch.zeros(2), 1.0))
+    monkeypatch.setattr("flowdistill.training.run.load_teacher", lambda *settings, **more: teacher)
+    monkeypatch.setattr("flowdistill.training.run.save_comparison", lambda *arguments: None)
+    monkeypatch.setattr("flowdistill.training.run.evaluate", evaluate)
     return calls
 
 
@@ -79,10 +85,10 @@ def test_a_file_with_overrides_and_without_evaluation(tmp_path, measured):
 
 
 def test_a_method_is_asked_about_the_number_of_steps(tmp_path, measured, monkeypatch):
-    monkeypatch.setattr(ToyConfig, "check_steps", lambda self, steps: f"{steps} are few", raising=False)
+    monkeypatch.setattr(ToyMethod, "check_length", lambda config, steps: f"{steps} are few")
     with pytest.warns(UserWarning, match="^8 are few$"):
         assert distill(make_config(tmp_path)).completed
-    monkeypatch.setattr(ToyConfig, "check_steps", lambda self, steps: None)
+    monkeypatch.setattr(ToyMethod, "check_length", lambda config, steps: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         distill(make_config(tmp_path))
@@ -240,7 +246,7 @@ def test_a_kill_after_the_last_checkpoint_leaves_no_older_student(tmp_path, meas
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flowdistill.training.run._save_student", killed)
+        patch.setattr("flowdistill.training.run.save_student", killed)
         with pytest.raises(KeyboardInterrupt):
             distill(make_config(folder, steps=12))
     assert checkpoints(folder / "checkpoints")[-1][0] == 12 and weights.read_bytes() == short

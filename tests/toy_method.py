@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training import checkpoint
 from flowdistill.training.loop import Trainer
-from flowdistill.training.method import Role
+from flowdistill.training.method import Method, Role
 from flowdistill.training.run import make_accelerator
 from flowdistill.utils.exit import exit_process
 
@@ -55,12 +56,13 @@ class ToyStudent:
         save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, folder / "model.safetensors")
 
 
-class ToyMethod:
+class ToyMethod(Method):
     name = "toy"
     Config = ToyConfig
 
     def __init__(self, config, teacher=None):
-        self.config, self.teacher = config, teacher
+        self.config = config
+        self.teacher = teacher or exact_teacher(GaussianVelocity(torch.zeros(2), 1.0))
         self.student_network = nn.Sequential(
             nn.Linear(2, config.width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, 2)
         )

@@ -98,7 +98,7 @@ def _distill(args: argparse.Namespace) -> int:
             print(f"flowdistill: stopped by a signal after step {run.steps}; the same command goes on", file=sys.stderr)
         return 128 + run.interrupted
     if _is_main():
-        print(f"the run is in {run.output_dir}: {run.holds}", end="")
+        print(f"the run is in {run.output_dir}: {run.contents}", end="")
         print("" if run.report is None else " and report.json")
     return 0
 

@@ -1,17 +1,19 @@
 """Run configurations: dataclasses, YAML files, ``key=value`` overrides, and one-sentence errors.
 
 A file holds the sections of :class:`RunConfig`. The type of ``method`` follows from ``method.name`` through
-``flowdistill.methods.METHODS``, so a new method brings its own settings without a line here. A file may name a base
+``METHODS``, so a new method brings its own settings without a line here. A file may name a base
 with ``defaults_from: other.yaml`` (relative to itself), whose values lie underneath its own.
 
 Importing this package costs neither torch nor OmegaConf.
 """
 
 from flowdistill.config.checks import validate
-from flowdistill.config.loading import load_config, method_config_class, save_config
+from flowdistill.config.loading import accept_former_names, load_config, method_config_class, save_config
+from flowdistill.config.registry import METHODS, register_method
 from flowdistill.config.schema import (
     MISSING,
     EvaluationConfig,
+    HostingConfig,
     OptimizerConfig,
     RunConfig,
     TeacherConfig,
@@ -20,15 +22,19 @@ from flowdistill.config.schema import (
 )
 
 __all__ = [
+    "METHODS",
     "MISSING",
     "EvaluationConfig",
+    "HostingConfig",
     "OptimizerConfig",
     "RunConfig",
     "TeacherConfig",
     "TrainConfig",
+    "accept_former_names",
     "load_config",
     "method_config_class",
     "option",
+    "register_method",
     "save_config",
     "validate",
 ]

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,25 @@ class Layer(NamedTuple):
 def check_keys(layer: Layer, method: type) -> None:
     """UserError for a key that does not exist and for a plain value where a section belongs."""
     _check_keys(layer.values, RunConfig, "", layer.origin, method)
+
+
+def rename_former_keys(layer: Layer, method: type) -> None:
+    """Give settings under a name of an older version their present one, in place, with a warning for each."""
+    _rename(layer.values, RunConfig, "", layer.origin, method)
+
+
+def _rename(values: dict[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
+    sections = dict(_sections(schema, method))
+    former = {item.metadata["was"]: item.name for item in fields(schema) if "was" in item.metadata}
+    for name in [name for name in values if name in former]:
+        if former[name] in values:
+            raise UserError(f"'{prefix}{name}' and '{prefix}{former[name]}' are the same setting; set the second only "
+                            f"({origin})")
+        warnings.warn(f"'{prefix}{name}' is called '{prefix}{former[name]}' now ({origin})", stacklevel=2)
+        values[former[name]] = values.pop(name)
+    for name, value in values.items():
+        if name in sections and isinstance(value, dict):
+            _rename(value, sections[name][0], f"{prefix}{name}.", origin, method)
 
 
 def validate(config: Any, layers: Sequence[Layer] = (), prefix: str = "") -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from flowdistill.config.checks import (
     in_words,
     leaf_types,
     raw_value,
+    rename_former_keys,
     shown,
     validate,
 )
-from flowdistill.config.schema import MISSING, RunConfig
+from flowdistill.config.registry import METHODS
+from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
 from flowdistill.utils.errors import UserError
 
 
@@ -38,9 +39,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     layers = _file_layers(Path(path)) + [_override_layer(text) for text in overrides]
     method = method_config_class(_name(layers, "method", path))
-    if hasattr(method, "hosted"):  # a method over another one, whose settings are a section of its own
+    if issubclass(method, HostingConfig):  # the settings of the other method are a section of its own
         method = method.hosted(_name(layers, "method.host", path))
     for layer in layers:
+        rename_former_keys(layer, method)
         check_keys(layer, method)
     try:
         schema = OmegaConf.structured(RunConfig(method=method()))
@@ -73,16 +75,21 @@ def method_config_class(name: str, key: str = "method.name", barred: Sequence[st
 
     ``barred`` methods have no place at ``key``.
     """
-    from flowdistill.methods import METHODS
-
-    known = sorted(set(METHODS) - set(barred))
-    if name not in known:
+    if name in barred or name not in METHODS:
+        known = [each for each in METHODS if each not in barred]
         raise UserError(f"'{key}' must be one of {', '.join(known)}, not {name!r}{closest(name, known)}")
-    module, _, attribute = METHODS[name].partition(":")
-    config: type = getattr(importlib.import_module(module), attribute).Config
-    if "name" not in {item.name for item in fields(config)}:
-        raise TypeError(f"the Config of {METHODS[name]} needs the field 'name: str = {name!r}'")
+    config: type = METHODS.get(name).Config
     return config
+
+
+def accept_former_names(values: dict[Any, Any], method: type) -> None:
+    """Give the method and the settings in a saved configuration their present names, in place and without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rename_former_keys(Layer("saved", values), method)
+        for section in (values.get("method"), (values.get("method") or {}).get("host")):
+            if isinstance(section, dict) and isinstance(section.get("name"), str):
+                section["name"] = METHODS.current_name(section["name"])
 
 
 def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
@@ -151,16 +158,15 @@ def _override_layer(text: str) -> Layer:
 def _name(layers: Sequence[Layer], section: str, path: str | os.PathLike[str]) -> str:
     """The last name in a method's section; read before the rest, because it decides what else is allowed."""
     for layer in reversed(layers):
-        values = raw_value(layer.values, section)
+        values: Any = raw_value(layer.values, section)
         if values == MISSING:
             continue
         if not isinstance(values, Mapping):
             raise UserError(f"'{section}' must be a section with a 'name', not {shown(values)} ({layer.origin})")
         if values.get("name", MISSING) != MISSING:
+            values["name"] = METHODS.current_name(str(values["name"]))
             return str(values["name"])
-    from flowdistill.methods import METHODS
-
-    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {', '.join(sorted(METHODS))}")
+    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {', '.join(METHODS)}")
 
 
 def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, Any]) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
@@ -23,21 +24,36 @@ def option(
     below: float | None = None,
     length: int | None = None,
     pattern: str | None = None,
+    was: str | None = None,
 ) -> Any:
     """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
 
     ``default`` may be a list, a dict or a dataclass instance or type: every configuration gets its own copy. Bounds,
     ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
-    None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given.
+    None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given. ``was`` is the
+    name the setting had in an older version, which is still read, with a warning.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata: dict[str, Any] = {"help": help, "choices": choices, "length": length, "pattern": pattern} | limits
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was} | limits
     metadata = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)) or is_dataclass(default):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class HostingConfig(ABC):
+    """What the settings of a method over another one, the host, inherit: the host's own settings are a section."""
+
+    @classmethod
+    @abstractmethod
+    def hosted(cls, host: str) -> type:
+        """This class with the settings of the host's own class in ``host``.
+
+        Raises:
+            UserError: a method that cannot be the host.
+        """
 
 
 @dataclass

@@ -10,6 +10,7 @@ the first and the last layer, and a stock scheduler's single step supplies ``k_n
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -28,7 +29,6 @@ from torch import nn
 from flowdistill.export.folding import fold_scales
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
-from flowdistill.methods.msd.student import RoutedStudent, export_routed
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
 from flowdistill.networks.velocity import ExtendedVelocity
@@ -37,14 +37,15 @@ from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
 
 
+@functools.singledispatch
 def export(student: Student, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
     """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
     ``guidance_scale=1``), a text-to-image student a pipeline of its teacher's class; all sample with
     ``num_inference_steps=1``. The folder's README.md says how to call it. Adapters are merged into the weights; where
-    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.export.lora`). Several
-    students with a manifest become a folder of such pipelines.
+    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.export.lora`).
+    ``export.register`` adds what another kind of student becomes.
 
     Args:
         student: on a diffusers backbone.
@@ -54,8 +55,6 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     Raises:
         UserError: the folder is not empty, or this student cannot be folded (the message says why).
     """
-    if isinstance(student, RoutedStudent):
-        return export_routed(student, folder, guidance_scale)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")

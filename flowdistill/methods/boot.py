@@ -29,7 +29,7 @@ from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import PixelCodec
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
-from flowdistill.training.method import SingleStudent
+from flowdistill.training.method import SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -56,7 +56,8 @@ class BootConfig(StudentKind):
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
 
 
-class Boot(SingleStudent):
+@register_method
+class Boot(SingleStudentMethod):
     """One network, one bootstrapping loss, one boundary loss."""
 
     name = "boot"

@@ -26,7 +26,7 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.real_data import RealData
-from flowdistill.training.method import SingleStudent
+from flowdistill.training.method import SingleStudentMethod, register_method
 from flowdistill.utils.randomness import Draw
 
 
@@ -43,7 +43,8 @@ class DataFlowMapConfig(StudentKind):
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
 
 
-class DataFlowMap(SingleStudent):
+@register_method
+class DataFlowMap(SingleStudentMethod):
     """One network, one objective, states from data."""
 
     name = "data_flow_map"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flowdistill.config import option, validate
 from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation
 from flowdistill.teachers import Teacher
-from flowdistill.training.method import Role
+from flowdistill.training.method import Method, Role, register_method
 from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
@@ -137,8 +137,9 @@ class TargetSchedule:
         self.total = torch.tensor(state["total"]) if self.count else 0.0  # float32, as it was summed
 
 
-class DisBack:
-    """The host with its targets; a :class:`flowdistill.training.method.Method` with stages."""
+@register_method
+class DisBack(Method):
+    """The host with its targets."""
 
     name = "disback"
     Config = DisBackConfig
@@ -205,7 +206,7 @@ class DisBack:
             metrics["target"] = torch.full((), float(self.targets.index), device=loss.device)
         return loss, metrics
 
-    def rate(self, role: str, step: int) -> float:
+    def learning_rate_factor(self, role: str, step: int) -> float:
         config = self.config
         if step < config.degradation_steps:
             return (config.degradation_lr or config.host.critic_optimizer.lr) / config.host.critic_optimizer.lr
@@ -214,6 +215,10 @@ class DisBack:
         return (since + 1) / (config.switch_warmup + 1) if warming else 1.0
 
     # --- what the trainer needs besides
+
+    @classmethod
+    def check_length(cls, config: DisBackConfig, steps: int) -> str | None:
+        return config.check_steps(steps)
 
     def state_dict(self) -> dict[str, Any]:
         return self.targets.state_dict()

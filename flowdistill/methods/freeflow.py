@@ -31,7 +31,7 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
-from flowdistill.training.method import Role, SingleStudent
+from flowdistill.training.method import Role, SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -84,7 +84,8 @@ class FreeFlowConfig(Regression, CriticKind):
 Networks = Mapping[str, Callable[..., Tensor]]
 
 
-class FreeFlow(SingleStudent):
+@register_method
+class FreeFlow(SingleStudentMethod):
     """The method: which networks train, in which order, on which objective."""
 
     name = "freeflow"

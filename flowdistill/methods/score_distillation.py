@@ -36,7 +36,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.real_data import RealData
 from flowdistill.teachers.start_states import check_guidance
-from flowdistill.training.method import Role, SingleStudent
+from flowdistill.training.method import Role, SingleStudentMethod, register_method
 from flowdistill.utils.randomness import Draw
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
@@ -90,7 +90,7 @@ class SidConfig(HostConfig):
 Networks = Mapping[str, Callable[..., Tensor]]
 
 
-class ScoreDistillation(SingleStudent):
+class ScoreDistillation(SingleStudentMethod):
     """The method. What it takes as the real score, ``target`` with ``guidance_scale``, may change while it trains."""
 
     name = "score_distillation"
@@ -211,6 +211,7 @@ def sample_gradient(loss: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:
     return gradient
 
 
+@register_method
 class DiffInstruct(ScoreDistillation):
     """Score distillation as Diff-Instruct has it."""
 
@@ -218,6 +219,7 @@ class DiffInstruct(ScoreDistillation):
     Config = DiffInstructConfig
 
 
+@register_method
 class Dmd2(ScoreDistillation):
     """Score distillation as DMD2 has it; with ``regression_weight`` close to DMD."""
 
@@ -225,6 +227,7 @@ class Dmd2(ScoreDistillation):
     Config = Dmd2Config
 
 
+@register_method
 class Sid(ScoreDistillation):
     """Score distillation as SiD has it."""
 

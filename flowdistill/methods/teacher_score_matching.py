@@ -27,7 +27,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.teachers.real_data import RealData
-from flowdistill.training.method import SingleStudent
+from flowdistill.training.method import SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -36,7 +36,7 @@ from flowdistill.utils.randomness import Draw
 class ScoreMatchingConfig:
     """Settings of teacher score matching; the paper's values for its steps and learning rate could not be found."""
 
-    name: str = "tsm"
+    name: str = "teacher_score_matching"
     student_size: float | None = option(None, "the student's parameters, as a share of the teacher's", above=0, below=1)
     student_shape: dict[str, Any] | None = option(None, "settings of its network that differ from the teacher's")
     data: str | None = option(None, "named image set; null: the teacher's own samples")
@@ -52,10 +52,12 @@ class ScoreMatchingConfig:
                             "method.student_shape, such as {block_out_channels: [16, 32]}; set one of them")
 
 
-class TeacherScoreMatching(SingleStudent):
+@register_method
+class TeacherScoreMatching(SingleStudentMethod):
     """The method; its student is a generator that starts other methods' students (``teacher.start``)."""
 
-    name = "tsm"
+    name = "teacher_score_matching"
+    former_names = ("tsm",)
     Config = ScoreMatchingConfig
 
     def __init__(self, config: ScoreMatchingConfig, teacher: Teacher, student_network: nn.Module | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,8 +20,9 @@ from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.backbones import BackboneFamily
+from flowdistill.networks.storage import SIDECAR
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
-from flowdistill.teachers.loading import DTYPES, SIDECAR, Parts, assemble
+from flowdistill.teachers.loading import DTYPES, Parts, assemble
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
@@ -129,11 +131,14 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
     backbone = _on_meta(parts[name], dtype)
     clip = parts.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS)
     texts = partial(_texts, architecture.pipeline, backbone, clip, config)
-    null_label = architecture.null_label if config.null_label is None else config.null_label
-    attention = "math" if config.attention == "math" else "sdpa"  # xformers keeps what torch's fused kernels keep
+    settings = replace(
+        config,
+        null_label=architecture.null_label if config.null_label is None else config.null_label,
+        attention="math" if config.attention == "math" else "sdpa",  # xformers keeps what torch's fused kernels keep
+        prompts=None,
+    )
     made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts)
-    teacher = assemble(made, config.source, null_label, config.t_max, dtype, META, None, config.negative_prompt,
-                       config.image_size, attention).to(META)
+    teacher = assemble(made, settings, config.source, META).to(META)
     if teacher.prompts is not None:
         teacher.prompts.use(_listed(config.prompts))
     return teacher

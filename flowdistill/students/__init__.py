@@ -2,12 +2,15 @@
 
 from flowdistill.students.flow_map import FlowMap
 from flowdistill.students.generator import START_UNITS, Generator, generated, start_time
-from flowdistill.students.storage import find_student, is_student_folder, load_student
-from flowdistill.students.student import Student, StudentInfo
+from flowdistill.students.info import StudentInfo
+from flowdistill.students.loading import load_student
+from flowdistill.students.storage import find_student, is_student_folder
+from flowdistill.students.student import STUDENT_KINDS, Student
 
 __all__ = [
     "FlowMap",
     "START_UNITS",
+    "STUDENT_KINDS",
     "Generator",
     "Student",
     "StudentInfo",

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.prompts import PromptConditions, encode
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.students.info import StudentInfo
+from flowdistill.students.storage import read_student, save_student
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.registry import Registry
 
-
-@dataclass(frozen=True)
-class StudentInfo:
-    """Where a student comes from and what it may be asked.
-
-    Attributes:
-        method: the distillation method.
-        base_model: the teacher's source.
-        guidance_range: guidance scales it was trained for; None when guidance is not an input.
-        guidance_scale: the scale used when none is asked for, or the one it was distilled at.
-        settings: the method's own settings, for the record.
-    """
-
-    method: str = ""
-    base_model: str = ""
-    guidance_range: tuple[float, float] | None = None
-    guidance_scale: float = 1.0
-    settings: dict[str, Any] = field(default_factory=dict)
+STUDENT_KINDS: Registry[type[Student]] = Registry(
+    "kind of student", package="flowdistill.methods", group="flowdistill.students"
+)
+"""Kind -> class. A method may bring a kind of its own, which is known once the method's module is imported."""
 
 
 class Student(nn.Module, ABC):
@@ -51,6 +43,12 @@ class Student(nn.Module, ABC):
 
     kind: ClassVar[str]
     """Its name on disk."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Make a class with a ``kind`` of its own known to :func:`flowdistill.load_student`."""
+        super().__init_subclass__(**settings)
+        if "kind" in cls.__dict__:
+            STUDENT_KINDS.register(cls.kind)(cls)
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class Student(nn.Module, ABC):
         self.prompts = prompts
 
     @classmethod
-    def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Any:
+    def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Self:
         """A student of ``teacher`` around ``network``."""
         return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
                    teacher.prompts)
@@ -94,7 +92,7 @@ class Student(nn.Module, ABC):
             raise UserError("method.student is 'lora', but the student's network was given; leave it at full")
         return given
 
-    def with_network(self, network: nn.Module) -> Any:
+    def with_network(self, network: nn.Module) -> Self:
         """The same student around another network (an EMA copy)."""
         return type(self)(network, self.shape, self.t_start, self.codec, self.classes, self.info, self.scheduler,
                           self.prompts)
@@ -211,8 +209,6 @@ class Student(nn.Module, ABC):
         prompts: Sequence[str] | None = None,
     ) -> Iterator[Tensor]:
         """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
-        from flowdistill.utils.randomness import indexed_noise
-
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         one_step = self.one_step(guidance_scale)
         for start in range(0, count, batch_size):
@@ -241,8 +237,23 @@ class Student(nn.Module, ABC):
         rows = listed
         return count, lambda indices: rows[torch.tensor(list(indices), device=self.device) % len(rows)]
 
-    def save(self, folder: Any) -> None:
-        """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""
-        from flowdistill.students.storage import save_student
+    # --- as one of several networks, and on disk
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks of which one makes an image: one, or one for each part of the conditions."""
+        return [self.network]
+
+    @property
+    def class_owner(self) -> Sequence[int] | None:
+        """Number of the network that makes each class label; None where one network makes all."""
+        return None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""
         save_student(self, folder)
+
+    @classmethod
+    def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> Student:
+        """The student that :meth:`save` has written, frozen; see :func:`flowdistill.load_student`."""
+        return cls(*read_student(folder, description)).requires_grad_(False).eval()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
@@ -16,88 +16,77 @@ from torch import nn
 
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
+from flowdistill.config import TeacherConfig
 from flowdistill.networks.attention import choose_attention
 from flowdistill.networks.backbones import BackboneFamily, family_of
 from flowdistill.networks.lora import merged
+from flowdistill.networks.storage import SIDECAR, locate, read_description, read_network
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import NativePath, path_from_scheduler
+from flowdistill.paths.schedulers import load_scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
 
-SIDECAR = "flowdistill.json"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_teacher(
-    source: str | os.PathLike[str] | DiffusionPipeline,
-    null_label: int | None = None,
-    t_max: float | None = None,
-    dtype: str | torch.dtype = torch.float32,
+    source: str | os.PathLike[str] | DiffusionPipeline | TeacherConfig,
     device: str | torch.device | None = None,
-    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    image_size: int | None = None,
-    attention: str = "auto",
-    offload: str = "none",
-    labels: Sequence[int] | None = None,
-    start: str | os.PathLike[str] | None = None,
+    **settings: Any,
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
 
     Args:
-        source: a pipeline folder, a hub id, or a live pipeline.
-        null_label: the class label that means "no class". Known by itself for DiT; for a ``UNet2DModel`` it is read
-            from ``flowdistill.json`` in the pipeline folder when that file is there.
-        t_max: start later than the network's own last time (linear time).
-        dtype: weights of the frozen network; coefficients are computed in float64 whatever it is.
-        device: where to put it; the CPU by default.
-        prompts: of a text-to-image teacher: the prompts to train on and to show, a list or a file
-            (:func:`flowdistill.conditioning.prompts.read_prompts`). They are encoded here, before the network moves to
-            ``device``.
-        negative_prompt: the other side of guidance; None for the pipeline's default, mostly the empty prompt.
-        image_size: width and height of a text-to-image teacher's images in pixels; None for the pipeline's default.
-        attention: kernels of the network and of what is copied from it: sdpa, xformers, math, or ``"auto"``: xformers
-            where it is installed and runs on ``device``, else sdpa (see :mod:`flowdistill.networks.attention`).
-        offload: parts that are on ``device`` only while they work: "codec", the autoencoder; "all", the network too.
-        labels: the class labels to draw and to show; None for all.
-        start: a student (run or folder) without extra conditions, whose network students start as, maybe smaller than
-            the teacher's own.
+        source: a pipeline folder, a hub id, a live pipeline, or the ``teacher`` section of a configuration.
+        device: where to put it; the CPU by default. Prompts are encoded before the network moves there.
+        settings: fields of :class:`flowdistill.config.TeacherConfig` by name, which replace those of a section:
+            ``null_label``, ``t_max``, ``dtype`` (also a torch dtype), ``prompts`` (also a list of texts),
+            ``negative_prompt``, ``image_size``, ``attention``, ``offload``, ``labels``, ``start`` and so on.
 
     Raises:
         UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
             settings that this pipeline has no use for.
+        TypeError: a setting that does not exist.
     """
-    weights = _dtype(dtype)
+    live = source if isinstance(source, DiffusionPipeline) else None
+    if isinstance(source, TeacherConfig):
+        config = replace(source, **settings)
+    else:
+        config = TeacherConfig(source="" if live is not None else os.fspath(source), **settings)  # type: ignore[arg-type]
+    weights = _dtype(config.dtype)
     pipeline: Any
-    if isinstance(source, DiffusionPipeline):
-        pipeline, scheduler = source, None
-        name = pipeline.config.get("_name_or_path") or type(source).__name__
+    if live is not None:
+        pipeline, scheduler = live, None
+        name = pipeline.config.get("_name_or_path") or type(live).__name__
         recorded: dict[str, Any] = {}
         folder: Path | None = None
     else:
-        name = os.fspath(source)
+        name = config.source
         folder = _folder_of(name)
         pipeline, scheduler, recorded = _load_pipeline(name, folder, weights)
 
     def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
-        return _prompts(pipeline, folder, family, pixels, negative_prompt, weights)
+        return _prompts(pipeline, folder, family, pixels, config.negative_prompt, weights)
 
-    null_label = recorded.get("null_label") if null_label is None else null_label
+    if config.null_label is None:
+        config = replace(config, null_label=recorded.get("null_label"))
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
-    teacher = assemble(parts, name, null_label, t_max, weights, device, prompts, negative_prompt, image_size, attention)
-    if labels is not None:
+    teacher = assemble(parts, config, name, device)
+    if config.labels is not None:
         if teacher.classes is None:
-            raise UserError(f"teacher.labels is {list(labels)}, but {name} takes no class labels; set it to null")
-        teacher.classes = teacher.classes.restricted(labels)
-    if offload not in PARTS:
-        raise UserError(f"teacher.offload is '{offload}'; allowed are {', '.join(PARTS)}")
-    teacher.offload = offload
-    if start is not None:
-        teacher.start = _start(start, teacher)
+            raise UserError(f"teacher.labels is {list(config.labels)}, but {name} takes no class labels; set it to "
+                            "null")
+        teacher.classes = teacher.classes.restricted(config.labels)
+    if config.offload not in PARTS:
+        raise UserError(f"teacher.offload is '{config.offload}'; allowed are {', '.join(PARTS)}")
+    teacher.offload = config.offload
+    if config.start is not None:
+        teacher.start = _start(config.start, teacher)
     return teacher if device is None else teacher.to(device)
 
 
@@ -110,37 +99,31 @@ class Parts(NamedTuple):
     texts: Callable[[BackboneFamily, tuple[int, int]], PromptConditions]
 
 
-def assemble(
-    parts: Parts,
-    name: str,
-    null_label: int | None,
-    t_max: float | None,
-    dtype: torch.dtype,
-    device: str | torch.device | None,
-    prompts: str | os.PathLike[str] | Sequence[str] | None,
-    negative_prompt: str | None,
-    image_size: int | None,
-    attention: str,
-) -> Teacher:
-    """The teacher of a pipeline's parts, which stay where they are; see :func:`load_teacher`."""
+def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch.device | None) -> Teacher:
+    """The teacher of a pipeline's parts, which stay where they are; see :func:`load_teacher`.
+
+    Args:
+        name: of the pipeline, for messages.
+    """
     backbone, codec, scheduler, make_texts = parts
+    dtype, prompts = _dtype(config.dtype), config.prompts
     family = family_of(backbone)
     path = path_from_scheduler(scheduler)
-    if t_max is not None:
-        path = path.with_t_max(t_max)
+    if config.t_max is not None:
+        path = path.with_t_max(config.t_max)
     _check_agreement(backbone, family, scheduler, path, codec)
     backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
-    kernel = choose_attention(attention, backbone, family.masked, torch.device(device or "cpu"))
+    kernel = choose_attention(config.attention, backbone, family.masked, torch.device(device or "cpu"))
     network = VelocityNetwork(backbone, path, family, attention=kernel)
-    classes = family.labels(backbone, null_label)
+    classes = family.labels(backbone, config.null_label)
     shape, texts = family.shape(backbone), None
     if family.pipelines:
-        shape = _resized(shape, codec, image_size)
+        shape = _resized(shape, codec, config.image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
         texts = make_texts(family, pixels)
         if path.kind == "flow":
             path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
-    elif prompts is not None or negative_prompt is not None or image_size is not None:
+    elif prompts is not None or config.negative_prompt is not None or config.image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
     if texts is not None and prompts is not None:
@@ -151,18 +134,20 @@ def assemble(
 
 
 def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:
-    from flowdistill.students import load_student
-
-    student, family = load_student(source), teacher.network.family
-    network = student.network
-    velocity = getattr(network, "velocity", None)
-    if velocity is None or len(network.embeddings) or network.target_time != "separate":
-        raise UserError(f"teacher.start {source} is a {student.kind} with conditions of its own, which is no network "
-                        "of one time; give a generator, such as tsm and score distillation make")
-    if velocity.family is not family or student.shape != teacher.shape or student.num_classes != teacher.num_classes:
-        raise UserError(f"teacher.start {source} is a {velocity.family.backbone_class} for samples of {student.shape} and "
-                        f"{student.num_classes} classes; the teacher is a {family.backbone_class} for {teacher.shape} and "
+    """The velocity network of a stored student that has no conditions of its own."""
+    folder = locate(source)
+    description = read_description(folder)
+    if description.get("scalars") != [] or description.get("target_time", "separate") != "separate":
+        raise UserError(f"teacher.start {source} is a {description['kind']} with conditions of its own, which is no "
+                        "network of one time; give a generator, such as score distillation makes")
+    network, _ = read_network(folder, description)
+    velocity, family = network.velocity, teacher.network.family
+    shape, classes = tuple(description["shape"]), description["num_classes"]
+    if velocity.family is not family or shape != teacher.shape or classes != teacher.num_classes:
+        raise UserError(f"teacher.start {source} is a {velocity.family.backbone_class} for samples of {shape} and "
+                        f"{classes} classes; the teacher is a {family.backbone_class} for {teacher.shape} and "
                         f"{teacher.num_classes}")
+    velocity.requires_grad_(False).eval()
     return velocity if velocity.lora is None else VelocityNetwork(merged(velocity.backbone), velocity.path, family)
 
 
@@ -256,18 +241,6 @@ def _load_pipeline(
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
     return pipeline, scheduler, recorded
-
-
-def load_scheduler(folder: Path) -> Any:
-    """The scheduler saved in ``folder``, of exactly the class its config names."""
-    file = folder / "scheduler_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no scheduler_config.json, so the teacher's schedule is unknown")
-    name = _read_json(file).get("_class_name", "")
-    cls = getattr(diffusers, name, None)
-    if cls is None:
-        raise UserError(f"{file} names the scheduler '{name}', which diffusers does not have")
-    return cls.from_pretrained(folder)
 
 
 def check_weights(folder: Path) -> None:

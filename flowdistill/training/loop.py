@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from flowdistill.config import RunConfig
+from flowdistill.students import Student
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
 from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors, remove_leftovers, write_checkpoint
 from flowdistill.training.meters import Meters
-from flowdistill.training.method import Method, Staged
+from flowdistill.training.method import Method
 from flowdistill.training.optimizer import apply_update, backward, learning_rate
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
@@ -38,7 +39,7 @@ class Trainer:
     caller's to check.
 
     Args:
-        method: see ``flowdistill.training.method.Method``.
+        method: see :class:`flowdistill.training.method.Method`.
         config: ``train``, ``evaluation``, ``seed`` and ``method.name`` are read.
         output_dir: the run folder; made when missing.
         accelerator: with mixed_precision="no", see ``flowdistill.training.run.make_accelerator``.
@@ -55,7 +56,6 @@ class Trainer:
 
     def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
         self.method, self.config, self.settings = method, config, config.train
-        self.staged = method if isinstance(method, Staged) else None
         self.folder, self.accelerator = Path(output_dir), accelerator
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main = accelerator.is_main_process
@@ -79,7 +79,7 @@ class Trainer:
     def completed(self) -> bool:
         return self.step >= self.settings.steps
 
-    def student(self) -> Any:
+    def student(self) -> Student:
         """The user's student around the averaged weights; all processes must call this together."""
         return self.method.student(self.roles["student"].whole())
 
@@ -129,9 +129,8 @@ class Trainer:
         """All updates of one step. Nothing here reads a device's value on the host."""
         # Dropout and the like go on after a resume as if there had been none.
         torch.manual_seed(mixed_seed("step", self.config.seed, self.step, self.rank))
-        if self.staged is not None:
-            for name in self.staged.begin_step(self.step, self.folder):
-                self.roles[name].optimizer.state.clear()
+        for name in self.method.begin_step(self.step, self.folder):
+            self.roles[name].optimizer.state.clear()
         for update, name in enumerate(self.method.schedule(self.step)):
             self._update(name, update)
         self.step += 1
@@ -139,8 +138,7 @@ class Trainer:
     def _update(self, name: str, update: int) -> None:
         role, accumulation = self.roles[name], self.settings.gradient_accumulation
         rate = learning_rate(role.config, self.step, self.settings.steps)
-        if self.staged is not None:
-            rate *= self.staged.rate(name, self.step)
+        rate *= self.method.learning_rate_factor(name, self.step)
         for group in role.optimizer.param_groups:
             group["lr"] = rate
         for micro in range(accumulation):
@@ -198,7 +196,7 @@ class Trainer:
             "roles": roles,
             "meters": self.meters.state(self.world),
             "lap": self._lap,
-            "method": {} if self.staged is None else self.staged.state_dict(),
+            "method": self.method.state_dict(),
         }
         keep = self.settings.keep_checkpoints
         Processes.current().on_main(lambda: write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep))
@@ -228,8 +226,7 @@ class Trainer:
             )
         for name, role in self.roles.items():
             self._restore(role, name, path, state["roles"][name])
-        if self.staged is not None:
-            self.staged.load_state_dict(state["method"])
+        self.method.load_state_dict(state["method"])
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
         self.meters.load_state(state["meters"], self.device, self.main)

@@ -1,19 +1,31 @@
-"""The seam between a method and the trainer: neither knows more of the other than what stands here."""
+"""The contract between a method and the loop that trains it: neither knows more of the other than what stands here."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowdistill.config import OptimizerConfig
+from flowdistill.config import METHODS, OptimizerConfig, RunConfig, register_method
+from flowdistill.students import Student
+from flowdistill.teachers import Teacher
 from flowdistill.utils.randomness import Draw
 
-__all__ = ["Concluding", "Draw", "Method", "Role", "SingleStudent", "Staged"]
+if TYPE_CHECKING:
+    from flowdistill.training.run import Run
+
+__all__ = ["METHODS", "Draw", "Figures", "Method", "Networks", "Role", "SingleStudentMethod", "register_method"]
+
+Networks = Mapping[str, Callable[..., Any]]
+"""A method's networks by role name, called as the bare networks are; they run under the chosen precision, distributed,
+and return float32."""
+Figures = dict[str, Tensor]
+"""What is logged beside a loss, by name: 0-d, detached, never read on the host by the method."""
 
 
 @dataclass
@@ -32,58 +44,89 @@ class Role:
     ema: bool = False
 
 
-class Method(Protocol):
-    """What the trainer asks of a method.
+class Method(ABC):
+    """A distillation method: which networks train, in which order, on which loss.
 
-    A class behind the name in ``flowdistill.methods.METHODS`` also has ``Config``, the dataclass of its settings, and
-    is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``. A ``Config`` may have
-    ``check_steps(steps)``, which returns a warning about the length of a run or None, or raises UserError. ``shards =
-    False`` on the class refuses FSDP.
+    It is built as ``Class(config.method, teacher)`` right after ``torch.manual_seed``, and registered with
+    ``@register_method(name)`` or, by another distribution, as an entry point of the group ``flowdistill.methods``. What
+    is abstract must be written; everything else has a default that means "nothing of the kind".
+
+    Attributes:
+        name: its ``method.name``.
+        Config: the dataclass of its settings, with the field ``name``.
+        shards: whether its networks may be sharded (FSDP).
+        teacher: what it distils.
     """
 
-    name: str
-    teacher: Any
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    shards: ClassVar[bool] = True
+    teacher: Teacher
 
+    TOGETHER: ClassVar[tuple[tuple[str, str], ...]] = (("state_dict", "load_state_dict"),)
+    """Methods of which one alone is a mistake: state that is saved and not restored is lost on resume."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Check a class when it is defined.
+
+        Raises:
+            TypeError: one of two methods that belong together stands alone, or ``Config`` is no dataclass with a
+                ``name``.
+        """
+        super().__init_subclass__(**settings)
+        for one, other in cls.TOGETHER:
+            changed = [getattr(cls, name) is not getattr(Method, name) for name in (one, other)]
+            if changed[0] != changed[1]:
+                has, lacks = (one, other) if changed[0] else (other, one)
+                raise TypeError(f"{cls.__name__} has {has} without {lacks}: what one saves the other must restore")
+        config = cls.__dict__.get("Config")
+        if config is not None and not (is_dataclass(config) and "name" in {item.name for item in fields(config)}):
+            raise TypeError(f"{cls.__name__}.Config must be a dataclass with a field 'name: str'")
+
+    @abstractmethod
+    def __init__(self, config: Any, teacher: Teacher) -> None: ...
+
+    # --- what every method says
+
+    @abstractmethod
     def roles(self) -> Mapping[str, Role]:
         """The networks that train, by name, always the same objects. One is named ``"student"``.
 
-        The trainer decides neither train() nor eval(): the networks stay as the method leaves them.
+        The loop decides neither train() nor eval(): the networks stay as the method leaves them.
         """
 
-    def schedule(self, step: int) -> Sequence[str]:
-        """Names of the roles to update at ``step`` (from 0), in order; a name may come more than once."""
-
-    def loss(
-        self, role: str, networks: Mapping[str, Callable[..., Any]], draw: Draw
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    @abstractmethod
+    def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
         """The loss of ``role`` on one micro-batch.
 
         Args:
             role: whose weights are about to be updated. Gradients that reach another role's weights are dropped.
-            networks: by role name, called as the bare networks are; they run under the chosen precision, distributed,
-                and return float32.
+            networks: see :data:`Networks`.
             draw: every random number comes from here; ``draw.rows`` rows over all processes.
 
         Returns:
-            The mean loss over the local rows, 0-d and float32, and figures to log: 0-d, detached, without ``.item()``.
+            The mean loss over the local rows, 0-d and float32, and figures to log.
         """
 
-    def student(self, network: nn.Module | None = None) -> Any:
-        """The user's student around ``network`` (a copy of the role "student", e.g. its average), or the trained one.
+    @abstractmethod
+    def student(self, network: nn.Module | None = None) -> Student:
+        """The user's student around ``network`` (a copy of the role "student", e.g. its average), or the trained one."""
 
-        It has ``generate(labels=None, num_images=None, seed=0)``, ``num_classes`` and ``save(folder)``.
-        """
+    # --- what some say besides
 
-    def to(self, device: torch.device | str) -> Any:
+    def schedule(self, step: int) -> Sequence[str]:
+        """Names of the roles to update at ``step`` (from 0), in order; a name may come more than once."""
+        return ("student",)
+
+    def to(self, device: torch.device | str) -> Method:
         """Move the frozen parts and the networks to ``device``."""
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """What a method with stages or with state besides its networks has on top of :class:`Method`; all of it or none."""
+        self.teacher.to(device)  # and the codec with it, which the student has too
+        for role in self.roles().values():
+            role.network.to(device)
+        return self
 
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
-        """Called before the updates of ``step`` (from 0), by all processes together.
+        """Whatever is due before the updates of ``step`` (from 0); called by all processes together.
 
         The same step may begin twice: once before a crash and once after the resume, with the same networks.
 
@@ -93,50 +136,69 @@ class Staged(Protocol):
         Returns:
             The roles whose optimisers start anew, without moments and count.
         """
+        return ()
 
-    def rate(self, role: str, step: int) -> float:
-        """Factor on the learning rate of ``role`` at ``step``."""
+    def learning_rate_factor(self, role: str, step: int) -> float:
+        """What the scheduled learning rate of ``role`` at ``step`` is multiplied by."""
+        return 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for the checkpoint, the same on every process."""
+        """State besides the networks, as JSON values, the same on every process."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave; the next call is ``begin_step``."""
-
-
-@runtime_checkable
-class Concluding(Protocol):
-    """What a method that ends with more than a saved student has on top of :class:`Method`."""
+        """Go on from what :meth:`state_dict` gave; the next call is :meth:`begin_step`."""
 
     def conclude(self, step: int, folder: Path) -> None:
-        """Called by all processes together when all steps are done, before the student is saved."""
+        """The end of training, after the last update; called by all processes, before the student is saved."""
 
-    def publish(self, folder: Path) -> None:
-        """Called by the main process once ``student/`` is in the run folder; the last file is ``student/README.md``."""
+    def write_outputs(self, folder: Path) -> None:
+        """Files beside the ``student/`` that is in the run folder now; called by the main process only."""
+
+    def outputs_complete(self, folder: Path) -> bool:
+        """Whether :meth:`write_outputs` has come to its end in this run folder."""
+        return True
+
+    def contents(self) -> str:
+        """What a finished run folder holds, in words, for the last line of the command."""
+        return "student/, samples/, metrics.jsonl, config.yaml"
+
+    # --- what is asked of the class, before any network is made
+
+    @classmethod
+    def check_length(cls, config: Any, steps: int) -> str | None:
+        """A warning about a run of ``steps`` with these settings, or None.
+
+        Raises:
+            UserError: a run of that length is useless.
+        """
+        return None
+
+    @classmethod
+    def distill(cls, config: RunConfig) -> Run | None:
+        """Do the runs of a method that is a plan of several runs; None for a method of one run of the loop."""
+        return None
+
+    @classmethod
+    def representative_run(cls, config: RunConfig) -> RunConfig:
+        """The run whose memory is that of the whole: ``config`` itself, or the largest of several runs."""
+        return config
 
 
-class SingleStudent:
-    """What of :class:`Method` does not depend on the algorithm where one student trains at every step.
+class SingleStudentMethod(Method):
+    """A method whose student trains at every step, with an average of its weights.
 
-    A subclass sets ``teacher``, ``config`` (with ``optimizer``) and ``_student`` and has ``loss``; one with more
-    networks extends the others.
+    A subclass sets ``teacher``, ``config`` (with ``optimizer``) and ``_student``; one with more networks extends
+    :meth:`roles` and :meth:`schedule`.
     """
 
-    teacher: Any
     config: Any
-    _student: Any
+    _student: Student
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(self._student.network, self.config.optimizer, ema=True)}
 
-    def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",)
-
-    def student(self, network: nn.Module | None = None) -> Any:
+    def student(self, network: nn.Module | None = None) -> Student:
         return self._student if network is None else self._student.with_network(network)
 
-    def to(self, device: torch.device | str) -> Any:
-        self.teacher.to(device)  # and the codec with it, which the student has too
-        for role in self.roles().values():
-            role.network.to(device)
-        return self
+

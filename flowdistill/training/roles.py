@@ -86,7 +86,7 @@ def prepare_roles(
             f"accelerate was launched as {kind.value}, which is not supported; use one process, several "
             "(MULTI_GPU) or FSDP with fsdp_version 2"
         )
-    if kind == DistributedType.FSDP and not getattr(method, "shards", True):
+    if kind == DistributedType.FSDP and not method.shards:
         raise UserError(f"the method {method.name} cannot be sharded (FSDP); use one process, or several with whole "
                         "networks (MULTI_GPU)")
     roles = method.roles()
@@ -100,8 +100,7 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
     loss = method.loss(name, networks, draw)
-    if (release := getattr(method.teacher, "release", None)) is not None:
-        release()
+    method.teacher.release()
     return loss
 
 

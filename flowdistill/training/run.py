@@ -5,32 +5,31 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import importlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from flowdistill.config import RunConfig, TrainConfig, load_config, save_config, validate
+from flowdistill.config import RunConfig, TrainConfig, accept_former_names, load_config, save_config, validate
+from flowdistill.evaluation import Report, evaluate
+from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
-from flowdistill.training.method import Concluding
+from flowdistill.training.method import METHODS, Method
 from flowdistill.training.precision import resolve_precision
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
 from flowdistill.utils.processes import Processes
-
-if TYPE_CHECKING:
-    from flowdistill.evaluation import Report
 
 REPORT = "report.json"
 FINAL = Path("samples") / "final.png"
@@ -56,7 +55,7 @@ class Run:
         completed: whether ``train.steps`` was reached.
         interrupted: number of the signal that ended it early (15 SIGTERM, 2 SIGINT), else 0; the same command resumes.
         report: the evaluation, None when it was switched off or not reached.
-        holds: what is in the folder now, in words.
+        contents: what is in the folder now, in words.
     """
 
     output_dir: Path
@@ -64,7 +63,7 @@ class Run:
     completed: bool
     interrupted: int = 0
     report: Report | None = None
-    holds: str = "student/, samples/, metrics.jsonl, config.yaml"
+    contents: str = "student/, samples/, metrics.jsonl, config.yaml"
 
 
 def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str] = ()) -> Run:
@@ -86,9 +85,8 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         validate(config)
     else:
         config = load_config(config, overrides)
-    if hasattr(config.method, "hosted"):  # a plan of several runs of another method
-        return method_class(config.method.name).distill(config)
-    return distill_one(config)
+    several = method_class(config.method.name).distill(config)
+    return distill_one(config) if several is None else several
 
 
 def distill_one(config: RunConfig) -> Run:
@@ -97,17 +95,14 @@ def distill_one(config: RunConfig) -> Run:
     config = resolved(config, accelerator)
     processes, folder = Processes.current(), Path(config.output_dir)
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
-    check_steps = getattr(config.method, "check_steps", None)
-    problem = check_steps(config.train.steps) if check_steps else None
+    problem = method_class(config.method.name).check_length(config.method, config.train.steps)
     if problem is not None and accelerator.is_main_process:
         warnings.warn(problem, stacklevel=2)
-
-    from flowdistill import load_teacher
 
     settings = config.teacher
     # One process encodes the prompts; the others then find them on disk.
     with accelerator.main_process_first() if settings.prompts else contextlib.nullcontext():
-        teacher = load_teacher(**dataclasses.asdict(settings), device=accelerator.device)
+        teacher = load_teacher(settings, device=accelerator.device)
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     problem = teacher.disagreement()
@@ -121,18 +116,17 @@ def distill_one(config: RunConfig) -> Run:
     if before < config.train.steps:
         processes.on_main(lambda: withdraw_results(folder))
     trainer.train()
-    run = Run(folder, trainer.step, trainer.completed, trainer.interrupted)
-    concluding = run.completed and isinstance(method, Concluding)
+    run = Run(folder, trainer.step, trainer.completed, trainer.interrupted, contents=method.contents())
     # A run that was killed after its last checkpoint may still have the student of an earlier stop.
     outdated = trainer.step > before or not processes.on_main((folder / FINAL).is_file)
-    if concluding and not (folder / "student" / "README.md").is_file():  # the last file that such a method writes
+    if run.completed and not processes.on_main(lambda: method.outputs_complete(folder)):
         outdated = True
     if outdated:
-        if concluding:
+        if run.completed:
             method.conclude(trainer.step, folder)
-        _save_student(trainer)
-        if concluding:
-            processes.on_main(lambda: method.publish(folder))
+        save_student(trainer)
+        if run.completed:
+            processes.on_main(lambda: method.write_outputs(folder))
     if run.completed:
         if outdated:
             _save_comparison(trainer, teacher)
@@ -236,6 +230,8 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
                 f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another output_dir"
             ) from error
         here = OmegaConf.to_container(OmegaConf.structured(config))
+        if isinstance(saved, dict):
+            accept_former_names(saved, type(config.method))
         if not isinstance(saved, dict) or not isinstance(here, dict):
             raise UserError(f"{file} is no configuration of a run; choose another output_dir")
         if (found := difference(saved, here)) is not None:
@@ -266,7 +262,7 @@ def withdraw_results(folder: Path) -> None:
             (folder / file).unlink(missing_ok=True)
 
 
-def _save_student(trainer: Trainer) -> None:
+def save_student(trainer: Trainer) -> None:
     student, target = trainer.student(), trainer.folder / "student"
 
     def save() -> None:
@@ -276,10 +272,8 @@ def _save_student(trainer: Trainer) -> None:
     Processes.current().on_main(save)
 
 
-def _save_comparison(trainer: Trainer, teacher: Any) -> None:
+def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:
     """Teacher at many calls and at one beside the student at one, from the same noise."""
-    from flowdistill.evaluation.comparison import save_comparison
-
     student, path = trainer.student(), trainer.folder / "samples" / "comparison.png"
 
     def save() -> None:
@@ -289,10 +283,8 @@ def _save_comparison(trainer: Trainer, teacher: Any) -> None:
     Processes.current().on_main(save)
 
 
-def make_report(folder: Path, teacher: Any, accelerator: Any, reuse: bool) -> Report:
+def make_report(folder: Path, teacher: Teacher, accelerator: Accelerator, reuse: bool) -> Report:
     """Evaluate a run folder and write its report; ``reuse``: read the one that is there, if it is."""
-    from flowdistill.evaluation import Report, evaluate
-
     if reuse and (folder / REPORT).is_file():
         return Report.read_json(folder / REPORT)
     report = evaluate(folder, teacher=teacher, device=accelerator.device)
@@ -305,12 +297,9 @@ def make_report(folder: Path, teacher: Any, accelerator: Any, reuse: bool) -> Re
     return report
 
 
-def method_class(name: str) -> Any:
+def method_class(name: str) -> type[Method]:
     """The class of a registered method."""
-    from flowdistill.methods import METHODS
-
-    module, _, attribute = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return METHODS.get(name)
 
 
 def _available(kind: str) -> bool:

@@ -14,7 +14,7 @@ terms, which hold both models at what they were for other prompts, and the detai
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,17 @@ from flowdistill.objectives import adversarial, alignment
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import StudentInfo, generated
 from flowdistill.teachers import Teacher, load_teacher
-from flowdistill.training.method import Role
+from flowdistill.training.method import Figures, Method, Networks, Role, register_method
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw, indexed_noise
 
 AT_ONCE = 32
-Networks = Mapping[str, Callable[..., Any]]
-Figures = dict[str, Tensor]
 
 
-class EchoDistill:
-    """A :class:`flowdistill.training.method.Method` with stages that leaves a personal teacher beside its student."""
+@register_method
+class EchoDistill(Method):
+    """A method with stages that leaves the teacher's adaptation beside its student."""
 
     name = "echodistill"
     Config = EchoDistillConfig
@@ -177,7 +176,7 @@ class EchoDistill:
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
         return tuple(self._roles) if self.echo.begin(step, folder) else ()
 
-    def rate(self, role: str, step: int) -> float:
+    def learning_rate_factor(self, role: str, step: int) -> float:
         return self.echo.rate(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,8 +233,11 @@ class EchoDistill:
     def conclude(self, step: int, folder: Path) -> None:
         self.echo.conclude(step, folder)
 
-    def publish(self, folder: Path) -> None:
+    def write_outputs(self, folder: Path) -> None:
         publish(self, folder)
+
+    def outputs_complete(self, folder: Path) -> bool:
+        return (folder / "student" / "README.md").is_file()  # the last file that is written
 
     def student(self, network: nn.Module | None = None) -> Any:
         return self._student if network is None else self._student.with_network(network)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
 from flowdistill.methods.echodistill.adaptation import adapted_tensors
 from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
+from flowdistill.networks.storage import SIDECAR
 from flowdistill.networks.velocity import ExtendedVelocity
 from flowdistill.students.generator import Generator, generated
-from flowdistill.students.storage import PERSONAL
 from flowdistill.students.student import Student, StudentInfo
-from flowdistill.teachers.loading import LOADING_ERRORS, SIDECAR, check_weights, load_teacher
+from flowdistill.teachers.loading import LOADING_ERRORS, check_weights, load_teacher
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder
@@ -42,7 +43,7 @@ def one_step_time(source: Teacher) -> float:
 class ConceptStudent(Student):
     """A :class:`Generator` around an adapted network, with the prompts of a :class:`TokenEncoder`, while it trains."""
 
-    kind = PERSONAL
+    kind = "personal"
     prompts: TokenPrompts
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
@@ -56,11 +57,11 @@ class ConceptStudent(Student):
         self._guidance(guidance_scale)
         return generated(self.network, noise, self.t_start, condition)
 
-    def save(self, folder: Any) -> None:
-        """Write the two files and what :func:`load_concept_student` needs, replacing ``folder`` in one move."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the two files and what :meth:`load` needs, replacing ``folder`` in one move."""
         description = {
             "format": 1,
-            "kind": PERSONAL,
+            "kind": self.kind,
             "method": self.info.method,
             "base_model": self.info.base_model,
             "backbone": self.network.velocity.family.backbone_class,
@@ -71,6 +72,21 @@ class ConceptStudent(Student):
             "settings": self.info.settings,
         }
         save_adaptation(Path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
+
+    @classmethod
+    def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> Generator:
+        """The student of a folder that :meth:`save` has written: its LoRA becomes part of the weights."""
+        pipeline = load_adapted_pipeline(description["base_model"], folder)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        height, _ = description["image_size"]
+        base = load_teacher(pipeline, image_size=height)
+        info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
+        student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
+        prompts = description["prompts"]
+        if prompts:
+            student.prompts.use(PromptList(prompts, [1 / len(prompts)] * len(prompts)))
+        return student.requires_grad_(False).eval()
 
 
 def save_adaptation(
@@ -112,18 +128,3 @@ def one_step_pipeline(pipeline: Any) -> Any:
     """The pipeline with the scheduler whose single step begins at the schedule's last time."""
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     return pipeline
-
-
-def load_concept_student(folder: Path, description: dict[str, Any]) -> Generator:
-    """The student of a folder that :class:`ConceptStudent` has written: its LoRA becomes part of the weights."""
-    pipeline = load_adapted_pipeline(description["base_model"], folder)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    height, _ = description["image_size"]
-    base = load_teacher(pipeline, image_size=height)
-    info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
-    student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
-    prompts = description["prompts"]
-    if prompts:
-        student.prompts.use(PromptList(prompts, [1 / len(prompts)] * len(prompts)))
-    return student.requires_grad_(False).eval()

@@ -1,1 +1,7 @@
-"""MSD (arXiv 2410.23274): multi-student distillation."""
+"""MSD (Song et al., arXiv 2410.23274): multi-student distillation."""
+
+from flowdistill.methods.msd.method import Msd
+from flowdistill.methods.msd.settings import MsdConfig
+from flowdistill.methods.msd.student import RoutedStudent
+
+__all__ = ["Msd", "MsdConfig", "RoutedStudent"]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from flowdistill.config import RunConfig
-from flowdistill.methods.msd.method import make_partition, prompts_file, student_runs, tsm_run
-from flowdistill.methods.msd.partition import Partition
+from flowdistill.evaluation import Report
+from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, split_classes
+from flowdistill.methods.msd.settings import MsdConfig
 from flowdistill.methods.msd.student import write_manifest
 from flowdistill.methods.teacher_score_matching import TeacherScoreMatching
 from flowdistill.students import is_student_folder, load_student
+from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.run import (
     FINAL,
@@ -31,9 +37,7 @@ from flowdistill.training.run import (
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.processes import Processes
-
-if TYPE_CHECKING:
-    from flowdistill.evaluation import Report
+from flowdistill.utils.randomness import mixed_seed
 
 PARTITION = "partition.json"
 
@@ -55,7 +59,7 @@ def distill_students(config: RunConfig) -> Run:
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
     partition = processes.on_main(lambda: _partition(config, folder, accelerator.device))
-    start, runs = tsm_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
+    start, runs = score_matching_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
 
     def complete(run: RunConfig) -> bool:
         return processes.on_main(lambda: is_complete(run))
@@ -75,7 +79,7 @@ def distill_students(config: RunConfig) -> Run:
             continue
         if accelerator.is_main_process:
             print(f"{name}: {run.output_dir}", flush=True)
-        if run is start and config.method.tsm_steps == 0:
+        if run is start and config.method.score_matching_steps == 0:
             _save_untrained(run)
             continue
         processes.on_main(lambda: withdraw_results(folder))
@@ -85,11 +89,11 @@ def distill_students(config: RunConfig) -> Run:
             return Run(folder, steps, False, done.interrupted)
     missing = [str(k) for k, mine in enumerate(runs) if not all([complete(one) for one in mine])]
     if missing:
-        holds = f"the students asked for; the manifest follows when {' and '.join(missing)} are there too"
-        return Run(folder, steps, False, holds=holds)
+        contents = f"the students asked for; the manifest follows when {' and '.join(missing)} are there too"
+        return Run(folder, steps, False, contents=contents)
     reuse = same_evaluation and not trained
-    holds = f"flowdistill.json (the manifest), {partition.count} students, samples/, config.yaml"
-    return Run(folder, steps, True, report=_finish(config, partition, accelerator, reuse), holds=holds)
+    contents = f"flowdistill.json (the manifest), {partition.count} students, samples/, config.yaml"
+    return Run(folder, steps, True, report=_finish(config, partition, accelerator, reuse), contents=contents)
 
 
 def is_complete(run: RunConfig) -> bool:
@@ -112,9 +116,7 @@ def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partiti
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error!r}); put it back, or start anew elsewhere") from error
         return partition
-    from flowdistill import load_teacher
-
-    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
+    teacher = load_teacher(config.teacher, device=device)
     if teacher.prompts is not None and config.teacher.prompts is None:
         raise UserError(f"the teacher {config.teacher.source} takes prompts; set teacher.prompts to a file with one a "
                         "line")
@@ -135,9 +137,7 @@ def _write(config: RunConfig, folder: Path, partition: Partition) -> None:
 
 def _save_untrained(run: RunConfig) -> None:
     """The shared start without its training: a random network of the wanted shape."""
-    from flowdistill import load_teacher
-
-    teacher = load_teacher(**dataclasses.asdict(run.teacher))
+    teacher = load_teacher(run.teacher)
     torch.manual_seed(run.seed)
     student = TeacherScoreMatching(run.method, teacher).student()
     folder = Path(run.output_dir)
@@ -150,21 +150,17 @@ def _save_untrained(run: RunConfig) -> None:
     Processes.current().on_main(save)
 
 
-def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse: bool) -> Report | None:
+def _finish(config: RunConfig, partition: Partition, accelerator: Accelerator, reuse: bool) -> Report | None:
     """Manifest, samples and report of all students."""
-    from flowdistill import load_teacher
-    from flowdistill.evaluation.comparison import save_comparison
-    from flowdistill.training.callbacks import save_samples
-
     folder, processes = Path(config.output_dir), Processes.current()
-    device = accelerator.device  # type: ignore[attr-defined]
+    device = accelerator.device
 
     def manifest() -> None:
         with disk_errors(f"the manifest in {folder}"):
             write_manifest(folder, partition, [f"student-{k}/student" for k in range(partition.count)])
 
     processes.on_main(manifest)
-    teacher = load_teacher(**dataclasses.asdict(config.teacher), device=device)
+    teacher = load_teacher(config.teacher, device=device)
     pictures = folder / "samples"
     if not reuse or not (folder / FINAL).is_file():
         student = load_student(folder, device)
@@ -178,6 +174,93 @@ def _finish(config: RunConfig, partition: Partition, accelerator: object, reuse:
     if not config.evaluation.at_end:
         return None
     report = make_report(folder, teacher, accelerator, reuse)
-    if accelerator.is_main_process:  # type: ignore[attr-defined]
+    if accelerator.is_main_process:
         print(report)
     return report
+
+
+# --- their configurations
+
+
+def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
+    """The parts of a teacher's conditions.
+
+    Raises:
+        UserError: an unconditional teacher, a rule for other conditions than it takes, a teacher with labels of its
+            own, and what ``split_classes`` and ``split_prompts`` refuse.
+    """
+    rule = config.partition
+    if teacher.prompts is not None:
+        if rule not in PROMPT_RULES:
+            raise UserError(f"method.partition is '{rule}', which splits classes, and the teacher takes prompts; "
+                            f"choose {' or '.join(PROMPT_RULES)}")
+        if getattr(config.host, "regression_weight", 0) and config.num_students > 1:
+            raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a "
+                            "run that knows its own ones only; set it to 0")
+        prompts = teacher.prompts.prompts or []
+        encoded = teacher.prompts.examples(range(len(prompts)))
+        return Partition.of_prompts(rule, prompts, teacher.prompts.weights, encoded, config.num_students,
+                                    config.partition_seed)
+    if teacher.classes is None:
+        raise UserError(f"MSD divides the conditions among students, and the teacher {teacher.source} is "
+                        "unconditional: there is nothing to divide")
+    if teacher.classes.own is not None:
+        raise UserError("teacher.labels is set, but MSD divides all classes among its students; set it to null")
+    if rule not in CLASS_RULES:
+        raise UserError(f"method.partition is '{rule}', which splits prompts, and the teacher takes class labels; "
+                        f"choose {', '.join(CLASS_RULES)}")
+    file = None if config.partition_file is None else Path(config.partition_file)
+    return Partition.of_classes(split_classes(rule, teacher.classes.num_classes, config.num_students,
+                                              config.partition_seed, file))
+
+
+def score_matching_run(config: RunConfig) -> RunConfig | None:
+    """The shared start of students of another shape, in ``tsm/``; None: they start as the teacher."""
+    if config.method.score_matching is None:
+        return None
+    train = replace(config.train, steps=max(1, config.method.score_matching_steps))
+    return _run(config, "tsm", config.teacher, config.method.score_matching, train, 0)
+
+
+def host_run(config: RunConfig) -> RunConfig:
+    """The host's run as it would be without MSD."""
+    return replace(config, method=config.method.host)
+
+
+def student_runs(config: RunConfig, partition: Partition, part: int) -> list[RunConfig]:
+    """The runs of one student in their order; the last one is in ``student-<part>/``."""
+    method, folder = config.method, Path(config.output_dir)
+    teacher = config.teacher
+    if method.score_matching is not None:
+        teacher = replace(teacher, start=str(folder / "tsm"))
+    if partition.count > 1:  # otherwise nothing differs from the host's own run
+        if partition.prompts is None:
+            teacher = replace(teacher, labels=partition.labels(part))
+        else:
+            teacher = replace(teacher, prompts=str(prompts_file(folder, part)))
+    if not method.adversarial.steps:
+        return [_run(config, f"student-{part}", teacher, method.host, config.train, part)]
+    first = _run(config, f"matching-{part}", teacher, method.host, config.train, part)
+    stage, host = method.adversarial, method.host
+    host = replace(host, adversarial_weight=stage.weight, adversarial_critic_weight=stage.critic_weight,
+                   data=stage.data, regression_weight=0.0, optimizer=replace(host.optimizer, lr=stage.lr),
+                   critic_optimizer=replace(host.critic_optimizer, lr=stage.lr))
+    train = replace(config.train, steps=stage.steps)
+    teacher = replace(teacher, start=first.output_dir)
+    return [first, _run(config, f"student-{part}", teacher, host, train, part)]
+
+
+def prompts_file(folder: Path, part: int) -> Path:
+    """The prompts of a part, as ``teacher.prompts`` takes them."""
+    return folder / f"prompts-{part}.jsonl"
+
+
+def _run(config: RunConfig, name: str, teacher: Any, method: Any, train: Any, part: int) -> RunConfig:
+    return RunConfig(
+        output_dir=str(Path(config.output_dir) / name),
+        seed=config.seed if part == 0 else mixed_seed(config.seed, "student", part),
+        teacher=teacher,
+        method=method,
+        train=train,
+        evaluation=replace(config.evaluation, at_end=False),
+    )

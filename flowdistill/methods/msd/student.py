@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
-from flowdistill.methods.msd.partition import Partition
+from flowdistill.export import export
+from flowdistill.methods.msd.partition import ClassTable, Partition
+from flowdistill.networks.storage import SIDECAR
+from flowdistill.students import load_student
 from flowdistill.students.student import Student
-from flowdistill.teachers.loading import SIDECAR
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write
 from flowdistill.utils.hashing import checksums
+from flowdistill.utils.randomness import indexed_noise
 
 KIND = "routed"
 FORMAT = 1
@@ -131,8 +135,6 @@ class RoutedStudent(Student):
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
         """As :meth:`Student.generate`, one student after the other: whole batches each, and each is placed once."""
-        from flowdistill.utils.randomness import indexed_noise
-
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
         route = torch.cat([self.route(self._needed(conditions(span))) for span in spans])
@@ -147,7 +149,21 @@ class RoutedStudent(Student):
         assert images is not None
         return images
 
-    def save(self, folder: Any) -> None:
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return [student.network for student in self.students]
+
+    @property
+    def class_owner(self) -> Sequence[int] | None:
+        router = self.partition.router
+        return router.owner if isinstance(router, ClassTable) else None
+
+    @classmethod
+    def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> RoutedStudent:
+        students, partition = _load_students(folder, description)
+        return cls(students, partition, resident)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a student folder each, and then the manifest."""
         for part, student in enumerate(self.students):
             student.save(Path(folder) / f"student-{part}")
@@ -159,8 +175,6 @@ class RoutedStudent(Student):
 
 def write_manifest(folder: Path, partition: Partition, students: Sequence[str]) -> None:
     """Write ``flowdistill.json`` for ``students``, folders relative to ``folder``; complete or not at all."""
-    from flowdistill.utils.files import atomic_write
-
     content = {
         "format": FORMAT,
         "kind": KIND,
@@ -171,14 +185,12 @@ def write_manifest(folder: Path, partition: Partition, students: Sequence[str]) 
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def load_routed(folder: Path, manifest: dict[str, Any], resident: int | None = None) -> RoutedStudent:
-    """The students of a manifest.
+def _load_students(folder: Path, manifest: dict[str, Any]) -> tuple[list[Student], Partition]:
+    """The students of a manifest, and whose conditions are whose.
 
     Raises:
         UserError: a newer format, a damaged manifest, or a student that is missing or is not as it was written.
     """
-    from flowdistill.students.storage import load_student
-
     if manifest["format"] > FORMAT:
         raise UserError(f"{folder / SIDECAR} has the format {manifest['format']}; this version loads up to {FORMAT}")
     try:
@@ -195,17 +207,16 @@ def load_routed(folder: Path, manifest: dict[str, Any], resident: int | None = N
             what = "is missing" if odd[0] not in found else "was added" if odd[0] not in expected else "was altered"
             raise UserError(f"student {number} of {folder} is not the one of the manifest: {path / odd[0]} {what}; put "
                             "it back, or train that student again")
-    return RoutedStudent([load_student(path) for path, _ in listed], partition, resident)
+    return [load_student(path) for path, _ in listed], partition
 
 
+@export.register
 def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
     """A stock pipeline each, ``student-0`` ..., with ``manifest.json`` that says which conditions each makes.
 
     Raises:
         UserError: see :func:`flowdistill.export.pipelines.export`.
     """
-    from flowdistill.export.pipelines import export
-
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipelines")

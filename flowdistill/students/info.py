@@ -1,0 +1,25 @@
+"""Where a student comes from and what it may be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """Where a student comes from and what it may be asked.
+
+    Attributes:
+        method: the distillation method.
+        base_model: the teacher's source.
+        guidance_range: guidance scales it was trained for; None when guidance is not an input.
+        guidance_scale: the scale used when none is asked for, or the one it was distilled at.
+        settings: the method's own settings, for the record.
+    """
+
+    method: str = ""
+    base_model: str = ""
+    guidance_range: tuple[float, float] | None = None
+    guidance_scale: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
