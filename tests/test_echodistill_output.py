@@ -175,7 +175,7 @@ def test_bad_settings_are_refused_by_name(tmp_path):
     assert "placeholder_token" in problem(tmp_path, placeholder_token="b", instance_prompt="a b")
     assert "initializer_token" in problem(tmp_path, initializer_token="cat")
     assert "method.discriminators" in problem(tmp_path, discriminators=["dino"])
-    assert "method.family" in problem(tmp_path, family="lora")
+    assert "method.adapter" in problem(tmp_path, adapter="lora")
     (tmp_path / "empty").mkdir()
     assert "it is empty" in problem(tmp_path, instance_data_dir=str(tmp_path / "empty"))
     assert "such as" in problem(tmp_path, placeholder_token="my dog", instance_prompt="a my dog")

@@ -301,7 +301,8 @@ def test_evaluation_pools_all_students_and_measures_each_part(run, cli, tmp_path
 
 
 def test_smaller_students_share_one_start(source, tmp_path):
-    settings = {"score_matching": ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1), "score_matching_steps": 2}
+    matching = ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1)
+    settings = {"score_matching": matching, "score_matching_steps": 2}
     with pytest.raises(UserError, match="the students' shared start, is not complete; train it first"):
         distill(msd(source, tmp_path / "a", student_index=0, **settings))
     assert not (tmp_path / "a").exists()

@@ -191,7 +191,7 @@ def test_shapes_that_cannot_be():
         reshaped(backbone, {"widths": 3})
     with pytest.raises(UserError, match="can be built with method.student_shape"):
         reshaped(backbone, {"block_out_channels": (6, 10, 10)})
-    with pytest.raises(UserError, match="the teacher is a Linear"):
+    with pytest.raises(UserError, match="the backbone Linear is not supported"):
         smaller(torch.nn.Linear(1, 1), 0.5)
     teacher = load_teacher(tiny_unet_pipeline())
     with pytest.raises(UserError, match="makes samples of another shape"):

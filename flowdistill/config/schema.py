@@ -34,7 +34,8 @@ def option(
     name the setting had in an older version, which is still read, with a warning.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata: dict[str, Any] = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was} | limits
+    words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was}
+    metadata: dict[str, Any] = words | limits
     metadata = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)

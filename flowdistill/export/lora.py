@@ -15,8 +15,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from flowdistill.export.prompt_pipelines import NO_GUIDANCE, REPLACED
+from flowdistill.export.prompt_pipelines import stock_pipeline
 from flowdistill.networks.backbones import last_linear
+from flowdistill.networks.backbones.base import PipelineFacts
 from flowdistill.networks.lora import lora_tensors, merged
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import path_from_scheduler
@@ -38,8 +39,7 @@ def save_lora(student: Student, folder: Path, guidance_scale: float | None = Non
     velocity = student.network.velocity
     if velocity.lora is None or student.prompts is None or velocity.path.kind not in SCHEDULERS:
         return None
-    name = student.prompts.text.pipeline_class
-    name = REPLACED.get(name, name)
+    name, facts = stock_pipeline(student)
     kind = getattr(diffusers, name)
     if not hasattr(kind, "save_lora_weights") or student.t_start != path_from_scheduler(student.scheduler).t_max:
         return None
@@ -51,7 +51,7 @@ def save_lora(student: Student, folder: Path, guidance_scale: float | None = Non
     part = "unet" if "unet_lora_layers" in inspect.signature(kind.save_lora_weights).parameters else "transformer"
     layers: Any = {f"{part}_lora_layers": {key: value.contiguous() for key, value in tensors.items()}}
     kind.save_lora_weights(folder, **layers)
-    return _use(student, name)
+    return _use(student, facts)
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
     return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
 
 
-def _use(student: Student, pipeline: str) -> str:
+def _use(student: Student, facts: PipelineFacts) -> str:
     assert student.prompts is not None
     path, (height, width) = student.network.velocity.path, student.prompts.image_size
     guided = student.network.velocity.family.takes_guidance(student.network.velocity.backbone)
-    guidance = "guidance_scale=1, " if guided else f"{NO_GUIDANCE[pipeline]}, " if NO_GUIDANCE[pipeline] else ""
+    guidance = "guidance_scale=1, " if guided else f"{facts.no_guidance}, " if facts.no_guidance else ""
     scheduler = SCHEDULERS[path.kind]
     return (
         f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"

@@ -69,7 +69,7 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     k_input, k_noise, k_output = t * c.input_scale.item(), t * (1 - t * state), -t * output
     if student.prompts is not None:
         pipeline, call = prompt_pipeline(student, backbone, k_input, k_noise, k_output)
-    elif student.network.velocity.family.backbone_class == "UNet2DModel":
+    elif student.network.velocity.family.student_pipeline == "ConsistencyModelPipeline":
         pipeline = _consistency_pipeline(student, backbone, k_input, k_noise, k_output)
         call = "pipe(batch_size=4, num_inference_steps=1)"
         if student.num_classes is not None:

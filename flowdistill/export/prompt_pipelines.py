@@ -11,27 +11,18 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import nn
 
 from flowdistill.export.folding import fold_scales
+from flowdistill.networks.backbones.base import PipelineFacts
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
 
-# Pipelines that noise what a first step has made, and the one of the same parts that does not.
-REPLACED = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}
-# How each pipeline's own guidance is switched off, which the student has in its weights; None: it is not an argument.
-NO_GUIDANCE = {
-    "FluxPipeline": "",
-    "Lumina2Pipeline": "guidance_scale=1",
-    "PixArtAlphaPipeline": "guidance_scale=1",
-    "PixArtSigmaPipeline": "guidance_scale=1",
-    "QwenImagePipeline": "true_cfg_scale=1",
-    "SanaPipeline": "guidance_scale=1",
-    "StableDiffusion3Pipeline": "guidance_scale=1",
-    "StableDiffusionPipeline": "guidance_scale=1",
-    "StableDiffusionXLPipeline": "guidance_scale=1",
-    "ZImagePipeline": "guidance_scale=0",
-}
-TAKES_SCALED_NOISE = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusionPipeline",
-                      "StableDiffusionXLPipeline")
+
+def stock_pipeline(student: Student) -> tuple[str, PipelineFacts]:
+    """Class name of the pipeline that a text-to-image student becomes, and what is peculiar to its call."""
+    assert student.prompts is not None
+    pipelines, name = student.network.velocity.family.pipelines, student.prompts.text.pipeline_class
+    name = pipelines[name].exported_as or name
+    return name, pipelines[name]
 
 
 def prompt_pipeline(
@@ -44,8 +35,8 @@ def prompt_pipeline(
     """
     assert student.prompts is not None
     text = student.prompts.text
-    name = REPLACED.get(text.pipeline_class, text.pipeline_class)
-    scheduler = _scheduler(name, student, backbone, k_input, k_noise, k_output)
+    name, facts = stock_pipeline(student)
+    scheduler = _scheduler(name, facts, student, backbone, k_input, k_noise, k_output)
     kind = getattr(diffusers, name)
     parts: dict[str, Any] = {"scheduler": scheduler, "vae": student.codec.vae}
     accepted = inspect.signature(kind.__init__).parameters
@@ -62,17 +53,18 @@ def prompt_pipeline(
             parts["requires_safety_checker"] = False
         pipeline = kind(**parts)
     size = student.prompts.image_size
-    guidance = f", {NO_GUIDANCE[name]}" if NO_GUIDANCE[name] else ""
+    guidance = f", {facts.no_guidance}" if facts.no_guidance else ""
     call = f'pipe("a prompt", num_inference_steps=1{guidance}, height={size[0]}, width={size[1]})'
     return pipeline, call
 
 
 def _scheduler(
-    name: str, student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+    name: str, facts: PipelineFacts, student: Student, backbone: nn.Module,
+    k_input: float, k_noise: float, k_output: float,
 ) -> Any:
     """The scheduler whose one step is the map, once the remaining scales are folded into ``backbone``."""
     assert isinstance(student.codec, VaeCodec)
-    if name in TAKES_SCALED_NOISE:
+    if facts.scaled_noise:
         if k_noise > 1e-6:
             # Its step from the one sigma s to 0: s n - s backbone(s n / sqrt(s^2 + 1)). With Karras' spacing the first
             # sigma is exactly the given one.

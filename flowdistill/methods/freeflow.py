@@ -161,7 +161,9 @@ class FreeFlow(SingleStudentMethod):
         return loss, metrics
 
     @torch.no_grad()
-    def _target(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Callable[[Tensor], Tensor]:
+    def _target(
+        self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor
+    ) -> Callable[[Tensor], Tensor]:
         """Delta_G as a function of the student's own velocity V(n, d), known only after its pass with gradients."""
         t_max, interval, step = self.teacher.t_max, self.config.guidance_interval, self.config.finite_difference_step
         if self.config.derivative == "discrete":

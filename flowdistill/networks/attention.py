@@ -94,11 +94,11 @@ def allow_forward_mode(network: nn.Module, key: str) -> None:
     if velocity.attention == "xformers":
         use_attention(velocity.backbone, "sdpa")
         velocity.attention = "sdpa"
-        log_once(f"{key} needs attention with a forward-mode rule, which xformers has not: the student uses sdpa, and math "
-            "in the passes that are differentiated forwards")
+        log_once(f"{key} needs attention with a forward-mode rule, which xformers has not: the student uses sdpa, and "
+                 "math in the passes that are differentiated forwards")
     else:
-        log_once(f"{key} needs attention with a forward-mode rule, which of torch's kernels only math has: it is used in "
-            "the passes that are differentiated forwards")
+        log_once(f"{key} needs attention with a forward-mode rule, which of torch's kernels only math has: it is used "
+                 "in the passes that are differentiated forwards")
 
 
 def no_forward_mode(error: Exception, key: str, instead: str) -> bool:

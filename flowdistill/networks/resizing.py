@@ -6,13 +6,13 @@ left out only where no width alone comes near the budget.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from flowdistill.networks.backbones import family_of
 from flowdistill.utils.errors import UserError
 
 NEAR = 0.9
@@ -25,17 +25,14 @@ def smaller(backbone: nn.Module, share: float) -> Config:
     """What to change in ``backbone.config`` for the largest network with at most ``share`` of its parameters.
 
     Args:
-        backbone: ``UNet2DModel``, ``UNet2DConditionModel`` or ``DiTTransformer2DModel``.
+        backbone: of a family that has ``sizes``.
         share: in (0, 1); MSD's students have 0.58, 0.29 and 0.17 (42 %, 71 % and 83 % fewer).
 
     Raises:
         UserError: another family, or no network is that small.
     """
     name = type(backbone).__name__
-    if name not in _FAMILIES:
-        raise UserError(f"a smaller student can be made of {', '.join(_FAMILIES)}; the teacher is a {name}, so give "
-                        "its settings in method.student_shape")
-    widths, layers, resized = _FAMILIES[name](backbone.config)
+    widths, layers, resized = family_of(backbone).sizes(backbone.config)
     budget = share * parameters(backbone)
     best: tuple[int, Config] | None = None
     for depth in range(layers, 0, -1):
@@ -94,57 +91,3 @@ def _widest(
         else:
             high = middle - 1
     return best
-
-
-# --- families: (number of widths, most layers, (width, layers) -> changes)
-
-_Shape = tuple[int, int, Callable[[int, int], Config]]
-
-
-def _unet(config: Any) -> _Shape:
-    """Channels that norm groups and the size of a head divide: there the number of heads follows from the width."""
-    groups, head = config["norm_num_groups"] or 1, config["attention_head_dim"] or 1
-    return _convolutional(config, math.lcm(groups, config.get("attn_norm_num_groups") or 1, head), lambda channels: {})
-
-
-def _conditional_unet(config: Any) -> _Shape:
-    """There ``attention_head_dim`` is the number of heads (diffusers), one or one a block."""
-    if config["num_attention_heads"] is not None or isinstance(config["layers_per_block"], (list, tuple)):
-        raise UserError("the teacher's UNet2DConditionModel has num_attention_heads or a number of layers for each "
-                        "block; give the student's settings in method.student_shape")
-    channels, heads, groups = config["block_out_channels"], config["attention_head_dim"], config["norm_num_groups"] or 1
-    if isinstance(heads, int):  # the same heads, thinner
-        return _convolutional(config, math.lcm(groups, heads), lambda widths: {})
-    sizes = {width // count for width, count in zip(channels, heads, strict=True)}
-    size = math.lcm(*sizes)  # fewer heads, as wide as they were
-    return _convolutional(config, math.lcm(groups, size),
-                          lambda widths: {"attention_head_dim": [width // size for width in widths]})
-
-
-def _convolutional(config: Any, unit: int, heads: Callable[[list[int]], Config]) -> _Shape:
-    channels = list(config["block_out_channels"])
-    steps = max(channels) // unit
-
-    def resized(width: int, layers: int) -> Config:
-        widths = [max(1, round(width * channel / max(channels))) * unit for channel in channels]
-        return {"block_out_channels": widths, "layers_per_block": layers} | heads(widths)
-
-    return steps, config["layers_per_block"], resized
-
-
-def _dit(config: Any) -> _Shape:
-    """Fewer heads of the same size, then fewer blocks. Positions are sines and cosines in two directions: 4 | width."""
-    heads, size = config["num_attention_heads"], config["attention_head_dim"]
-    unit = 4 // math.gcd(4, size)
-
-    def resized(width: int, layers: int) -> Config:
-        return {"num_attention_heads": width * unit, "num_layers": layers}
-
-    return heads // unit, config["num_layers"], resized
-
-
-_FAMILIES: dict[str, Callable[[Any], _Shape]] = {
-    "DiTTransformer2DModel": _dit,
-    "UNet2DConditionModel": _conditional_unet,
-    "UNet2DModel": _unet,
-}

@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flowdistill.networks.backbones import FAMILIES, family_of
+from flowdistill.networks.backbones import FAMILIES
 from flowdistill.networks.lora import LoraSettings, split
 from flowdistill.networks.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 from flowdistill.paths.schedulers import load_scheduler, path_from_scheduler
@@ -120,7 +119,8 @@ def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVel
                         f"format {FORMAT}")
     if description.get("backbone") not in FAMILIES:
         raise UserError(f"{folder} has the backbone {description.get('backbone')}, which is not supported")
-    backbone_class = getattr(diffusers, description["backbone"])
+    family = FAMILIES.get(description["backbone"])
+    backbone_class = family.backbone_type
     try:
         config = backbone_class.load_config(folder / "backbone")
         weights = load_file(folder / WEIGHTS)
@@ -137,7 +137,7 @@ def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVel
     if wiring not in TARGET_TIMES:
         raise UserError(f"{folder / SIDECAR} has target_time '{wiring}'; this version knows {', '.join(TARGET_TIMES)}")
     lora = None if description.get("lora") is None else LoraSettings(**description["lora"])
-    velocity = VelocityNetwork(backbone, native, family_of(backbone), lora=lora)
+    velocity = VelocityNetwork(backbone, native, family, lora=lora)
     network = ExtendedVelocity(velocity, tuple(description["scalars"]), wiring)
     for name, parameter in network.named_parameters():  # in the types on the disk: a frozen base may be bfloat16
         if name in weights:

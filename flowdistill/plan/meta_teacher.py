@@ -179,7 +179,8 @@ def _listed(prompts: str | None) -> PromptList:
 
 
 def _texts(
-    pipeline: str, backbone: nn.Module, clip: int, config: TeacherConfig, family: BackboneFamily, pixels: tuple[int, int]
+    pipeline: str, backbone: nn.Module, clip: int, config: TeacherConfig, family: BackboneFamily,
+    pixels: tuple[int, int],
 ) -> ShapedPrompts:
     if pipeline not in family.pipelines:
         raise UserError(f"the pipeline {pipeline} is not supported; supported with a {family.backbone_class} are "
@@ -192,7 +193,8 @@ class ShapedPrompts(PromptConditions):
     """Prompts as zeros of the shapes that their encodings have."""
 
     def __init__(
-        self, shapes: dict[str, tuple[int, ...]], family: BackboneFamily, image_size: tuple[int, int], negative: str | None
+        self, shapes: dict[str, tuple[int, ...]], family: BackboneFamily, image_size: tuple[int, int],
+        negative: str | None,
     ) -> None:
         super().__init__(None, family, image_size, negative)  # type: ignore[arg-type]  # no text encoder is there
         self.shapes = shapes

@@ -110,7 +110,7 @@ class Method(ABC):
 
     @abstractmethod
     def student(self, network: nn.Module | None = None) -> Student:
-        """The user's student around ``network`` (a copy of the role "student", e.g. its average), or the trained one."""
+        """The user's student around ``network``, a copy of the role "student" such as its average; None: the trained."""
 
     # --- what some say besides
 
@@ -146,13 +146,13 @@ class Method(ABC):
         """State besides the networks, as JSON values, the same on every process."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from what :meth:`state_dict` gave; the next call is :meth:`begin_step`."""
 
-    def conclude(self, step: int, folder: Path) -> None:
+    def conclude(self, step: int, folder: Path) -> None:  # noqa: B027
         """The end of training, after the last update; called by all processes, before the student is saved."""
 
-    def write_outputs(self, folder: Path) -> None:
+    def write_outputs(self, folder: Path) -> None:  # noqa: B027
         """Files beside the ``student/`` that is in the run folder now; called by the main process only."""
 
     def outputs_complete(self, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Objects found by name: those of a package of ours, those that a program registers, and those of installed packages."""
+"""Objects found by name: of a package of ours, registered by a program, or of an installed package."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
         G_k = host with an adversarial term (optional)      from the last G_k; real images of V_k only
     sample(y) = G_k(noise, y) for the k that owns y
 
-So MSD is no loss: it is K runs of the host, whose teacher draws some of its conditions only. ``settings`` has what is set,
-``partition`` the parts, ``runs`` the runs and their configurations, ``student`` the K students as one.
+So MSD is no loss: it is K runs of the host, whose teacher draws some of its conditions only. ``settings`` has what is
+set, ``partition`` the parts, ``runs`` the runs and their configurations, ``student`` the K students as one.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class MsdConfig(HostingConfig):
             raise UserError(f"method.student_index is {self.student_index}; with {self.num_students} students it is 0 "
                             f"to {self.num_students - 1}")
         if self.student_index == -1 and self.score_matching is None:
-            raise UserError("method.student_index is -1, the shared start, but method.score_matching is null: students start as "
-                            "the teacher")
+            raise UserError("method.student_index is -1, the shared start, but method.score_matching is null: students "
+                            "start as the teacher")
         if (self.partition == "file") != (self.partition_file is not None):
             raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
                             f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")

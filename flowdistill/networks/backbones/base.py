@@ -4,32 +4,67 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.registry import Registry
 
 Backbone = Any
 """A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
 
 
+class Sizes(NamedTuple):
+    """Networks of one family, from small to large.
+
+    Attributes:
+        widths: number of widths, which are counted from 1.
+        layers: the most layers.
+        changes: (width, layers) -> settings that differ from the backbone's configuration.
+    """
+
+    widths: int
+    layers: int
+    changes: Callable[[int, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What is peculiar to a text-to-image pipeline's call.
+
+    Attributes:
+        no_guidance: the argument that switches its own guidance off, such as ``guidance_scale=1``; empty where the call
+            needs none.
+        scaled_noise: whether it multiplies the noise that it is given by its scheduler's ``init_noise_sigma``.
+        exported_as: a pipeline class of the same parts that students become instead; empty for this one.
+    """
+
+    no_guidance: str = "guidance_scale=1"
+    scaled_noise: bool = False
+    exported_as: str = ""
+
+
 class BackboneFamily(ABC):
-    """How to call a backbone and where its time embedding is made. Nothing per schedule.
+    """How to call a backbone, where its time embedding is made, and how it is shrunk. Nothing per schedule.
 
     Attributes:
         backbone_class: class name of the backbone in diffusers.
-        pipelines: class names of the text-to-image pipelines whose prompts :meth:`encode` encodes; empty for families
+        pipelines: the text-to-image pipelines whose prompts :meth:`encode` encodes, by class name; empty for families
             without prompts.
+        student_pipeline: class name of the stock pipeline that a student without prompts becomes.
         masked: whether its attention gets a mask over the prompt's tokens.
     """
 
     backbone_class: str
-    pipelines: tuple[str, ...] = ()
+    pipelines: Mapping[str, PipelineFacts] = {}
+    student_pipeline: str = ""
     masked: bool = False
 
     @abstractmethod
@@ -40,8 +75,8 @@ class BackboneFamily(ABC):
         """(C, H, W) of one sample."""
         size = network.config.sample_size
         if size is None:
-            raise UserError(f"the {self.backbone_class}'s config has no sample_size, so the image size is unknown; set it in "
-                            "its config.json")
+            raise UserError(f"the {self.backbone_class}'s config has no sample_size, so the image size is unknown; set it "
+                            "in its config.json")
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
 
@@ -80,8 +115,8 @@ class BackboneFamily(ABC):
         """
         block = getattr(network, "mid_block", None)
         if block is None:
-            raise UserError(f"the {self.backbone_class} has no middle block, whose features the adversarial term reads; set "
-                            "method.adversarial_weight to 0")
+            raise UserError(f"the {self.backbone_class} has no middle block, whose features the adversarial term reads; "
+                            "set method.adversarial_weight to 0")
         return block
 
     def middle_channels(self, network: Backbone) -> int:
@@ -95,6 +130,20 @@ class BackboneFamily(ABC):
     def learned_variance_channels(self, network: Backbone) -> int:
         """Channels of :meth:`output_channels` that are a learned variance, dropped by :meth:`call`."""
         return self.output_channels(network) - self.shape(network)[0]
+
+    @property
+    def backbone_type(self) -> Any:
+        """The backbone's class; one that is not in diffusers overrides this."""
+        return getattr(diffusers, self.backbone_class)
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """The smaller networks of the family that a backbone with this configuration can shrink to.
+
+        Raises:
+            UserError: the family, or this variant of it, has no rule.
+        """
+        raise UserError(f"flowdistill has no rule to make a smaller {self.backbone_class}; give the student's settings "
+                        "in method.student_shape")
 
     # --- text to image
 
@@ -136,6 +185,37 @@ class BackboneFamily(ABC):
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         """Prepare a flow-matching scheduler as the family's pipeline does for latents of ``shape`` (C, H, W)."""
         scheduler.set_timesteps(steps)
+
+
+FAMILIES: Registry[BackboneFamily] = Registry(
+    "backbone", package="flowdistill.networks.backbones", group="flowdistill.backbones"
+)
+"""Class name of a backbone -> its family. A file in this folder, or another package's module, registers its own."""
+
+F = TypeVar("F", bound=type[BackboneFamily])
+
+
+def register_family(cls: F) -> F:
+    """Class decorator: make a family known under the class name of its backbone."""
+    FAMILIES.register(cls.backbone_class)(cls())
+    return cls
+
+
+def convolutional_sizes(
+    config: Mapping[str, Any], unit: int, heads: Callable[[list[int]], dict[str, Any]]
+) -> Sizes:
+    """Of a UNet: widths in the ratios they have, each a multiple of ``unit``, and fewer layers a block.
+
+    Args:
+        heads: widths of the blocks -> what follows from them for attention.
+    """
+    channels = list(config["block_out_channels"])
+
+    def changes(width: int, layers: int) -> dict[str, Any]:
+        widths = [max(1, round(width * channel / max(channels))) * unit for channel in channels]
+        return {"block_out_channels": widths, "layers_per_block": layers} | heads(widths)
+
+    return Sizes(max(channels) // unit, config["layers_per_block"], changes)
 
 
 def last_linear(embedding: nn.Module) -> nn.Linear:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    Sizes,
+    register_family,
+)
 from flowdistill.utils.errors import UserError
 
 
+@register_family
 class DiTFamily(BackboneFamily):
     backbone_class = "DiTTransformer2DModel"
+    student_pipeline = "DiTPipeline"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         if condition is None:
@@ -37,3 +48,13 @@ class DiTFamily(BackboneFamily):
 
     def middle_channels(self, network: Backbone) -> int:
         return network.config.num_attention_heads * network.config.attention_head_dim
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """Fewer heads of the same size, then fewer blocks.
+
+        Positions are sines and cosines in two directions, so 4 divides the width.
+        """
+        heads, size = config["num_attention_heads"], config["attention_head_dim"]
+        unit = 4 // math.gcd(4, size)
+        return Sizes(heads // unit, config["num_layers"],
+                     lambda width, layers: {"num_attention_heads": width * unit, "num_layers": layers})

@@ -12,9 +12,11 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
+    PipelineFacts,
     guidance_of,
     longest_prompt,
     packed,
+    register_family,
     set_shifted,
     tensors,
     unpacked,
@@ -23,9 +25,10 @@ from flowdistill.networks.backbones.base import (
 DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of its own
 
 
+@register_family
 class FluxFamily(BackboneFamily):
     backbone_class = "FluxTransformer2DModel"
-    pipelines = ("FluxPipeline",)
+    pipelines = {"FluxPipeline": PipelineFacts(no_guidance="")}
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    longest_prompt,
+    register_family,
+    set_shifted,
+    tensors,
+)
 
 
+@register_family
 class Lumina2Family(BackboneFamily):
     backbone_class = "Lumina2Transformer2DModel"
-    pipelines = ("Lumina2Pipeline",)
+    pipelines = {"Lumina2Pipeline": PipelineFacts()}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -9,12 +9,20 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    longest_prompt,
+    register_family,
+    tensors,
+)
 
 
+@register_family
 class PixArtFamily(BackboneFamily):
     backbone_class = "PixArtTransformer2DModel"
-    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    pipelines = dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), PipelineFacts(scaled_noise=True))
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

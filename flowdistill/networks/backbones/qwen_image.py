@@ -12,8 +12,10 @@ from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
+    PipelineFacts,
     longest_prompt,
     packed,
+    register_family,
     set_shifted,
     tensors,
     unpacked,
@@ -23,9 +25,10 @@ from flowdistill.utils.errors import UserError
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
 
+@register_family
 class QwenImageFamily(BackboneFamily):
     backbone_class = "QwenImageTransformer2DModel"
-    pipelines = ("QwenImagePipeline",)
+    pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1")}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -8,13 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    longest_prompt,
+    register_family,
+    tensors,
+)
 from flowdistill.utils.errors import UserError
 
 
+@register_family
 class SanaFamily(BackboneFamily):
     backbone_class = "SanaTransformer2DModel"
-    pipelines = ("SanaPipeline",)
+    pipelines = {"SanaPipeline": PipelineFacts()}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +11,28 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, guidance_of, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    Sizes,
+    convolutional_sizes,
+    guidance_of,
+    register_family,
+    tensors,
+)
 from flowdistill.utils.errors import UserError
 
 
+@register_family
 class StableDiffusionFamily(BackboneFamily):
     backbone_class = "UNet2DConditionModel"
-    pipelines = ("LatentConsistencyModelPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    pipelines = {
+        # It noises what a first step has made; Stable Diffusion's own does not.
+        "LatentConsistencyModelPipeline": PipelineFacts(scaled_noise=True, exported_as="StableDiffusionPipeline"),
+        "StableDiffusionPipeline": PipelineFacts(scaled_noise=True),
+        "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True),
+    }
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)
@@ -72,6 +89,20 @@ class StableDiffusionFamily(BackboneFamily):
         if negative is None and _is_xl(pipeline) and pipeline.config.force_zeros_for_empty_prompt:
             row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_embeds")}
         return row
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """There ``attention_head_dim`` is the number of heads (diffusers), one or one a block."""
+        if config["num_attention_heads"] is not None or isinstance(config["layers_per_block"], (list, tuple)):
+            raise UserError("the teacher's UNet2DConditionModel has num_attention_heads or a number of layers for each "
+                            "block; give the student's settings in method.student_shape")
+        channels, heads = config["block_out_channels"], config["attention_head_dim"]
+        groups = config["norm_num_groups"] or 1
+        if isinstance(heads, int):  # the same heads, thinner
+            return convolutional_sizes(config, math.lcm(groups, heads), lambda widths: {})
+        size = math.lcm(*{width // count for width, count in zip(channels, heads, strict=True)})
+        # Fewer heads, as wide as they were.
+        return convolutional_sizes(config, math.lcm(groups, size),
+                                   lambda widths: {"attention_head_dim": [width // size for width in widths]})
 
 
 def _is_xl(pipeline: Any) -> bool:

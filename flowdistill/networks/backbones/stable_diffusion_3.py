@@ -8,12 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    longest_prompt,
+    register_family,
+    set_shifted,
+    tensors,
+)
 
 
+@register_family
 class StableDiffusion3Family(BackboneFamily):
     backbone_class = "SD3Transformer2DModel"
-    pipelines = ("StableDiffusion3Pipeline",)
+    pipelines = {"StableDiffusion3Pipeline": PipelineFacts()}
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    Sizes,
+    convolutional_sizes,
+    register_family,
+)
 from flowdistill.utils.errors import UserError
 
 
+@register_family
 class UNet2DFamily(BackboneFamily):
     backbone_class = "UNet2DModel"
+    student_pipeline = "ConsistencyModelPipeline"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         labels = None if condition is None else condition.tensors["class_labels"]
@@ -39,3 +51,9 @@ class UNet2DFamily(BackboneFamily):
 
     def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """Channels that norm groups and the size of a head divide: there the number of heads follows from the width."""
+        groups, head = config["norm_num_groups"] or 1, config["attention_head_dim"] or 1
+        unit = math.lcm(groups, config.get("attn_norm_num_groups") or 1, head)
+        return convolutional_sizes(config, unit, lambda widths: {})

@@ -12,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.backbones.base import Backbone, BackboneFamily, longest_prompt, set_shifted, tensors
+from flowdistill.networks.backbones.base import (
+    Backbone,
+    BackboneFamily,
+    PipelineFacts,
+    longest_prompt,
+    register_family,
+    set_shifted,
+    tensors,
+)
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
 
+@register_family
 class ZImageFamily(BackboneFamily):
     backbone_class = "ZImageTransformer2DModel"
-    pipelines = ("ZImagePipeline",)
+    pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0")}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
