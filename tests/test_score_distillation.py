@@ -231,7 +231,7 @@ def test_lora_critic_shares_the_teachers_weights():
 @pytest.mark.parametrize("path", ["flow", "dit"])
 def test_discriminator_reads_the_middle_of_the_critic(path):
     teacher = TEACHERS[path]()
-    bare = make_critic(teacher)
+    bare = make_critic(teacher.network)
     network = Discriminator(bare)
     x, t, condition = torch.randn(3, *teacher.shape), torch.tensor([0.2, 0.5, 0.8]), teacher.encode([0, 1, 2])
     velocity, logits = network(x, t, condition, logits=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ClassLabels:
         self.encode(labels)
         return replace(self, own=tuple(labels))
 
-    def draw(self, draw: Any, rows: int | None = None) -> Condition:
+    def draw(self, draw: Draw, rows: int | None = None) -> Condition:
         """Uniform over the labels ``shown``; see :meth:`flowdistill.teachers.Teacher.draw_condition`."""
         index = draw.integers(len(self.shown), rows=rows)
         return self.wrap(index if self.own is None else torch.tensor(self.own, device=index.device)[index])

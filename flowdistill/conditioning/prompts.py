@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import diffusers
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_encoders import TextEncoders
-from flowdistill.networks.backbones.base import BackboneFamily
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, cache_folder
+from flowdistill.utils.randomness import Draw
 
 ENCODED_AT_ONCE = 16
 
@@ -69,6 +70,16 @@ def _record(file: Path, number: int, line: str) -> tuple[str, float]:
     return prompt, weight
 
 
+class PromptEncoder(Protocol):
+    """What turns prompts into tensors: a backbone's family, see :mod:`flowdistill.networks.backbones.base`."""
+
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+
+    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+
+    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+
+
 class PromptConditions:
     """How prompts become a :class:`Condition`.
 
@@ -83,7 +94,7 @@ class PromptConditions:
     """
 
     def __init__(
-        self, text: TextEncoders, family: BackboneFamily, image_size: tuple[int, int], negative: str | None = None
+        self, text: TextEncoders, family: PromptEncoder, image_size: tuple[int, int], negative: str | None = None
     ) -> None:
         self.text, self.family, self.image_size, self.negative = text, family, image_size, negative
         self.device = torch.device("cpu")  # where text encoders run
@@ -117,7 +128,7 @@ class PromptConditions:
             self._null[device] = self._encoded(None).to(device)
         return self._null[device].expand(len(condition))
 
-    def draw(self, draw: Any, rows: int | None = None) -> Condition:
+    def draw(self, draw: Draw, rows: int | None = None) -> Condition:
         """Random rows of the list, by weight, on the CPU; see :meth:`Teacher.draw_condition`."""
         if self.prompts is None:
             raise UserError("this teacher takes prompts; set teacher.prompts to a file with one prompt a line")
@@ -144,8 +155,6 @@ class PromptConditions:
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:
         """The prompts, or one row for the null condition (None), on the CPU; from disk where they are there."""
-        from flowdistill.utils.files import atomic_write, cache_folder
-
         wanted = None if prompts is None else list(prompts)
         # The versions count: a tokenizer's or an encoder's code may change what a text becomes.
         parts = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size, self.negative,

@@ -1,39 +1,9 @@
-"""Small real image sets that need no network, and the splits the evaluation takes of them."""
-
-from __future__ import annotations
-
-import difflib
-from collections.abc import Callable
-
-from torch import Tensor
+"""Where images come from: small named sets that need no network, folders, and the splits the evaluation takes."""
 
 from flowdistill.data.digits import load_digits
 from flowdistill.data.mnist import load_mnist5k
+from flowdistill.data.named_sets import IMAGE_SETS, load_images
 from flowdistill.data.shapes import load_shapes
 from flowdistill.data.splits import balanced_split, split_halves
-from flowdistill.utils.errors import UserError
 
 __all__ = ["IMAGE_SETS", "balanced_split", "load_digits", "load_images", "load_mnist5k", "load_shapes", "split_halves"]
-
-IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "digits": load_digits, "mnist5k": load_mnist5k, "shapes": load_shapes,
-}
-
-
-def load_images(name: str) -> tuple[Tensor, Tensor]:
-    """Load a named image set.
-
-    Args:
-        name: a key of ``IMAGE_SETS``.
-
-    Returns:
-        images, float32 (N, C, H, W) in [0, 1], and labels, int64 (N,). The tensors are the caller's to change.
-
-    Raises:
-        UserError: unknown name, or the package that carries the set is not installed.
-    """
-    if name not in IMAGE_SETS:
-        near = difflib.get_close_matches(str(name), IMAGE_SETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"unknown image set {name!r}{hint}; the named sets are {', '.join(sorted(IMAGE_SETS))}")
-    return IMAGE_SETS[name]()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from flowdistill.data.named_sets import load_images
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import to_uint8
 
@@ -39,8 +40,6 @@ class NamedImages:
     """A labelled set of ``flowdistill.data.load_images``, rounded to uint8."""
 
     def __init__(self, name: str) -> None:
-        from flowdistill.data import load_images
-
         self.labels: Tensor | None
         images, self.labels = load_images(name)
         self.name = name

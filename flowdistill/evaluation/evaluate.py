@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompts import PromptList, read_prompts
+from flowdistill.config import TeacherConfig
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.generation import Sampler, check_num_images
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.students import Student, is_student_folder, load_student
+from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_writable
 from flowdistill.utils.processes import Processes
-
-if TYPE_CHECKING:
-    from flowdistill.conditioning.prompts import PromptList
 
 DEFAULTS: dict[str, Any] = {
     "num_images": 10_000,
@@ -99,8 +100,6 @@ def evaluate(
     if teacher is not None:
         subject.teacher = teacher
     if prompts is not None:
-        from flowdistill.conditioning.prompts import read_prompts
-
         for part in (subject.teacher, subject.student):
             if part is not None:
                 _use_prompts(part, read_prompts(prompts))
@@ -129,7 +128,7 @@ def evaluate(
         seed,
         settings["batch_size"],
         own=own,
-        owner=_class_owners(model),
+        owner=None if subject.student is None else subject.student.class_owner,
         device=place,
         weights=weights,
         cache_dir=cache_dir,
@@ -156,17 +155,10 @@ def evaluate(
     return report
 
 
-def student_parameters(student: Any) -> tuple[int | None, int | None]:
-    """Parameters of all networks, and of the largest one that makes an image; None for a student without a network."""
-    networks = [one.network for one in getattr(student, "students", [student]) if hasattr(one, "network")]
-    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    return (sum(sizes), max(sizes)) if sizes else (None, None)
-
-
-def _class_owners(model: Any) -> Sequence[int] | None:
-    """Part of each class label of several students; None for one student, and for prompts."""
-    partition = getattr(model, "partition", None)
-    return None if partition is None else getattr(partition.router, "owner", None)
+def student_parameters(student: Student) -> tuple[int, int]:
+    """Parameters of all networks, and of the largest one that makes an image."""
+    sizes = [sum(p.numel() for p in network.parameters()) for network in student.networks]
+    return sum(sizes), max(sizes)
 
 
 def _label_rule(num_classes: int | None, own: Sequence[int] | None) -> str | None:
@@ -250,9 +242,6 @@ def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int,
 def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
     if not isinstance(source, (str, os.PathLike)):
         return _open_live(source, device)
-    from flowdistill import load_student
-    from flowdistill.students import is_student_folder
-
     folder = Path(source)
     name = str(source)
     if (folder / "config.yaml").is_file():
@@ -278,20 +267,17 @@ def _open_live(source: Any, device: torch.device) -> _Subject:
     if hasattr(source, "generate") and hasattr(source, "decode"):
         return _Subject(name, student=source)
     if hasattr(source, "save_pretrained") and hasattr(source, "components"):
-        from flowdistill import load_teacher
-
         return _Subject(name, load_teacher(source, device=device))
     raise UserError(f"a {type(source).__name__} cannot be evaluated; give a run, a student, a teacher or a pipeline")
 
 
 def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
-    from flowdistill import load_teacher
-
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
-    keys = ("null_label", "t_max", "dtype", "prompts", "negative_prompt", "image_size", "labels")
-    options = {key: section[key] for key in keys if section.get(key) is not None}
-    return load_teacher(section["source"], device=device, **options)
+    known = {item.name for item in fields(TeacherConfig)}
+    settings = {key: value for key, value in section.items() if key in known and value is not None}
+    # What decides how students are trained says nothing about the teacher.
+    return load_teacher(TeacherConfig(**settings | {"start": None}), device=device)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

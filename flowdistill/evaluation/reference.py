@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdistill.data import IMAGE_SETS, split_halves
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect
 from flowdistill.evaluation.metrics.frechet import Moments, frechet_distance
@@ -86,8 +87,6 @@ class Reference:
         if self.labelled is None or len(self.labelled[1]) < 4:
             return None
         features, labels = self.labelled
-        from flowdistill.data import split_halves
-
         floors = []
         for seed in seeds:
             first, second = (moments_of(features[rows]) for rows in split_halves(labels, seed))
@@ -181,8 +180,6 @@ def open_images(source: str | os.PathLike) -> ImageSet:
     Raises:
         UserError: neither a known name nor a folder.
     """
-    from flowdistill.data import IMAGE_SETS
-
     if source in IMAGE_SETS:
         return NamedImages(str(source))
     if Path(source).is_dir():

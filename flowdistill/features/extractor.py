@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdistill.features.digits_classifier import load_digits_classifier
+from flowdistill.features.shapes_networks import load_shapes_classifier
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder
 from flowdistill.utils.hashing import file_sha256, module_sha256
@@ -119,12 +121,8 @@ def load_features(
         return features
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if features is None or features == "digits":
-        from flowdistill.features.digits_classifier import load_digits_classifier
-
         return _from_module("digits", load_digits_classifier(), place, channels=1)
     if features == "shapes":
-        from flowdistill.features.shapes_networks import load_shapes_classifier
-
         return _from_module("shapes", load_shapes_classifier(), place, channels=3)
     if features == "inception":
         return _inception(_inception_file(weights), place)
@@ -138,8 +136,6 @@ def load_features(
 
 def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
     if path.is_dir():
-        from flowdistill.features.digits_classifier import load_digits_classifier
-
         return _from_module(str(path), load_digits_classifier(path), device, channels=1)
     if not path.is_file():
         raise UserError(

@@ -111,7 +111,7 @@ class FreeFlow(SingleStudentMethod):
         self.critic = None
         if config.prediction_fraction < 1:
             scalars = ("guidance",) if self.guidance_input else ()
-            self.critic = critic_network or make_critic(teacher, config.critic_lora, scalars)
+            self.critic = critic_network or make_critic(teacher.network, config.critic_lora, scalars)
 
     def roles(self) -> dict[str, Role]:
         critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}

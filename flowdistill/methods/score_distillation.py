@@ -107,7 +107,7 @@ class ScoreDistillation(SingleStudentMethod):
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         start = start_time(teacher, config.start, config.start_unit)
         self._student = Generator.from_teacher(teacher, info, start, student_network, config.student_lora)
-        score: Any = critic_network or make_critic(teacher, config.critic_lora)
+        score: Any = critic_network or make_critic(teacher.network, config.critic_lora)
         self.score: nn.Module = score
         self.critic: nn.Module = score
         self.data = None

@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.lora import LoraSettings
-from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.objectives.distribution_matching import flow_matching_loss
 from flowdistill.paths.native_path import NativePath
-from flowdistill.teachers.teacher import Teacher
 
 
 def make_critic(
-    teacher: Teacher, lora: LoraSettings | None = None, scalars: tuple[str, ...] = ()
+    teacher: VelocityNetwork, lora: LoraSettings | None = None, scalars: tuple[str, ...] = ()
 ) -> ExtendedVelocity:
     """A trainable velocity network that starts equal to the teacher's.
 
     Args:
+        teacher: the teacher's network.
         lora: adapters over the teacher's own frozen tensors; None for a float32 copy.
         scalars: extra conditions, zero at the start.
     """
-    return ExtendedVelocity(teacher.network.trainable_copy(lora=lora), scalars)
+    return ExtendedVelocity(teacher.trainable_copy(lora=lora), scalars)
 
 
 def critic_loss(velocity: Tensor, sample: Tensor, noise: Tensor, t: Tensor, path: NativePath) -> Tensor:

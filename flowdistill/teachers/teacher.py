@@ -17,6 +17,7 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.solvers import integrate
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
 
 
 class Teacher:
@@ -155,7 +156,7 @@ class Teacher:
             return self.prompts.examples(indices).to(self.device)
         return None if self.classes is None else self.classes.examples(indices).to(self.device)
 
-    def draw_condition(self, draw: Any, rows: int | None = None) -> Condition | None:
+    def draw_condition(self, draw: Draw, rows: int | None = None) -> Condition | None:
         """Conditions of a training batch; None for an unconditional teacher.
 
         Uniform over the classes (those of ``teacher.labels``), or prompts of ``teacher.prompts`` by their weights.

@@ -14,8 +14,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from flowdistill.config import RunConfig, TrainConfig
+from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
+from flowdistill.utils.images import save_grid
 
 PROJECT = "flowdistill"
 METRICS = "metrics.jsonl"
@@ -103,8 +105,6 @@ class Reporter:
 
 def save_samples(student: Any, path: Path, count: int) -> None:
     """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
-    from flowdistill.utils.images import save_grid
-
     listed = getattr(getattr(student, "prompts", None), "prompts", None)
     classes = getattr(student, "classes", None)
     shown = min(len(listed), count) if listed is not None else 0 if classes is None else len(classes.shown)
@@ -121,8 +121,6 @@ class FidCallback:
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
-        from flowdistill.evaluation import Evaluator
-
         settings = config.evaluation
         self.evaluator = Evaluator(
             settings.features,
@@ -140,8 +138,6 @@ class FidCallback:
 
     def __call__(self, student: Any) -> dict[str, Any]:
         """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""
-        from flowdistill.evaluation import prompt_conditions, student_sampler
-
         row = self.evaluator.measure(
             student_sampler(student), tuple(student.shape), student.num_classes, condition=prompt_conditions(student)
         )

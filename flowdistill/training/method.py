@@ -110,7 +110,7 @@ class Method(ABC):
 
     @abstractmethod
     def student(self, network: nn.Module | None = None) -> Student:
-        """The user's student around ``network``, a copy of the role "student" such as its average; None: the trained."""
+        """The user's student around ``network``, a copy of the role "student"; None: around the trained one."""
 
     # --- what some say besides
 

@@ -75,7 +75,7 @@ class BackboneFamily(ABC):
         """(C, H, W) of one sample."""
         size = network.config.sample_size
         if size is None:
-            raise UserError(f"the {self.backbone_class}'s config has no sample_size, so the image size is unknown; set it "
+            raise UserError(f"the {self.backbone_class}'s config has no sample_size, so the size is unknown; set it "
                             "in its config.json")
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
@@ -115,8 +115,8 @@ class BackboneFamily(ABC):
         """
         block = getattr(network, "mid_block", None)
         if block is None:
-            raise UserError(f"the {self.backbone_class} has no middle block, whose features the adversarial term reads; "
-                            "set method.adversarial_weight to 0")
+            raise UserError(f"the {self.backbone_class} has no middle block, and the adversarial term reads its "
+                            "features; set method.adversarial_weight to 0")
         return block
 
     def middle_channels(self, network: Backbone) -> int:
