@@ -44,7 +44,7 @@ def toy(offset=0.0, std=STD, **settings):
     images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     teacher = exact_teacher(GaussianVelocity(MEAN, std))
     settings = {"finite_difference_step": 1e-3, "damping": 0.0, **settings}
-    method = DataFlowMap(DataFlowMapConfig(**settings), teacher, TwoTime(offset), (images, torch.arange(32) % 4))
+    method = DataFlowMap(DataFlowMapConfig(data="digits", **settings), teacher, TwoTime(offset), (images, torch.arange(32) % 4))
     return method, {"student": method.roles()["student"].network}
 
 
@@ -71,7 +71,7 @@ def test_shift_moves_whole_images_and_keeps_labels():
     images = torch.zeros(4, 1, 8, 8)
     for label in range(4):
         images[label, 0, 3, 2 + label] = 1.0
-    method = DataFlowMap(DataFlowMapConfig(shift_pixels=2), teacher, None, (images, torch.arange(4)))
+    method = DataFlowMap(DataFlowMapConfig(data="digits", shift_pixels=2), teacher, None, (images, torch.arange(4)))
     clean, condition = method._data(Draw(0, 0, rows=256))
     places = (clean > 0).flatten(1)
     assert (places.sum(dim=1) == 1).all()
@@ -83,4 +83,4 @@ def test_shift_moves_whole_images_and_keeps_labels():
 def test_data_of_another_shape_is_refused():
     teacher = load_teacher(tiny_unet_pipeline(channels=2))
     with pytest.raises(UserError, match=r"'digits' has samples of shape \(1, 8, 8\).*\(2, 8, 8\)"):
-        DataFlowMap(DataFlowMapConfig(), teacher)
+        DataFlowMap(DataFlowMapConfig(data="digits"), teacher)

@@ -8,15 +8,22 @@ import sys
 import pytest
 import torch
 
+import flowdistill
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.data import load_digits
 from flowdistill.data.assets import asset_path
-from flowdistill.evaluation import Evaluator, Report, Row, evaluate, evaluate_models
+from flowdistill.evaluation import Evaluator, Report, Row, evaluate_models
 from flowdistill.features import load_features
+from flowdistill.students import StudentInfo
 from flowdistill.utils.errors import UserError
 
 LABELS = load_digits()[1]
 ROWS = {label: [i for i, other in enumerate(LABELS.tolist()) if other == label] for label in range(10)}
+
+
+def evaluate(model, *arguments, **settings):
+    """``flowdistill.evaluate`` with the digits to measure with and against."""
+    return flowdistill.evaluate(model, *arguments, **{"features": "digits", "reference": "digits"} | settings)
 
 
 class Fake:
@@ -53,6 +60,8 @@ class FakeTeacher(Fake):
 
 
 class FakeStudent(Fake):
+    info, class_owner, networks = StudentInfo(), None, [torch.nn.Linear(2, 3)]
+
     def __call__(self, noise, condition=None, guidance_scale=None):
         self.asked.append((guidance_scale, len(noise)))
         return self.draw(noise, condition, 20)
@@ -186,6 +195,8 @@ def test_bad_input_is_one_sentence(tmp_path):
     for count in (0, -5):
         with pytest.raises(UserError, match=f"at least 1, not {count}"):
             evaluate(FakeTeacher(), count)
+    with pytest.raises(UserError, match="features and reference are neither given nor set in a run: name features"):
+        flowdistill.evaluate(FakeTeacher(), 10)
     with pytest.raises(UserError, match="at least 1 step"):
         evaluate(FakeTeacher(), 10, teacher_steps=[0])
     with pytest.raises(UserError, match="nothing to measure"):

@@ -32,7 +32,7 @@ BOTH = {"student": "lora", "critic": "lora", "lora": LORA}
 METHODS = {
     "freeflow": lambda teacher: FreeFlow(FreeFlowConfig(**BOTH, guidance_max=2.0), teacher),
     "boot": lambda teacher: Boot(BootConfig(student="lora", lora=LORA), teacher),
-    "data": lambda teacher: DataFlowMap(DataFlowMapConfig(student="lora", lora=LORA), teacher),
+    "data": lambda teacher: DataFlowMap(DataFlowMapConfig(data="digits", student="lora", lora=LORA), teacher),
     "dmd2": lambda teacher: Dmd2(Dmd2Config(**BOTH), teacher),
     "sid": lambda teacher: Sid(SidConfig(**BOTH), teacher),
     "disback": lambda teacher: DisBack(

@@ -43,7 +43,7 @@ def config_of(source, folder, method=None, **train):
                 "device": "cpu", "precision": "fp32", "ema_decay": 0.5} | train  # fmt: skip
     method = MsdConfig(host=Dmd2Config()) if method is None else method
     return RunConfig(output_dir=str(folder), teacher=TeacherConfig(source), method=method,
-                     train=TrainConfig(**settings), evaluation=EvaluationConfig(at_end=False))
+                     train=TrainConfig(**settings), evaluation=EvaluationConfig(features="digits", reference="digits", at_end=False))
 
 
 def msd(source, folder, train=None, **settings):
@@ -320,7 +320,7 @@ def test_smaller_students_share_one_start(source, tmp_path):
 
 
 def test_an_adversarial_stage_goes_on_from_the_first(source, tmp_path):
-    stage = AdversarialStage(steps=2, lr=1e-9)
+    stage = AdversarialStage(data="digits", steps=2, lr=1e-9)
     assert distill(msd(source, tmp_path / "r", adversarial=stage)).completed
     for part, labels in enumerate(([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])):
         folders = [tmp_path / "r" / f"{name}-{part}" for name in ("matching", "student")]

@@ -246,7 +246,7 @@ def test_discriminator_reads_the_middle_of_the_critic(path):
 
 def adversarial_method(weight=1.0, **settings):
     teacher = load_teacher(tiny_unet_pipeline(num_class_embeds=11), null_label=10)
-    method = Dmd2(Dmd2Config(adversarial_weight=weight, **settings), teacher)
+    method = Dmd2(Dmd2Config(adversarial_weight=weight, data="digits", **settings), teacher)
     return method, {name: role.network for name, role in method.roles().items()}
 
 
@@ -286,7 +286,7 @@ def test_generator_moves_where_it_passes_for_real():
 
 def test_data_of_another_shape_is_refused():
     with pytest.raises(UserError, match=r"'digits' has samples of shape \(1, 8, 8\)"):
-        Dmd2(Dmd2Config(adversarial_weight=1.0), load_teacher(tiny_unet_pipeline(channels=2)))
+        Dmd2(Dmd2Config(adversarial_weight=1.0, data="digits"), load_teacher(tiny_unet_pipeline(channels=2)))
 
 
 # --- the regression term

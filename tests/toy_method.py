@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch import nn
 
-from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.config import EvaluationConfig, OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training import checkpoint
 from flowdistill.training.loop import Trainer
@@ -118,6 +118,7 @@ def make_config(folder, method=None, seed=0, **train):
         teacher=TeacherConfig(source="none"),
         method=method or ToyConfig(),
         train=TrainConfig(**settings),
+        evaluation=EvaluationConfig(features="digits", reference="digits"),
     )
 
 

@@ -340,13 +340,13 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", _evaluate, lambda args: args.json or args.model, "measure FID and speed",
         "Measure a student at one call and its teacher at several step counts: FID, KID, accuracy and images/s. What\n"
         "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.",
-        ["runs/digits-freeflow --json report.json", "assets/digits-flow --teacher-steps 1,4,50 --num-images 5000",
+        ["runs/digits-freeflow --json report.json", "assets/digits-flow --features digits --reference digits --teacher-steps 1,4,50",
          "runs/my-run --features inception --weights inception.pt --reference images/"],
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
     evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
-    evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: digits)")
-    evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: digits)")
+    evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: the run's)")
+    evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: the run's)")
     evaluate.add_argument("--weights", metavar="FILE", help="local weights of the feature extractor 'inception'")
     evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")

@@ -21,6 +21,7 @@ from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, cache_folder
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.shipped import find_path
 
 ENCODED_AT_ONCE = 16
 
@@ -40,7 +41,7 @@ def read_prompts(path: str | os.PathLike[str]) -> PromptList:
     Raises:
         UserError: no such file, no prompt in it, or a line that is not as it should be.
     """
-    file = Path(path)
+    file = find_path(path)
     if not file.is_file():
         raise UserError(f"the prompts file {file} does not exist")
     try:

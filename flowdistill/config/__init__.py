@@ -12,6 +12,7 @@ from flowdistill.config.loading import accept_former_names, load_config, method_
 from flowdistill.config.registry import METHODS, register_method
 from flowdistill.config.schema import (
     MISSING,
+    NOTHING_TO_MEASURE,
     EvaluationConfig,
     HostingConfig,
     OptimizerConfig,
@@ -24,6 +25,7 @@ from flowdistill.config.schema import (
 __all__ = [
     "METHODS",
     "MISSING",
+    "NOTHING_TO_MEASURE",
     "EvaluationConfig",
     "HostingConfig",
     "OptimizerConfig",

@@ -25,10 +25,13 @@ from flowdistill.config.checks import (
 from flowdistill.config.registry import METHODS
 from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.shipped import find_config
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and ``key=value`` overrides (``train.steps=500``) into a checked :class:`RunConfig`.
+
+    The file is a path, or the name of a shipped one: ``digits/freeflow`` is ``configs/digits/freeflow.yaml``.
 
     The result's ``method`` is an instance of the selected method's own ``Config`` dataclass. Relative paths inside stay
     relative to the working directory; only ``defaults_from`` is relative to its file. Raises UserError for a missing or
@@ -37,7 +40,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    layers = _file_layers(Path(path)) + [_override_layer(text) for text in overrides]
+    layers = _file_layers(find_config(path)) + [_override_layer(text) for text in overrides]
     method = method_config_class(_name(layers, "method", path))
     if issubclass(method, HostingConfig):  # the settings of the other method are a section of its own
         method = method.hosted(_name(layers, "method.host", path))

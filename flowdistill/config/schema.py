@@ -134,13 +134,23 @@ class EvaluationConfig:
     """What is measured, against what."""
 
     num_images: int = option(10_000, "images of every measured model", at_least=2)
-    features: str = option("digits", "feature extractor: a name or a path")
-    reference: str = option("digits", "real images: a name, an image folder or a statistics file (.npz)")
+    features: str | None = option(None, "feature extractor: a name or a path; null: nothing is measured")
+    reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); null: "
+                                         "nothing is measured")
     teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
     solver: str = option("euler", "the teacher's ODE solver", choices=("euler", "heun"))
     batch_size: int = option(250, "images of one forward pass", at_least=1)
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
     at_end: bool = option(True, "measure when training ends and write report.json")
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is something to measure with, and against."""
+        return self.features is not None and self.reference is not None
+
+
+NOTHING_TO_MEASURE = ("evaluation.features and evaluation.reference are not both set, so nothing can be measured; set them "
+                      "to features such as inception and to a folder of real images, or both to digits for the digits")
 
 
 @dataclass
@@ -153,3 +163,8 @@ class RunConfig:
     method: Any = option(MISSING, "settings of the method that 'method.name' selects: an instance of its Config")
     train: TrainConfig = option(TrainConfig, "the training loop")
     evaluation: EvaluationConfig = option(EvaluationConfig, "FID and its companions")
+
+    def validate(self) -> None:
+        """UserError for measurements during training without anything to measure with."""
+        if self.train.evaluate_every and not self.evaluation.measures:
+            raise UserError(f"train.evaluate_every is {self.train.evaluate_every}, but {NOTHING_TO_MEASURE}")

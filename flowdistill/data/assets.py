@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.shipped import shipped_folder
 
-# The package is installed from a clone (pip install -e .), so the assets lie beside it.
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ASSETS = shipped_folder("assets")
 
 _TEXT_TO_IMAGE = (
     "model_index.json", "scheduler/scheduler_config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",

@@ -27,8 +27,8 @@ from flowdistill.utils.processes import Processes
 
 DEFAULTS: dict[str, Any] = {
     "num_images": 10_000,
-    "reference": "digits",
-    "features": "digits",
+    "reference": None,
+    "features": None,
     "teacher_steps": (1, 2, 4, 10, 50),
     "batch_size": 250,
     "solver": "euler",
@@ -74,8 +74,8 @@ def evaluate(
         run_or_model: a run folder (teacher and settings from its ``config.yaml``), a student folder, a diffusers
             pipeline (folder or hub id: teacher rows only), or a live teacher or student.
         num_images, reference, features, teacher_steps, batch_size, solver, guidance_scale: None means what the run's
-            ``evaluation`` section says, and without a run 10,000, "digits", "digits", (1, 2, 4, 10, 50), 250, "euler",
-            and the student's own guidance scale (1.0 for a teacher alone).
+            ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", and the student's
+            own guidance scale (1.0 for a teacher alone); reference and features must then be given.
         seed: of the noise; image i depends on (seed, i) only.
         json: file to write the report to.
         teacher_rows: False measures the student only.
@@ -115,6 +115,11 @@ def evaluate(
     asked = {key: value for key, value in given.items() if value is not None}
     settings = {**DEFAULTS, **(subject.settings or {}), **asked}
     check_num_images(settings["num_images"])
+    missing = [name for name in ("features", "reference") if settings[name] is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} neither given nor set in a run: "
+                        "name features (digits, shapes, inception or a file) and a reference (a named set, a folder of "
+                        "images or an .npz file)")
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = getattr(getattr(subject.student, "info", None), "guidance_scale", 1.0)
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": ()})

@@ -49,8 +49,8 @@ class Evaluator:
 
     def __init__(
         self,
-        features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor | None = None,
-        reference: str | os.PathLike | Reference = "digits",
+        features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor,
+        reference: str | os.PathLike | Reference,
         num_images: int = 10_000,
         seed: int = 0,
         batch_size: int = 250,

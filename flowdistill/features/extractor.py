@@ -97,14 +97,14 @@ class FeatureExtractor:
 
 
 def load_features(
-    features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor | None = None,
+    features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor,
     device: torch.device | str | None = None,
     weights: str | os.PathLike | None = None,
 ) -> FeatureExtractor:
     """A feature extractor by name or from a network of yours.
 
     Args:
-        features: ``"digits"`` (the shipped digit classifier; the default), ``"shapes"`` (the shipped classifier of
+        features: ``"digits"`` (the shipped digit classifier), ``"shapes"`` (the shipped classifier of
             shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), the path of a folder with a digit
             classifier or of a TorchScript file, a module, or a callable. A network of yours gets float32 images
             (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a classifier: its
@@ -120,7 +120,7 @@ def load_features(
     if isinstance(features, FeatureExtractor):
         return features
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if features is None or features == "digits":
+    if features == "digits":
         return _from_module("digits", load_digits_classifier(), place, channels=1)
     if features == "shapes":
         return _from_module("shapes", load_shapes_classifier(), place, channels=3)

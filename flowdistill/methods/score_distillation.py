@@ -37,6 +37,7 @@ from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.real_data import RealData
 from flowdistill.teachers.start_states import check_guidance
 from flowdistill.training.method import Role, SingleStudentMethod, register_method
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
@@ -57,9 +58,15 @@ class HostConfig(Regression, CriticKind):
     adversarial_weight: float = option(0.0, "of the adversarial term for the generator; 0: none, and no data (authors "
                                             "of DMD2 for SDXL: 5e-3)", at_least=0)
     adversarial_critic_weight: float = option(1e-2, "of the same for the critic (authors: 1e-2)", at_least=0)
-    data: str = option("digits", "named image set of the adversarial term")
+    data: str | None = option(None, "named image set of the adversarial term, which needs one")
     optimizer: OptimizerConfig = option(OptimizerConfig, "of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
+
+    def validate(self) -> None:
+        """UserError for an adversarial term without real images."""
+        if self.adversarial_weight and self.data is None:
+            raise UserError(f"method.adversarial_weight is {self.adversarial_weight}, but method.data is null; name an "
+                            "image set, such as digits, or set the weight to 0")
 
 
 @dataclass
@@ -112,6 +119,7 @@ class ScoreDistillation(SingleStudentMethod):
         self.critic: nn.Module = score
         self.data = None
         if config.adversarial_weight:
+            assert config.data is not None
             self.data = RealData(teacher, config.data)
             self.critic = Discriminator(score)
         self.pairs = config.make_pairs(teacher, config.guidance_scale)

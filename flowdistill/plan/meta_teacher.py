@@ -26,6 +26,7 @@ from flowdistill.teachers.loading import DTYPES, Parts, assemble
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.shipped import find_path
 
 META = torch.device("meta")
 CLIP_TOKENS = 77
@@ -58,7 +59,7 @@ def read_architecture(source: str) -> Architecture:
     Raises:
         UserError: none of the three is there, or a file is damaged.
     """
-    folder = Path(source)
+    folder = find_path(source)
     if folder.exists():
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")

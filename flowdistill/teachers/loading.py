@@ -29,6 +29,7 @@ from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.shipped import find_path
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -206,7 +207,7 @@ LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, ImportError
 
 def _folder_of(source: str) -> Path:
     """The folder that ``source`` is, or into which the hub's files of it go."""
-    folder = Path(source)
+    folder = find_path(source)
     if folder.exists():
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")

@@ -17,7 +17,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from flowdistill.config import RunConfig, TrainConfig, accept_former_names, load_config, save_config, validate
+from flowdistill.config import (
+    NOTHING_TO_MEASURE,
+    RunConfig,
+    TrainConfig,
+    accept_former_names,
+    load_config,
+    save_config,
+    validate,
+)
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.teachers import Teacher, load_teacher
@@ -132,10 +140,7 @@ def distill_one(config: RunConfig) -> Run:
             _save_comparison(trainer, teacher)
             trainer.save_samples(FINAL.name)
         if config.evaluation.at_end:
-            reuse = not outdated and same_evaluation
-            run.report = make_report(folder, teacher, accelerator, reuse)
-            if accelerator.is_main_process:
-                print(run.report)
+            run.report = make_report(config, teacher, accelerator, reuse=not outdated and same_evaluation)
     return run
 
 
@@ -283,17 +288,29 @@ def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:
     Processes.current().on_main(save)
 
 
-def make_report(folder: Path, teacher: Teacher, accelerator: Accelerator, reuse: bool) -> Report:
-    """Evaluate a run folder and write its report; ``reuse``: read the one that is there, if it is."""
-    if reuse and (folder / REPORT).is_file():
-        return Report.read_json(folder / REPORT)
-    report = evaluate(folder, teacher=teacher, device=accelerator.device)
+def make_report(config: RunConfig, teacher: Teacher, accelerator: Accelerator, reuse: bool) -> Report | None:
+    """Evaluate a finished run, write its report and print it; None, and a line that says so, with nothing to measure.
 
-    def write() -> None:
-        with disk_errors(str(folder / REPORT)):
-            report.write_json(folder / REPORT)
+    Args:
+        reuse: read the report that is there, if it is.
+    """
+    file = Path(config.output_dir) / REPORT
+    if not config.evaluation.measures:
+        if accelerator.is_main_process:
+            print(NOTHING_TO_MEASURE)
+        return None
+    if reuse and file.is_file():
+        report = Report.read_json(file)
+    else:
+        report = evaluate(config.output_dir, teacher=teacher, device=accelerator.device)
 
-    Processes.current().on_main(write)
+        def write() -> None:
+            with disk_errors(str(file)):
+                report.write_json(file)
+
+        Processes.current().on_main(write)
+    if accelerator.is_main_process:
+        print(report)
     return report
 
 

@@ -171,12 +171,7 @@ def _finish(config: RunConfig, partition: Partition, accelerator: Accelerator, r
             save_samples(student, folder / FINAL, config.train.num_samples)
 
         processes.on_main(draw)
-    if not config.evaluation.at_end:
-        return None
-    report = make_report(folder, teacher, accelerator, reuse)
-    if accelerator.is_main_process:
-        print(report)
-    return report
+    return make_report(config, teacher, accelerator, reuse) if config.evaluation.at_end else None
 
 
 # --- their configurations

@@ -28,7 +28,7 @@ class AdversarialStage:
     weight: float = option(5e-3, "of the term for the student", above=0)
     critic_weight: float = option(1e-2, "of the term for the critic (authors of DMD2: 1e-2)", above=0)
     lr: float = option(1e-5, "of student and critic; the authors of DMD2 divide theirs by 4 to 20", above=0)
-    data: str = option("digits", "named image set")
+    data: str | None = option(None, "named image set; such a stage needs one")
 
 
 @dataclass
@@ -74,6 +74,9 @@ class MsdConfig(HostingConfig):
         if (self.partition == "file") != (self.partition_file is not None):
             raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
                             f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")
+        if self.adversarial.steps and self.adversarial.data is None:
+            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but method.adversarial.data is null; "
+                            "name an image set, such as digits")
         if self.adversarial.steps and not isinstance(self.host, HostConfig):
             name = getattr(self.host, "name", "")
             raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{name}' "

@@ -1,0 +1,44 @@
+"""The built wheel, installed where there is no clone, runs the main job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which nothing but the wheel is installed; its dependencies are this environment's."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True,
+                   capture_output=True)
+    return folder / "site"
+
+
+def run(site: Path, folder: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_main_job_runs_by_its_name_in_an_empty_folder(site, tmp_path):
+    where = run(site, tmp_path, "-c", "import flowdistill; print(flowdistill.__file__)")
+    assert Path(where.strip()).is_relative_to(site)
+    small = ["train.steps=2", "train.trackers=[]", "evaluation.num_images=40", "evaluation.teacher_steps=[1]"]
+    out = run(site, tmp_path, "-m", "flowdistill", "distill", "digits/freeflow", *small)
+    report = json.loads((tmp_path / "runs/digits-freeflow/report.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["teacher", "student"] and "report.json" in out
+    said = run(site, tmp_path, "-m", "flowdistill", "inspect", "assets/digits-flow")
+    assert "FlowMatchEulerDiscreteScheduler" in said
