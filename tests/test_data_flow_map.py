@@ -44,7 +44,8 @@ def toy(offset=0.0, std=STD, **settings):
     images = torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     teacher = exact_teacher(GaussianVelocity(MEAN, std))
     settings = {"finite_difference_step": 1e-3, "damping": 0.0, **settings}
-    method = DataFlowMap(DataFlowMapConfig(data="digits", **settings), teacher, TwoTime(offset), (images, torch.arange(32) % 4))
+    config = DataFlowMapConfig(data="digits", **settings)
+    method = DataFlowMap(config, teacher, TwoTime(offset), (images, torch.arange(32) % 4))
     return method, {"student": method.roles()["student"].network}
 
 

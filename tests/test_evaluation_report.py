@@ -195,7 +195,7 @@ def test_bad_input_is_one_sentence(tmp_path):
     for count in (0, -5):
         with pytest.raises(UserError, match=f"at least 1, not {count}"):
             evaluate(FakeTeacher(), count)
-    with pytest.raises(UserError, match="features and reference are neither given nor set in a run: name features"):
+    with pytest.raises(UserError, match="features and reference must be given, or set in a run: name features"):
         flowdistill.evaluate(FakeTeacher(), 10)
     with pytest.raises(UserError, match="at least 1 step"):
         evaluate(FakeTeacher(), 10, teacher_steps=[0])

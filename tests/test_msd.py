@@ -43,7 +43,8 @@ def config_of(source, folder, method=None, **train):
                 "device": "cpu", "precision": "fp32", "ema_decay": 0.5} | train  # fmt: skip
     method = MsdConfig(host=Dmd2Config()) if method is None else method
     return RunConfig(output_dir=str(folder), teacher=TeacherConfig(source), method=method,
-                     train=TrainConfig(**settings), evaluation=EvaluationConfig(features="digits", reference="digits", at_end=False))
+                     train=TrainConfig(**settings),
+                     evaluation=EvaluationConfig(features="digits", reference="digits", at_end=False))
 
 
 def msd(source, folder, train=None, **settings):

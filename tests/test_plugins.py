@@ -160,7 +160,7 @@ try:
 except UserError as error:
     print(error)
 """)
-    assert out.startswith("the method 'plain_regression' is provided by outside_method:PlainRegression, which cannot be")
+    assert out.startswith("the method 'plain_regression' is provided by outside_method:PlainRegression, which cannot")
 
 
 @pytest.mark.parametrize("absent", [["echodistill", "msd"]])

@@ -340,7 +340,8 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", _evaluate, lambda args: args.json or args.model, "measure FID and speed",
         "Measure a student at one call and its teacher at several step counts: FID, KID, accuracy and images/s. What\n"
         "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.",
-        ["runs/digits-freeflow --json report.json", "assets/digits-flow --features digits --reference digits --teacher-steps 1,4,50",
+        ["runs/digits-freeflow --json report.json",
+         "assets/digits-flow --features digits --reference digits --teacher-steps 1,4,50",
          "runs/my-run --features inception --weights inception.pt --reference images/"],
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")

@@ -161,10 +161,10 @@ def _override_layer(text: str) -> Layer:
 def _name(layers: Sequence[Layer], section: str, path: str | os.PathLike[str]) -> str:
     """The last name in a method's section; read before the rest, because it decides what else is allowed."""
     for layer in reversed(layers):
-        values: Any = raw_value(layer.values, section)
+        values = raw_value(layer.values, section)
         if values == MISSING:
             continue
-        if not isinstance(values, Mapping):
+        if not isinstance(values, dict):
             raise UserError(f"'{section}' must be a section with a 'name', not {shown(values)} ({layer.origin})")
         if values.get("name", MISSING) != MISSING:
             values["name"] = METHODS.current_name(str(values["name"]))

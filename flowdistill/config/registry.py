@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flowdistill.utils.registry import Registry
 
 METHODS: Registry[Any] = Registry("method", package="flowdistill.methods", group="flowdistill.methods")
-"""Name -> class, a :class:`flowdistill.training.method.Method`; a file in ``flowdistill/methods/`` registers its own."""
+"""Name -> class, a ``flowdistill.training.method.Method``; a file in ``flowdistill/methods/`` registers its own."""
 
 C = TypeVar("C", bound=type)
 

@@ -149,8 +149,10 @@ class EvaluationConfig:
         return self.features is not None and self.reference is not None
 
 
-NOTHING_TO_MEASURE = ("evaluation.features and evaluation.reference are not both set, so nothing can be measured; set them "
-                      "to features such as inception and to a folder of real images, or both to digits for the digits")
+NOTHING_TO_MEASURE = (
+    "evaluation.features and evaluation.reference are not both set, so nothing can be measured; set them to features such "
+    "as inception and to a folder of real images, or both to digits for the digits"
+)
 
 
 @dataclass

@@ -117,7 +117,7 @@ def evaluate(
     check_num_images(settings["num_images"])
     missing = [name for name in ("features", "reference") if settings[name] is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} neither given nor set in a run: "
+        raise UserError(f"{' and '.join(missing)} must be given, or set in a run: "
                         "name features (digits, shapes, inception or a file) and a reference (a named set, a folder of "
                         "images or an .npz file)")
     if settings["guidance_scale"] is None:

@@ -29,7 +29,7 @@ from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import PixelCodec
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
-from flowdistill.training.method import SingleStudentMethod, register_method
+from flowdistill.training.method import Method, SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -87,7 +87,7 @@ class Boot(SingleStudentMethod):
         info = StudentInfo(method=self.name, base_model=teacher.source, guidance_scale=config.guidance_scale)
         self._student = FlowMap.from_teacher(teacher, info, student_network, config.target_time, config.student_lora)
 
-    def to(self, device: torch.device | str) -> Boot:
+    def to(self, device: torch.device | str) -> Method:
         if isinstance(self.metric, nn.Module):
             self.metric.to(device)
         return super().to(device)

@@ -21,7 +21,7 @@ NEAR = 0.9
 Config = dict[str, Any]
 
 
-def smaller(backbone: nn.Module, share: float) -> Config:
+def smaller(backbone: Any, share: float) -> Config:
     """What to change in ``backbone.config`` for the largest network with at most ``share`` of its parameters.
 
     Args:

@@ -122,6 +122,7 @@ class FidCallback:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         settings = config.evaluation
+        assert settings.features is not None and settings.reference is not None  # the configuration was checked
         self.evaluator = Evaluator(
             settings.features,
             settings.reference,

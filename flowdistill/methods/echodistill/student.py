@@ -84,7 +84,7 @@ class ConceptStudent(Student):
         info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
         student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
         prompts = description["prompts"]
-        if prompts:
+        if prompts and student.prompts is not None:
             student.prompts.use(PromptList(prompts, [1 / len(prompts)] * len(prompts)))
         return student.requires_grad_(False).eval()
 

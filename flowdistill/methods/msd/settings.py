@@ -75,8 +75,8 @@ class MsdConfig(HostingConfig):
             raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
                             f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")
         if self.adversarial.steps and self.adversarial.data is None:
-            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but method.adversarial.data is null; "
-                            "name an image set, such as digits")
+            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but method.adversarial.data is "
+                            "null; name an image set, such as digits")
         if self.adversarial.steps and not isinstance(self.host, HostConfig):
             name = getattr(self.host, "name", "")
             raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{name}' "
