@@ -46,7 +46,7 @@ FREE = frozenset(
     f"train.{name}"
     for name in (
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
-        "trackers device gradient_checkpointing compile"
+        "trackers device gradient_checkpointing compile keep_freed_memory"
     ).split()
 ) | {"teacher.attention", "teacher.offload"}
 """Settings that may change between a run and its resume: they do not decide what is learned, except the number of
@@ -184,7 +184,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     )
     if accelerator.device.type != kind:
         raise UserError(f"train.device is '{wanted}', but accelerate was started on {accelerator.device.type}")
-    if kind == "cpu":
+    if kind == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     if accelerator.num_processes > 1:
         # For callers from Python (commands end by leave): nccl complains when it is left open, gloo aborts more often.
