@@ -132,7 +132,10 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
     Curves are means over seeds with a band of one standard deviation. Without them a run is a small dot and the mean of
     a label a large one; several students have their time together and, beside it, the time of one.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('the figure needs matplotlib: pip install "flowdistill[plots]"') from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

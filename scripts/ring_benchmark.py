@@ -211,7 +211,10 @@ def table(experiment: Any, rows: Sequence[Line], lines: Sequence[Line]) -> str:
 
 def figure(experiment: Any, rows: Sequence[Line], lines: Sequence[Line], path: Path) -> None:
     """Sliced W2 against step (above) and wall time (below), a column a group of labels."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('the figure needs matplotlib: pip install "flowdistill[plots]"') from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -213,7 +213,8 @@ evaluation: {{at_end: false}}
     result = cli("distill", config, "teacher.prompts=null", f"output_dir={tmp_path / 'other'}")
     assert result.code == 2 and "set teacher.prompts to a file" in result.err
     for command in (["sample", folder, "--num-images", 2, "--out", tmp_path / "x.png"],
-                    ["evaluate", folder, "--num-images", 4, "--teacher-steps", 1, "--reference", "digits"]):
+                    ["evaluate", folder, "--num-images", 4, "--teacher-steps", 1, "--reference", "digits",
+                     "--features", "digits"]):
         result = cli(*command)
         assert result.code == 2 and "--prompts FILE" in result.err
     result = cli("inspect", folder)

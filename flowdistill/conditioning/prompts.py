@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, cache_folder
+from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.shipped import find_path
 
@@ -160,7 +160,7 @@ class PromptConditions:
         # The versions count: a tokenizer's or an encoder's code may change what a text becomes.
         parts = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size, self.negative,
                  wanted, negative, diffusers.__version__, transformers.__version__]
-        file = cache_folder("prompts") / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.safetensors"
+        file = cache_folder("prompts") / f"{json_sha256(parts)}.safetensors"
         if file.is_file():
             try:
                 return Condition(load_file(file))

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.hashing import add_folder, add_module
 from flowdistill.utils.logging import quiet_libraries
 
 INDEX = "model_index.json"
@@ -80,18 +81,16 @@ class TextEncoders:
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         if self.folder is not None:
             for name in self.components:
-                _hash_folder(digest, self.folder / name, name)
+                add_folder(digest, self.folder / name, name)
         else:
             for name in self.components:
                 component = getattr(self.live, name)
                 if isinstance(component, nn.Module):
-                    for key, tensor in sorted(component.state_dict().items()):
-                        digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    add_module(digest, component, f"{name}.")
                 else:
                     with tempfile.TemporaryDirectory() as folder:
                         component.save_pretrained(folder)
-                        _hash_folder(digest, Path(folder), name)
+                        add_folder(digest, Path(folder), name)
         return digest.hexdigest()
 
     def save(self, target: Path) -> None:
@@ -117,11 +116,3 @@ def _move(component: Any, device: torch.device) -> None:
 
 def _is_there(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and value[0] is not None
-
-
-def _hash_folder(digest: Any, folder: Path, name: str) -> None:
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0".encode())
-        with open(file, "rb") as content:
-            for block in iter(lambda: content.read(1 << 20), b""):
-                digest.update(block)

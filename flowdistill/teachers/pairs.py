@@ -5,8 +5,6 @@ The regression term is DMD's (Yin et al., arXiv 2311.18828), with the squared er
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, cache_folder, disk_errors
-from flowdistill.utils.hashing import module_sha256
+from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
 
@@ -111,7 +109,7 @@ def _key(teacher: Teacher, *settings: float) -> str:
         prompts = teacher.prompts
         facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
     weights = module_sha256(teacher.network)
-    return hashlib.sha256(json.dumps([weights, *facts]).encode()).hexdigest()[:32]
+    return json_sha256([weights, *facts])[:32]
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -1,4 +1,8 @@
-"""Checkpoint folders that are complete or absent."""
+"""Checkpoint folders that are complete or absent.
+
+accelerate's ``save_state`` knows one gradient scaler for all networks, and here each has its own; nor is its folder
+complete or absent when the process dies while it writes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Means of what a step reports, kept on the device until someone looks."""
+"""Means of what a step reports, kept on the device until someone looks.
+
+torchmetrics' aggregators synchronise when they are read, but have no state that a resumed run could go on from with the
+very numbers of an uninterrupted one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""AdamW, its learning rate, and one update that skips itself when a gradient is not finite."""
+"""AdamW, its learning rate, and one update that skips itself when a gradient is not finite.
+
+The learning rate is a function of the step instead of a scheduler object: nothing of it has to be saved to resume, and
+a scheduler that accelerate prepares steps once a process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT as a wish to stop after the current step."""
+"""SIGTERM and SIGINT as a wish to stop after the current step, to which all processes agree.
+
+No library that flowdistill uses has it: launchers kill what does not stop by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,41 +1,65 @@
-"""SHA-256 of files, folders and networks."""
+"""SHA-256 of files, folders, networks and settings."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+BLOCK = 1 << 20
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file, hexadecimal."""
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The hash of a file's content, hexadecimal."""
     digest = hashlib.sha256()
+    add_file(digest, path)
+    return digest.hexdigest()
+
+
+def add_file(digest: hashlib._Hash, path: str | os.PathLike[str]) -> None:
+    """Hash a file's content on top of what ``digest`` has seen."""
     with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+        for block in iter(lambda: file.read(BLOCK), b""):
+            digest.update(block)
 
 
-def module_sha256(module: nn.Module) -> str:
-    """sha256 of a module's class, and of the names, types, shapes and bytes of its weights and buffers."""
-    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
-    for name, value in sorted(module.state_dict().items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def add_folder(digest: hashlib._Hash, folder: Path, name: str) -> None:
+    """Hash the files below ``folder``, with their paths there behind ``name``, on top of what ``digest`` has seen."""
+    for file in files_below(folder):
+        digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0".encode())
+        add_file(digest, file)
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below ``folder``, by its path there."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest = hashlib.sha256()
-        with open(path, "rb") as content:
-            for block in iter(lambda: content.read(1 << 20), b""):
-                digest.update(block)
-        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+    """The hash of every file below ``folder``, by its path there."""
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files_below(folder)}
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below ``folder``, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def json_sha256(value: Any) -> str:
+    """The hash of a JSON value, hexadecimal; the order of a mapping's keys counts."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def module_sha256(module: nn.Module) -> str:
+    """The hash of a module's class, and of the names, types, shapes and bytes of its weights and buffers."""
+    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
+    add_module(digest, module)
+    return digest.hexdigest()
+
+
+def add_module(digest: hashlib._Hash, module: nn.Module, prefix: str = "") -> None:
+    """Hash a module's weights and buffers, their names behind ``prefix``, on top of what ``digest`` has seen."""
+    for name, value in sorted(module.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{prefix}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,9 @@
-"""The processes that share one evaluation (accelerate launch, torchrun), or the only one."""
+"""The processes that share a piece of work (accelerate launch, torchrun), or the only one.
+
+accelerate's ``PartialState`` has the ranks too, but no joining of rows whose number differs, and no error that every
+process raises when the main one fails; and it makes a process group where there is none, which a function that a user's
+script calls must not do.
+"""
 
 from __future__ import annotations
 
