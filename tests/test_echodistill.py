@@ -185,7 +185,8 @@ def test_the_students_terms_are_their_weights_times_the_objectives(tmp_path):
         target = method.align.target(bare(method)["teacher"], sample, noise, time, embeds)
         pictures, wanted = (method.teacher.codec.pixels(x) for x in (sample, target))
         seen, goal = (method.align.eye(x).pooled for x in (pictures, wanted))
-        texture = alignment.sliced_wasserstein(pictures, wanted, draw.normal((32, 3, 5, 5)))
+        # As the authors: in Lab, of images in [-1, 1]; 16 pixels have three levels with room for a patch.
+        texture = alignment.sliced_wasserstein(2 * pictures - 1, 2 * wanted - 1, draw.normal((3, 128, 3, 5, 5)))
         logits = bare(method)["discriminator"]([method.critics[0](pictures).pooled])
     expected = {
         "prior": 0.0,  # nothing has changed yet

@@ -14,8 +14,8 @@ from flowdistill.objectives import distribution_matching as dm
 from flowdistill.teachers import Teacher
 from flowdistill.utils.randomness import Draw
 
-DIRECTIONS = 32  # of the sliced Wasserstein distance, a sample
-LARGE = 176  # pixels from which five levels have the authors' patches of 11
+DIRECTIONS = 128  # of the sliced Wasserstein distance, a level of a sample (as the authors)
+PATCH, SMALL_PATCH = 11, 5  # the authors' patches, and those of images whose pyramid has no five levels for them
 
 
 class AlignmentTerms:
@@ -51,11 +51,16 @@ class AlignmentTerms:
             if config.texture == "gram":
                 terms["texture"] = config.texture_weight * alignment.gram_distance(seen.tokens, goal.tokens)
         if config.texture == "swd" and config.texture_weight:
-            patch = 11 if min(pictures.shape[-2:]) >= LARGE else 5
-            directions = draw.normal((DIRECTIONS, 3, patch, patch))
-            terms["texture"] = config.texture_weight * alignment.sliced_wasserstein(pictures, wanted, directions)
+            terms["texture"] = config.texture_weight * self.texture(draw, pictures, wanted)
         share = alignment.signal_share(time)
         return {name: share * value for name, value in terms.items()}
+
+    def texture(self, draw: Draw, pictures: Tensor, wanted: Tensor) -> Tensor:
+        """The sliced Wasserstein distance (B,) of pictures in [0, 1], given as the authors give them, in [-1, 1]."""
+        side = min(pictures.shape[-2:])
+        patch = PATCH if alignment.pyramid_levels(side, PATCH) == alignment.LEVELS else SMALL_PATCH
+        directions = draw.normal((alignment.pyramid_levels(side, patch), DIRECTIONS, 3, patch, patch))
+        return alignment.sliced_wasserstein(2 * pictures - 1, 2 * wanted - 1, directions)
 
     def target(
         self, guide: Callable[..., Tensor], sample: Tensor, noise: Tensor, time: Tensor, embeds: Tensor
