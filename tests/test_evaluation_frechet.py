@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from flowdistill.evaluation import Moments, frechet_distance, kernel_distance
+from flowdistill.evaluation.metrics.kernel import copies_distance, evenness_term
 from flowdistill.utils.errors import UserError
 
 
@@ -161,3 +162,66 @@ def test_kernel_distance_is_unbiased_seeded_and_grows():
     assert torch.equal(state, torch.get_rng_state())
     assert kernel_distance(more + 0.5, y) > 10 * abs(kernel_distance(more, y))
     assert kernel_distance(x[:1], y) is None
+
+
+def mixture(labels, draw):
+    """A feature vector for each label: its class's own mean, and unit noise."""
+    means = 3 * torch.randn(10, 4, generator=torch.Generator().manual_seed(9))
+    return means[labels] + torch.randn(len(labels), 4, generator=draw)
+
+
+def test_classes_in_even_numbers_leave_the_kernel_distance_unbiased():
+    """Classes that are single points: the distance of a set to another of the same classes is 0 without any noise."""
+    labels = torch.arange(300) % 10
+    points = mixture(labels[:10], torch.Generator().manual_seed(0))[labels]
+    kernel = (points[:10].double() @ points[:10].double().T / 4 + 1) ** 3
+    within = kernel.diagonal().mean()
+    between = (900 * kernel.sum() - 300 * within) / (300 * 299)  # all pairs but those of an image with itself
+    assert kernel_distance(points, points) == pytest.approx(2 * (between - within).item() / 300, rel=1e-3)
+    assert evenness_term(points, labels) == pytest.approx((within - between).item() / 300, rel=1e-6)
+    assert kernel_distance(points, points) + 2 * evenness_term(points, labels) == pytest.approx(0, abs=1e-3)
+    # Of a large set a random part of the rows is kept; the term is that of the whole set.
+    rows = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:200].sort().values
+    assert evenness_term(points[rows], labels, rows) == pytest.approx(evenness_term(points, labels), rel=0.1)
+
+
+def test_the_kernel_distance_of_equal_mixtures_is_0_however_the_classes_are_drawn():
+    """Means over 40 draws, in units of their standard error; independent labels get no term, even ones need it."""
+    for even in (True, False):
+        plain, whole = [], []
+        for seed in range(40):
+            draw = torch.Generator().manual_seed(seed)
+            sides = []
+            for count in (300, 300):
+                labels = torch.arange(count) % 10 if even else torch.randint(10, (count,), generator=draw)
+                sides.append((mixture(labels, draw), labels))
+            plain.append(kernel_distance(sides[0][0], sides[1][0], seed))
+            whole.append(plain[-1] + sum(evenness_term(*side) for side in sides))
+        plain, whole = torch.tensor(plain), torch.tensor(whole)
+        assert abs(whole.mean()) < 3 * whole.std() / 40**0.5, even
+        assert (plain.mean() < -6 * plain.std() / 40**0.5) == even
+
+
+def test_evenness_that_is_none():
+    features = mixture(torch.arange(300) % 10, torch.Generator().manual_seed(0))
+    numbers = torch.arange(300)
+    for labels in (0 * numbers, numbers % 10 - 1, numbers, (numbers % 20).clamp(max=9)):
+        assert evenness_term(features, labels) == 0
+
+
+def test_copies_have_a_distance_below_0_by_the_pairs_that_a_set_has_not():
+    labels = torch.arange(200) % 10
+    images = mixture(labels, torch.Generator().manual_seed(0))
+    drawn = torch.arange(200).repeat(40)  # every image as often as any other: the mean over copies, without noise
+    for classes, expected in ((None, copies_distance(images)), (labels, copies_distance(images, labels))):
+        kernel = (images.double() @ images.double().T / 4 + 1) ** 3
+        own = (kernel.sum() - kernel.trace()) / (200 * 199)
+        made, real = kernel.mean(), own  # independent draws with repetition; the set's own pairs
+        if classes is not None:
+            real = real + evenness_term(images, labels)
+        assert expected == pytest.approx((made + real - 2 * kernel.mean()).item(), rel=1e-9)
+        assert expected < 0
+    term = evenness_term(images[drawn], labels[drawn]) + evenness_term(images, labels)
+    found = sum(kernel_distance(images[drawn], images, seed) for seed in range(4)) / 4 + term
+    assert found == pytest.approx(copies_distance(images, labels), rel=0.3)
+    assert copies_distance(images[:1]) is None

@@ -119,6 +119,16 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     assert Report.read_json(path) == report
 
 
+def test_copies_of_the_reference_have_the_kid_that_the_report_gives_for_them(tmp_path):
+    """As many of every class: without allowing for that, the distance would be seven times as far below 0."""
+    report = evaluate(FakeTeacher(), 500, teacher_steps=[1, 10**6], cache_dir=tmp_path, progress=False)
+    far, near = (row.kid for row in report.rows)
+    copies = report.protocol["kid_of_copies"]
+    assert -0.030 < copies < -0.018 and 0.3 < near / copies < 2.5 and far > 1
+    assert f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}" in str(report)
+    assert "only copies" not in str(evaluate(FakeTeacher(), 50, teacher_steps=[1], cache_dir=tmp_path, progress=False))
+
+
 def test_the_figures_do_not_depend_on_the_batch_size_but_on_the_seed(tmp_path):
     def fid(**options):
         return (

@@ -15,7 +15,13 @@ from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, collect
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
 from flowdistill.evaluation.metrics.frechet import frechet_distance
-from flowdistill.evaluation.metrics.kernel import SUBSET_SIZE, SUBSETS, kernel_distance
+from flowdistill.evaluation.metrics.kernel import (
+    SUBSET_SIZE,
+    SUBSETS,
+    copies_distance,
+    evenness_term,
+    kernel_distance,
+)
 from flowdistill.evaluation.metrics.precision_recall import MOST_SAMPLES, NEIGHBOURS, precision_recall
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor, moments_of
 from flowdistill.evaluation.report import Report, Row
@@ -130,8 +136,10 @@ class Evaluator:
                 stacklevel=2,
             )
             return Row(name, calls, images_per_second=speed)
-        labels = balanced_labels(range(self.num_images), num_classes, self.own)
-        return processes.on_main(lambda: self._row(collected, labels, name, calls, speed))
+        everything = range(self.num_images)
+        labels = balanced_labels(everything, num_classes, self.own)
+        classes = labels if wanted is None else wanted[torch.tensor(everything) % len(wanted)]
+        return processes.on_main(lambda: self._row(collected, labels, name, calls, speed, classes))
 
     def _prompt_labels(self, prompts: Sequence[str] | None) -> Tensor | None:
         read = self.extractor.prompt_labels
@@ -146,7 +154,7 @@ class Evaluator:
             (indices, part, None if labels is None else labels[indices.start : indices.stop]) for indices, part in parts
         )
         collected = collect(batches, self.extractor, len(images), processes, len(self.reference.mean))
-        return processes.on_main(lambda: self._row(collected, labels, name, None, None))
+        return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
 
     def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: Any) -> Report:
         """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
@@ -166,6 +174,19 @@ class Evaluator:
         """FID of three random halvings of the reference; computed by the main process, known to all."""
         return Processes.current().on_main(self.reference.fid_floor)
 
+    @cached_property
+    def _reference_evenness(self) -> float:
+        return 0.0 if self.reference.labelled is None else evenness_term(*self.reference.labelled)
+
+    @cached_property
+    def copies(self) -> float | None:
+        """KID of a model that only copies the reference's images; computed by the main process, known to all."""
+        reference = self.reference
+        if not self.kid or reference.features is None or reference.count != len(reference.features):
+            return None
+        features, labels = reference.features, reference.labels
+        return Processes.current().on_main(lambda: copies_distance(features, labels))
+
     def protocol(self, num_images: int | None = None) -> dict[str, Any]:
         """How the figures come about: what one needs to know to get the same ones."""
         extractor, reference = self.extractor, self.reference
@@ -182,7 +203,9 @@ class Evaluator:
             "reference_images": reference.count,
             "reference_hash": reference.source_hash,
             "fid": "float64 moments, unbiased covariances",
-            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3" if self.kid else None,
+            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3, classes in even numbers "
+            "allowed for" if self.kid else None,
+            "kid_of_copies": self.copies,
             "precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"
             if self.manifold else None,
             "seed": self.seed,
@@ -197,7 +220,8 @@ class Evaluator:
         return protocol
 
     def _row(
-        self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None
+        self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None,
+        classes: Tensor | None,
     ) -> Row:
         moments, reference = collected.moments, self.reference
         row = Row(name, calls, images_per_second=speed)
@@ -205,6 +229,9 @@ class Evaluator:
             row.fid = frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
         if self.kid and reference.features is not None:
             row.kid = kernel_distance(collected.features, reference.features, self.seed)
+            if row.kid is not None:
+                own = 0.0 if classes is None else evenness_term(collected.features, classes, collected.indices)
+                row.kid += own + self._reference_evenness
         if self.manifold and reference.features is not None:
             found = precision_recall(collected.features, reference.features, seed=self.seed)
             row.precision, row.recall = found or (None, None)

@@ -103,6 +103,10 @@ class Report:
                 text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
                             "for an image")
         text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
+        copies = self.protocol.get("kid_of_copies")
+        if copies is not None and any(row.kid is not None and row.kid < 0 for row in self.rows):
+            text.append(f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}; figures "
+                        "well below 0 are a sign of copying")
         if self.fid_floor is not None:
             text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")
         return "\n".join(text)

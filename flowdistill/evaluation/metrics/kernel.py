@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
+MOST_ROWS = 4096
+"""Of a class or of a set, in means of the kernel that are divided by the size of the set."""
+EVEN = 0.01
+"""Label counts that chance makes as even as this rarely are even by design."""
 
 
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float | None:
@@ -16,8 +20,7 @@ def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float
 
     Binkowski et al. 2018, "Demystifying MMD GANs"; torchmetrics computes it.
 
-    The estimate has no bias for independent samples. Classes in exactly equal numbers are not independent: pairs of one
-    class are a little too rare within a set, so that good models come out slightly below zero, all by the same amount.
+    The estimate has no bias for independent samples; classes in even numbers are not (see :func:`evenness_term`).
 
     Args:
         features, reference: (N, D) and (M, D).
@@ -42,3 +45,70 @@ def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return float(metric.compute()[0])
+
+
+def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) -> float:
+    """What an unbiased squared MMD lacks where a set of N images has its classes in even numbers by design.
+
+    Of independent draws, two images are of the classes c and c' with probability p_c p_c'. Where p_c N images of each
+    class are there, a pair without repetition is of one class too rarely, and the mean kernel U over such pairs is too
+    small by (W - U) / N, W the mean over pairs of one class, weighted by p: then U (N - 1) / N + W / N is the unbiased
+    one (a stratified sample). The two sets' terms are added to :func:`kernel_distance`.
+
+    Args:
+        features: (K, D), of the images ``rows`` (K,) of the set, by default of all.
+        labels: (N,) of the whole set.
+
+    Returns:
+        The term; 0 for a single class, for labels below 0 (unknown), for numbers as uneven as independent draws have
+        (the chi-squared test of a uniform distribution), and where no class has two images.
+    """
+    counts = labels.unique(return_counts=True)[1].double()
+    if labels.min() < 0 or len(counts) < 2 or counts.min() < 2 or not _even(counts):
+        return 0.0
+    within = _within(features, labels if rows is None else labels[rows])
+    return 0.0 if within is None else (within - _mean_kernel(features)) / len(labels)
+
+
+def copies_distance(features: Tensor, labels: Tensor | None = None) -> float | None:
+    """The distance of a model that draws nothing but the images of the set it is measured against: below 0.
+
+    Within a model's set a copy of the same image may come twice, and between the sets it meets itself, but a set's own
+    pairs have no image twice: the unbiased estimate is -(S - U) / M, S the mean kernel of an image with itself, and
+    -(S - W) / M with the :func:`evenness_term`.
+
+    Args:
+        features, labels: (M, D) and (M,) of the reference.
+    """
+    if len(features) < 2:
+        return None
+    alone = (features.double().square().sum(1) / features.shape[1] + 1).pow(3).mean().item()
+    term = 0.0 if labels is None else evenness_term(features, labels)
+    return term - (alone - _mean_kernel(features)) / len(features)
+
+
+def _even(counts: Tensor) -> bool:
+    from scipy.stats import chi2
+
+    mean = counts.mean()
+    return bool(chi2.cdf(((counts - mean).square().sum() / mean).item(), len(counts) - 1) < EVEN)
+
+
+def _within(features: Tensor, labels: Tensor) -> float | None:
+    """Mean kernel of two different images of one class, each class with its share; None where no class has two."""
+    total, weight = 0.0, 0
+    for label in labels.unique():
+        mine = features[labels == label]
+        if len(mine) > 1:
+            total, weight = total + len(mine) * _mean_kernel(mine), weight + len(mine)
+    return total / weight if weight else None
+
+
+def _mean_kernel(features: Tensor) -> float:
+    """Mean kernel over pairs of different rows (N, D), of at most ``MOST_ROWS`` of them."""
+    if len(features) > MOST_ROWS:
+        features = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_ROWS]]
+    features = features.double().cpu()
+    kernel = (features @ features.T / features.shape[1] + 1).pow(3)
+    count = len(features)
+    return ((kernel.sum() - kernel.trace()) / (count * (count - 1))).item()
