@@ -44,7 +44,9 @@ method:
 train: {{steps: 4, batch_size: 2, num_samples: 4, trackers: []}}
 evaluation: {{at_end: false}}
 """)
-    return folder, distill(folder / "echo.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, distill(folder / "echo.yaml")
 
 
 def stock(folder, name):
@@ -99,19 +101,27 @@ def test_cards_and_pictures_lie_beside_the_weights(finished):
     for name, words in (("student", "num_inference_steps=1, guidance_scale=0.0"), ("teacher", "num_inference_steps=3")):
         place = run.output_dir / name
         card = (place / "README.md").read_text()
-        assert words in card and f"`{TOKEN}`" in card and "library_name: diffusers" in card and str(folder) in card
+        assert words in card and f"`{TOKEN}`" in card and "library_name: diffusers" in card
+        assert str(folder) not in card and "base_model:" not in card  # whose value the hub takes for an id of its own
         assert ("trailing" in card) == (name == "student")
         assert {"image_0.png", "image_1.png", "validation.png"} <= {file.name for file in place.iterdir()}
     assert (run.output_dir / "samples" / "final.png").is_file()
 
 
-def test_the_cards_own_lines_run(finished, monkeypatch):
+def test_the_cards_own_lines_run_where_the_run_was_started(finished, monkeypatch):
     folder, run = finished
-    monkeypatch.chdir(run.output_dir)
-    code = (run.output_dir / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(code, names)
-    assert names["image"].size == (16, 16) and isinstance(names["pipe"], DiffusionPipeline)
+    monkeypatch.chdir(folder)
+    for name in ("student", "teacher"):
+        code = (run.output_dir / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict = {}
+        exec(code, names)
+        assert names["image"].size == (16, 16) and isinstance(names["pipe"], DiffusionPipeline)
+
+
+def test_the_runs_last_line_names_what_is_there(finished):
+    _, run = finished
+    for name in ("student", "teacher", "echo", "samples"):
+        assert f"{name}/" in run.contents and (run.output_dir / name).is_dir(), name
 
 
 def test_sample_and_export_take_the_run(finished, cli, tmp_path):
@@ -130,10 +140,11 @@ def test_sample_and_export_take_the_run(finished, cli, tmp_path):
     torch.testing.assert_close(there, student.generate(prompts=[f"a {TOKEN}"], seed=3), rtol=0, atol=1e-3)
 
 
-def test_a_run_again_changes_nothing_and_a_lost_card_is_written_again(finished):
+def test_a_run_again_changes_nothing_and_a_lost_card_is_written_again(finished, monkeypatch):
     from flowdistill.training.run import distill
 
     folder, run = finished
+    monkeypatch.chdir(folder)
     files = {file: file.stat().st_mtime_ns for file in run.output_dir.rglob("*.safetensors")}
     distill(folder / "echo.yaml")
     assert files == {file: file.stat().st_mtime_ns for file in run.output_dir.rglob("*.safetensors")}

@@ -22,6 +22,7 @@ from flowdistill.networks.lora import lora_tensors, merged
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.students.student import Student
+from flowdistill.utils.files import portable_path
 
 FILE = "pytorch_lora_weights.safetensors"
 SCHEDULERS = {
@@ -90,7 +91,7 @@ def _use(student: Student, facts: PipelineFacts) -> str:
     return (
         f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"
         f"```python\nfrom diffusers import DiffusionPipeline, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{student.info.base_model}")\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{portable_path(student.info.base_model)}")\n'
         f"pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
         f'images = pipe("a prompt", num_inference_steps=1, {guidance}height={height}, width={width}).images\n```\n'

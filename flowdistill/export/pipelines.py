@@ -35,6 +35,7 @@ from flowdistill.networks.velocity import ExtendedVelocity
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import portable_path
 
 
 @functools.singledispatch
@@ -78,7 +79,7 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         pipeline = _dit_pipeline(student, backbone, k_input, k_noise, k_output)
         call = "pipe(class_labels=[0, 1, 2, 3], num_inference_steps=1, guidance_scale=1)"
     pipeline.save_pretrained(target)
-    card = _card(student, call) + (save_lora(student, target, guidance_scale) or "")
+    card = _card(student, call, guidance_scale) + (save_lora(student, target, guidance_scale) or "")
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -158,12 +159,14 @@ def _dit_pipeline(
     return DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
 
 
-def _card(student: Student, call: str) -> str:
+def _card(student: Student, call: str, guidance_scale: float | None) -> str:
     info = student.info
+    scale = info.guidance_scale if guidance_scale is None else guidance_scale
+    base = portable_path(info.base_model) or "a diffusers pipeline"
     return (
         "# A one-step generator\n\n"
-        f"Distilled with {info.method or 'flowdistill'} from {info.base_model or 'a diffusers pipeline'}. "
-        f"One network call an image; guidance scale {info.guidance_scale} is part of the weights.\n\n"
+        f"Distilled with {info.method or 'flowdistill'} from {base}. "
+        f"One network call an image; guidance scale {scale} is part of the weights.\n\n"
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\nimages = {call}.images\n```\n'
     )

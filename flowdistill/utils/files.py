@@ -78,6 +78,17 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def portable_path(source: str) -> str:
+    """A source as a file that travels may name it: a hub id or a relative path as it is, an absolute path from the
+    working folder, or, of one that is elsewhere, its last name behind ``path/to``."""
+    path = Path(source)
+    if not path.is_absolute():
+        return source
+    with contextlib.suppress(ValueError):
+        return str(path.resolve().relative_to(Path.cwd()))
+    return f"path/to/{path.name}"
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

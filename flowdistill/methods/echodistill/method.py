@@ -239,6 +239,10 @@ class EchoDistill(Method):
     def outputs_complete(self, folder: Path) -> bool:
         return (folder / "student" / "README.md").is_file()  # the last file that is written
 
+    def contents(self) -> str:
+        stage = "" if self.config.echo.start is None else "echo/, "
+        return f"student/ and teacher/ with their cards, {stage}samples/, metrics.jsonl, config.yaml"
+
     def student(self, network: nn.Module | None = None) -> Any:
         return self._student if network is None else self._student.with_network(network)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from flowdistill.methods.echodistill.student import load_adapted_pipeline, one_step_pipeline, save_adaptation
+from flowdistill.utils.files import portable_path
 from flowdistill.utils.images import save_grid, save_images
 from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.shipped import find_path
 
 if TYPE_CHECKING:
     from flowdistill.methods.echodistill.method import EchoDistill
@@ -57,11 +60,19 @@ def _pictures(method: EchoDistill, pipeline: Any, steps: int, guidance: float) -
     return torch.cat(images)
 
 
+def _from_here(source: str) -> str:
+    """A folder's path from the working folder; a hub id as it is."""
+    path = find_path(source)
+    return os.path.relpath(path) if path.exists() else source
+
+
 def _card(
     method: EchoDistill, folder: Path, name: str, base: str, steps: int, guidance: float, words: str
 ) -> None:
     config, prompts = method.config, method.student().prompts.prompts
     other = method.teacher.source if name == "student" else config.student
+    # Both paths from the working folder, which the user is in.
+    here, adapters = _from_here(base), os.path.relpath(folder)
     trailing = (
         'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")\n'
         if name == "student" else ""
@@ -72,28 +83,30 @@ def _card(
     call = f"num_inference_steps={steps}, guidance_scale={guidance}, height={height}, width={width}"
     count = len(method.concept.images)
     description = f"""
-# `{config.placeholder_token}` for {base}
+# `{config.placeholder_token}` for {portable_path(base)}
 
-A LoRA (`pytorch_lora_weights.safetensors`) and a word (`learned_embeds.safetensors`) for `{base}`, the {name} of
-EchoDistill (arXiv 2510.20512); its {"teacher" if name == "student" else "student"} was `{other}`. The licences of both
-base models apply.
+A LoRA (`pytorch_lora_weights.safetensors`) and a word (`learned_embeds.safetensors`) for
+`{portable_path(base)}`, the {name} of EchoDistill (arXiv 2510.20512); its {"teacher" if name == "student" else "student"}
+was `{portable_path(other)}`. The licences of both base models apply.
 
 - The new word is `{config.placeholder_token}`; it began as `{config.initializer_token}`.
 - Trained on {count} pictures with prompts such as `{config.instance_prompt}`.
 - Sample with {words}.
 
+In the folder in which the run was started:
+
 ```python
 from diffusers import {imports}
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
-{trailing}pipe.load_lora_weights("{folder.name}")
-pipe.load_textual_inversion("{folder.name}/learned_embeds.safetensors")
+pipe = DiffusionPipeline.from_pretrained("{here}")
+{trailing}pipe.load_lora_weights("{adapters}")
+pipe.load_textual_inversion("{adapters}/learned_embeds.safetensors")
 image = pipe("{prompts[0]}", {call}).images[0]
 ```
 
 {shown}"""
     data = ModelCardData(
-        base_model=base, instance_prompt=prompts[0], library_name="diffusers", license="other", tags=TAGS,
+        base_model=None if Path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers", license="other", tags=TAGS,
         pipeline_tag="text-to-image",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(folder / "README.md")
