@@ -31,7 +31,7 @@ POINTS = 8
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; returns the exit code: 0, or 2 for input that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="state dict (.pt or .safetensors), or a training checkpoint that holds one")
     parser.add_argument("--vae", required=True, help="folder or hub id of the KL autoencoder")
     parser.add_argument("--out", required=True, help="new folder")

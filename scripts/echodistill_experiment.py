@@ -266,7 +266,9 @@ def picture(folders: Sequence[Path], models: Sequence[str], file: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/echodistill-experiment"))
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS)[:2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowdistill.cli.arguments import guidance
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; argparse itself exits with code 2 when it is wrong."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Nothing is downloaded but a pipeline named by its hub id."
+        description=__doc__.split("\n")[0], epilog="Nothing is downloaded but a pipeline named by its hub id.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
@@ -39,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
     add("--batch-size", type=int, default=250, metavar="B", help="images of one call (default: 250)")
     add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: its own)")
-    add("--guidance-scale", type=float, metavar="G", help="of a pipeline or student (default: its own)")
+    add("--guidance-scale", type=guidance, metavar="G", help="of a pipeline or student (default: its own)")
     add("--num-classes", type=int, metavar="K", help="labels a pipeline is asked for: 0 to K-1 in turn (default: all)")
     add("--prompts", metavar="FILE", help="one prompt a line, used in turn, for a text-to-image pipeline")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")

@@ -62,7 +62,9 @@ def difference(pipeline: StableDiffusionPipeline, student: Generator, prompts: l
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", help="run folder or student folder")
     parser.add_argument("--out", type=Path, default=Path("assets/shapes/turbo"), help="pipeline folder to write")
     args = parser.parse_args(arguments)

@@ -43,7 +43,7 @@ def table(rows: list[list[str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--print", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))

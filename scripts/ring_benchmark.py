@@ -253,7 +253,9 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 for bad input, 130 after a signal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("experiment", type=Path, nargs="?", default=Path("configs/experiments/ring.yaml"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="start runs of these labels only")

@@ -189,7 +189,9 @@ class Runner:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, 2 for bad input or a run that failed, 130 after a signal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")

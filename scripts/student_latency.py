@@ -22,7 +22,9 @@ from flowdistill.utils.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("students", nargs="+", type=Path, metavar="RUN", help="run or student folders")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="of the second column (default 64)")
     parser.add_argument("--repetitions", type=int, default=30, metavar="N", help="calls of each kind (default 30)")

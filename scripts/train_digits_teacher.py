@@ -124,7 +124,9 @@ def save(network: UNet2DModel, args: argparse.Namespace, steps_done: int, second
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--path", choices=("flow", "ddpm"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     parser.add_argument("--steps", type=int, default=4000)

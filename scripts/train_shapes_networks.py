@@ -20,7 +20,9 @@ TEST_IMAGES = 4320
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("which", choices=("classifier", "judge"))
     parser.add_argument("--out", type=Path, help="folder to write (default: assets/shapes/WHICH)")
     parser.add_argument("--teacher", type=Path, help="pipeline whose autoencoder half of the images pass through")

@@ -260,7 +260,9 @@ def save(args: argparse.Namespace, vae: AutoencoderKL, parts: nn.ModuleDict) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("assets/shapes/teacher"), help="pipeline folder to write")
     parser.add_argument("--work", type=Path, default=Path("runs/shapes-teacher"), help="folder of its state, to go on")
     parser.add_argument("--images", type=int, default=20_000)

@@ -20,7 +20,9 @@ def picture() -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("assets/shapes"), help="folder to write to")
     parser.add_argument("--picture", type=Path, default=Path("docs/images/shapes.png"), help="PNG file to write")
     args = parser.parse_args()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +113,17 @@ def test_python_dash_m_is_the_same_command() -> None:
         (["sample", "x", "--out", "y", "--num-images", "ten"], "--num-images: must be an integer, not 'ten'"),
         (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1,a"], "must be integers of at least 0"),
         (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1", "--prompts", "f"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--prompt", "a", "--prompts", "f"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--labels", "1", "--prompt", "a"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--guidance-scale", "nan"], "must be a number of at least 0, not 'nan'"),
+        (["evaluate", "x", "--guidance-scale", "-5"], "must be a number of at least 0, not '-5'"),
+        (["export", "x", "y", "--guidance-scale", "inf"], "must be a number of at least 0, not 'inf'"),
+        (["export", "x", "y", "--guidance-scale", "much"], "must be a number of at least 0, not 'much'"),
+        (["sample", "x", "--ou", "y"], "--out"),
+        (["evaluate", "x", "--prompt", "y"], "unrecognized arguments: --prompt y"),
+        (["evaluate", "x", "--js", "y"], "unrecognized arguments: --js y"),
+        (["export", "x", "y", "--over"], "unrecognized arguments: --over"),
+        (["--vers"], "COMMAND"),
         (["evaluate", "x", "--teacher-steps", "0,1"], "must be integers of at least 1"),
         (["evaluate", "x", "--num-images", "1"], "--num-images: must be at least 2, not 1"),
     ],
@@ -255,6 +269,7 @@ def test_sample_errors(cli, run: Path, tmp_path: Path) -> None:
 
     assert "label 10 is out of range" in message("--labels", "3,10")
     assert "--prompts needs a text-to-image model" in message("--prompts", "prompts.txt")
+    assert "--prompt needs a text-to-image model" in message("--prompt", "a red circle")
     assert "--steps is for pipelines" in message("--steps", 4)
     assert "guidance_scale is 3.0" in message("--guidance-scale", 3)
     assert "--device nowhere cannot be used here" in message("--device", "nowhere")
@@ -263,6 +278,9 @@ def test_sample_errors(cli, run: Path, tmp_path: Path) -> None:
     assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "file")
     (tmp_path / "folder.png").mkdir()
     assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "folder.png")
+    for name in ("grid.jpg", "grid.JPEG", "grid.webp", "grid.gif", "grid.pdf"):
+        assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / name)
+        assert not (tmp_path / name).exists()
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.yaml").touch()
     assert "has not finished" in message(model=tmp_path / "unfinished")
@@ -325,6 +343,11 @@ def test_export_refuses_and_overwrites(cli, run: Path, tmp_path: Path) -> None:
     result = cli("export", run, target)
     assert result.code == 0 and str(target) in result.out
     assert (target / "model_index.json").is_file()
+    names: dict[str, Any] = {}
+    exec(result.out.split("a diffusers pipeline\n")[1], names)  # how to load and to call it
+    assert len(names["images"]) == 4
+    card = (target / "README.md").read_text()
+    assert str(asset_path("digits-flow").parent) not in card and "digits-flow" in card
 
     (target / "old").touch()
     result = cli("export", run, target)
@@ -351,8 +374,62 @@ def test_a_failed_export_keeps_the_old_pipeline(cli, run: Path, tmp_path: Path) 
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
 
 
+@pytest.mark.parametrize("model", [pytest.param("digits", id="run"), pytest.param("pipeline", id="pipeline")])
+def test_sample_into_a_folder_with_a_dot_in_its_name(cli, run: Path, tmp_path: Path, model: str) -> None:
+    source = run if model == "digits" else asset_path("digits-flow")
+    steps = () if model == "digits" else ("--steps", 1)
+    assert cli("sample", source, "--num-images", 1, "--out", tmp_path / "images.v2", *steps).code == 0
+    assert [file.name for file in (tmp_path / "images.v2").iterdir()] == ["000000.png"]
+    (tmp_path / "old.jpg").mkdir()  # a folder that is there is one, whatever its name
+    assert cli("sample", source, "--num-images", 1, "--out", tmp_path / "old.jpg", *steps).code == 0
+    assert [file.name for file in (tmp_path / "old.jpg").iterdir()] == ["000000.png"]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -5.0])
+def test_python_refuses_a_guidance_scale_that_is_none(scale: float) -> None:
+    from flowdistill import evaluate
+
+    teacher = load_teacher(asset_path("digits-flow"))
+    with pytest.raises(UserError, match=f"guidance_scale is {scale}"):
+        teacher.sample(torch.zeros(1, 1, 8, 8), teacher.encode([0]), steps=1, guidance_scale=scale)
+    with pytest.raises(UserError, match=f"guidance_scale is {scale}"):
+        evaluate(teacher, 4, "digits", "digits", teacher_steps=[1], guidance_scale=scale, progress=False)
+
+
+def test_scripts_take_no_abbreviations_either() -> None:
+    """An option that is nearly another one is an error: in every parser of every script."""
+    scripts = Path(__file__).resolve().parents[1] / "scripts"
+    parsers = 0
+    for file in scripts.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
+                parsers += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("allow_abbrev") == "False", f"{file.name}, line {node.lineno}"
+    assert parsers > 10
+
+
 def test_inspect(cli, tmp_path: Path) -> None:
     result = cli("inspect", asset_path("digits-flow"))
     assert result.code == 0 and "UNet2DModel" in result.out
     result = cli("inspect", tmp_path)
     assert result.code == 2 and str(tmp_path) in result.err and "Traceback" not in result.err
+
+
+def test_inspect_a_student_and_a_run(cli, run: Path, tmp_path: Path) -> None:
+    student = cli("inspect", run / "student").out
+    for words in ("flow map, by freeflow", "UNet2DModel, 0.70 M parameters", "1 x 8 x 8, pixels", "class labels 0 to 9",
+                  "scale 1 is part of the weights"):
+        assert words in student, words
+    (tmp_path / "run").mkdir()
+    settings = "method: {name: freeflow}\nteacher: {source: somewhere}\ntrain: {steps: 70}\noutput_dir: x\n"
+    (tmp_path / "run" / "config.yaml").write_text(settings)
+    out = cli("inspect", tmp_path / "run").out
+    assert "freeflow, no checkpoint yet" in out and "somewhere" in out and "none yet" in out
+    (tmp_path / "run" / "checkpoints" / "step-000030").mkdir(parents=True)
+    assert "freeflow, step 30 of 70" in cli("inspect", tmp_path / "run").out
+    shutil.copytree(run / "student", tmp_path / "run" / "student")
+    assert student in cli("inspect", tmp_path / "run").out
+    for model, kind in ((run / "student", "a student"), (tmp_path / "run", "a run")):
+        result = cli("inspect", model, "--null-label", 3)
+        assert result.code == 2 and f"{model} is {kind}" in result.err

@@ -130,6 +130,11 @@ def test_sample_and_export_take_the_run(finished, cli, tmp_path):
     out = tmp_path / "g.png"
     outcome = cli("sample", run.output_dir, "--num-images", 4, "--prompts", tmp_path / "p.txt", "--out", out)
     assert outcome.code == 0 and out.is_file()
+    same = ("--prompt", f"a {TOKEN} on b", "--prompt", "a cat", "--out", tmp_path / "same.png")
+    assert cli("sample", run.output_dir, "--num-images", 4, *same).code == 0
+    assert (tmp_path / "same.png").read_bytes() == out.read_bytes()
+    inspected = cli("inspect", run.output_dir).out
+    assert "echodistill, step 4 of 4" in inspected and "prompts, by" in inspected and "; 2 to show" in inspected
     student = load_student(run.output_dir)
     export(student, tmp_path / "pipeline")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with this command's own form of an error, without the usage text before it."""
+    """argparse with this command's own form of an error, without the usage text before it, and without abbreviations:
+    what is nearly the name of an option is an error, not another option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"flowdistill: error: {message} (see '{self.prog} --help')\n")
@@ -37,6 +41,17 @@ def positive(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
+    return number
+
+
+def guidance(text: str) -> float:
+    """A guidance scale: a finite number of 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
     return number
 
 

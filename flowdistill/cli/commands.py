@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli.arguments import Parser, at_least, integers, positive
+from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.exit import exit_process
 
@@ -115,7 +115,7 @@ def _output_dir(args: argparse.Namespace) -> str:
 def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out)
     is_grid = out.suffix.lower() == ".png"
-    if is_grid and out.is_dir() or not is_grid and out.exists() and not out.is_dir():
+    if is_grid and out.is_dir() or not is_grid and (_names_a_file(out) or out.exists() and not out.is_dir()):
         raise UserError(f"--out {out} must be a .png file for one grid, or a folder for one file an image")
     import torch
 
@@ -129,15 +129,15 @@ def _sample(args: argparse.Namespace) -> int:
         return 0  # one file needs one process; a folder's files are shared among all
     check_writable(out if is_grid else out / "000000.png")
     model, sampler = _model_and_sampler(args)
-    labels, prompts = args.labels, None
+    labels, prompts = args.labels, args.prompt
     if args.prompts is not None:
         from flowdistill.conditioning.prompts import read_prompts
 
         prompts = read_prompts(args.prompts).prompts
-    elif labels is None and model.classes is not None:
+    elif labels is None and prompts is None and model.classes is not None:
         labels = list(model.classes.shown)
-    elif model.prompts is not None and model.prompts.prompts is None:
-        raise UserError(f"{args.model} takes prompts; give --prompts FILE with one a line")
+    elif prompts is None and model.prompts is not None and model.prompts.prompts is None:
+        raise UserError(f"{args.model} takes prompts; give --prompt TEXT, or --prompts FILE with one a line")
     # Encoded before anything is made: refuses a label out of range, and text encoders are loaded once.
     listed = None
     if labels is not None or prompts is not None:
@@ -169,6 +169,13 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _names_a_file(path: Path) -> bool:
+    """Whether a path that does not exist yet ends like an image or another file that Pillow writes."""
+    from PIL import Image
+
+    return not path.exists() and path.suffix.lower() in Image.registered_extensions()
+
+
 def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
     """The student or the teacher at ``args.model``, and how it makes images."""
     from flowdistill.evaluation import student_sampler, teacher_sampler
@@ -186,9 +193,10 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
         model = load_teacher(args.model, device=device)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
-    if args.prompts is not None and model.prompts is None:
+    asked = "--prompts" if args.prompts is not None else "--prompt" if args.prompt is not None else None
+    if asked is not None and model.prompts is None:
         takes = "nothing" if model.num_classes is None else f"class labels 0 to {model.num_classes - 1} (--labels)"
-        raise UserError(f"--prompts needs a text-to-image model, and {args.model} takes {takes}")
+        raise UserError(f"{asked} needs a text-to-image model, and {args.model} takes {takes}")
     return model, sampler
 
 
@@ -242,16 +250,38 @@ def _export(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if (target / "manifest.json").is_file():
-        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose")
+        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose.\n"
+              "Its first one:\n")
+        target = min(folder for folder in target.iterdir() if folder.is_dir())
     else:
-        print(f'{target}: a diffusers pipeline; load it with DiffusionPipeline.from_pretrained("{target}")')
+        print(f"{target}: a diffusers pipeline\n")
+    print(_usage(target))
     return 0
 
 
+def _usage(pipeline: Path) -> str:
+    """The lines of Python by which the card of an exported pipeline loads and calls it, for the folder it is in."""
+    card = (pipeline / "README.md").read_text(encoding="utf-8")
+    return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(pipeline)).strip()
+
+
 def _inspect(args: argparse.Namespace) -> int:
+    from flowdistill.students import describe, is_student_folder, load_student
+
+    is_run = (Path(args.model) / "config.yaml").is_file()
+    if is_run or is_student_folder(args.model):
+        if args.null_label is not None:
+            raise UserError(f"--null-label is for pipelines, and {args.model} is a {'run' if is_run else 'student'}")
+        if not is_run:
+            print(describe(load_student(args.model)))
+            return 0
+        from flowdistill.training.run import describe_run
+
+        print(describe_run(args.model))
+        return 0
     from flowdistill.teachers import load_teacher
 
-    print(load_teacher(args.pipeline, null_label=args.null_label).describe())
+    print(load_teacher(args.model, null_label=args.null_label).describe())
     return 0
 
 
@@ -329,10 +359,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
     what = sample.add_mutually_exclusive_group()
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
-    what.add_argument("--prompts", metavar="FILE", help="text-to-image models: a prompt a line, or .jsonl")
+    what.add_argument("--prompt", metavar="TEXT", action="append", help="text-to-image models; may come several times")
+    what.add_argument("--prompts", metavar="FILE", help="the same from a file: a prompt a line, or .jsonl")
     sample.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
     sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
-    sample.add_argument("--guidance-scale", metavar="G", type=float, help="default: the student's own, or 1")
+    sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
     sample.add_argument("--device", help="default: the GPU when there is one")
 
@@ -353,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
-    evaluate.add_argument("--guidance-scale", metavar="G", type=float, help="default: the run's or the student's own")
+    evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or the student's own")
     evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--device", help="default: the GPU when there is one")
@@ -366,15 +397,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
-    export.add_argument("--guidance-scale", metavar="G", type=float, help="scale to fix (default: the student's own)")
+    export.add_argument("--guidance-scale", metavar="G", type=guidance, help="scale to fix (default: the student's own)")
     export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
 
     inspect = command(
-        "inspect", _inspect, lambda args: args.pipeline, "say what was detected in a pipeline",
+        "inspect", _inspect, lambda args: args.model, "say what was detected in a pipeline, a run or a student",
         "Say in words how flowdistill reads a pipeline: backbone, path, prediction, times, conditions, and whether\n"
-        "network and scheduler agree.",
-        ["assets/digits-flow", "google/ddpm-cifar10-32"],
+        "network and scheduler agree. Of a run: how far it is, and what its student takes.",
+        ["assets/digits-flow", "google/ddpm-cifar10-32", "runs/digits-freeflow"],
     )
-    inspect.add_argument("pipeline", metavar="PIPELINE", help="pipeline folder or hub id")
+    inspect.add_argument("model", metavar="MODEL", help="pipeline (folder, hub id), run or student folder")
     inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
     return parser

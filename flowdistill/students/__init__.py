@@ -1,5 +1,6 @@
 """Students: one-step generators initialised from their teacher, saved and loaded."""
 
+from flowdistill.students.description import describe
 from flowdistill.students.flow_map import FlowMap
 from flowdistill.students.generator import START_UNITS, Generator, generated, start_time
 from flowdistill.students.info import StudentInfo
@@ -14,6 +15,7 @@ __all__ = [
     "Generator",
     "Student",
     "StudentInfo",
+    "describe",
     "find_student",
     "generated",
     "is_student_folder",

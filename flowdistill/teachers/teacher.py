@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -238,11 +239,17 @@ class Teacher:
         Args:
             noise: unit normal (B, *shape); the start state is ``t_max * noise`` (alpha_T is dropped, see the design).
             steps: steps on the teacher's own time grid; ``steps`` network calls with Euler, ``2 steps - 1`` with Heun.
+            guidance_scale: 0 or more; see :meth:`velocity`.
             times: explicit decreasing times from t_max to 0 instead of ``steps``.
 
         Returns:
             Latents (B, *shape).
+
+        Raises:
+            UserError: a guidance scale that is negative or not finite.
         """
+        if not 0 <= guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {guidance_scale}; it must be a number of at least 0")
         grid = self.path.time_grid(steps).tolist() if times is None else list(times)
 
         def field(x: Tensor, t: float) -> Tensor:

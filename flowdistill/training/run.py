@@ -28,6 +28,7 @@ from flowdistill.config import (
 )
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.students import describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints
@@ -312,6 +313,24 @@ def make_report(config: RunConfig, teacher: Teacher, accelerator: Accelerator, r
     if accelerator.is_main_process:
         print(report)
     return report
+
+
+def describe_run(folder: str | os.PathLike[str]) -> str:
+    """A run folder in words: how far it is, its teacher, and its student where there is one.
+
+    Raises:
+        UserError: its configuration or its student is damaged.
+    """
+    folder = Path(folder)
+    config = load_config(folder / "config.yaml")
+    found, trained = checkpoints(folder / "checkpoints"), is_student_folder(folder)
+    state = "" if trained else ", no checkpoint yet"  # several students have theirs in folders of their own
+    if found:
+        state = f", step {found[-1][0]} of {config.train.steps}, in {found[-1][1]}"
+    lines = [f"run           {config.method.name}{state}", f"teacher       {config.teacher.source}"]
+    lines.append(describe(load_student(folder)) if trained else
+                 "student       none yet; it is written when training stops")
+    return "\n".join(lines)
 
 
 def method_class(name: str) -> type[Method]:
