@@ -119,7 +119,9 @@ def test_sliced_wasserstein_is_the_definition_step_by_step():
     assert mirrored.abs().max() < 1e-12  # what is where does not count
 
 
-@pytest.mark.parametrize("side, patch, levels", [(81, 11, 5), (80, 11, 4), (33, 5, 5), (32, 5, 4), (3, 5, 1), (2, 5, 0)])
+@pytest.mark.parametrize(
+    "side, patch, levels", [(81, 11, 5), (80, 11, 4), (33, 5, 5), (32, 5, 4), (3, 5, 1), (2, 5, 0)]
+)
 def test_a_pyramid_has_the_levels_that_hold_a_mirrored_patch(side, patch, levels):
     assert alignment.pyramid_levels(side, patch) == levels
     images = random(1, 3, side, side)

@@ -384,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
-    evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or the student's own")
+    evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--device", help="default: the GPU when there is one")
@@ -397,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
-    export.add_argument("--guidance-scale", metavar="G", type=guidance, help="scale to fix (default: the student's own)")
+    export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to freeze in (default: the student's own)")
     export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
 
     inspect = command(

@@ -70,7 +70,7 @@ def _card(
     method: EchoDistill, folder: Path, name: str, base: str, steps: int, guidance: float, words: str
 ) -> None:
     config, prompts = method.config, method.student().prompts.prompts
-    other = method.teacher.source if name == "student" else config.student
+    partner, other = ("teacher", method.teacher.source) if name == "student" else ("student", config.student)
     # Both paths from the working folder, which the user is in.
     here, adapters = _from_here(base), os.path.relpath(folder)
     trailing = (
@@ -86,8 +86,8 @@ def _card(
 # `{config.placeholder_token}` for {portable_path(base)}
 
 A LoRA (`pytorch_lora_weights.safetensors`) and a word (`learned_embeds.safetensors`) for
-`{portable_path(base)}`, the {name} of EchoDistill (arXiv 2510.20512); its {"teacher" if name == "student" else "student"}
-was `{portable_path(other)}`. The licences of both base models apply.
+`{portable_path(base)}`, the {name} of EchoDistill (arXiv 2510.20512); its {partner} was
+`{portable_path(other)}`. The licences of both base models apply.
 
 - The new word is `{config.placeholder_token}`; it began as `{config.initializer_token}`.
 - Trained on {count} pictures with prompts such as `{config.instance_prompt}`.
@@ -106,7 +106,7 @@ image = pipe("{prompts[0]}", {call}).images[0]
 
 {shown}"""
     data = ModelCardData(
-        base_model=None if Path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers", license="other", tags=TAGS,
-        pipeline_tag="text-to-image",
+        base_model=None if Path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers",
+        license="other", tags=TAGS, pipeline_tag="text-to-image",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(folder / "README.md")
