@@ -48,7 +48,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         return figures
     settings = config.evaluation
     evaluator = Evaluator(settings.features, settings.reference, curve["num_images"], 0, settings.batch_size,
-                          kid=False, per_class=False, manifold=False, progress=False)  # fmt: skip
+                          metrics=("frechet", "accuracy"), progress=False)
     for step, path in saved:
         if step % curve["every"] and step != saved[-1][0]:
             continue  # where a signal stopped the run; the other seeds have no such point

@@ -145,10 +145,10 @@ def test_what_is_not_measured_is_null(tmp_path):
     assert report.rows[0].per_class_fid is None and report.rows[0].fid > 0
     assert "note" in report.protocol
     plain = load_features(lambda images: images.flatten(1)[:, :10], device="cpu")
-    evaluator = Evaluator(plain, "digits", 50, kid=False, manifold=False, progress=False)
+    evaluator = Evaluator(plain, "digits", 50, metrics=("frechet", "accuracy", "frechet_by_class"), progress=False)
     row = evaluator.measure(lambda noise, labels: noise, (1, 8, 8))
     assert row.accuracy is None and row.kid is None and row.fid > 0 and row.per_class_fid is None
-    assert row.precision is None and row.recall is None and evaluator.protocol()["precision_recall"] is None
+    assert row.precision is None and row.recall is None and "precision_recall" not in evaluator.protocol()
     assert evaluator.report([row]).protocol["features_sha256"] is None
 
 
@@ -166,27 +166,28 @@ def test_images_that_are_not_finite_are_not_measured(tmp_path):
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "report.json"
-    Report([Row("student", 1, 2.0)], 10, "digits", "digits", 0).write_json(path)
+    Report([Row("student", 1, fid=2.0)], 10, "digits", "digits", 0).write_json(path)
     with pytest.raises(ValueError):
-        Report([Row("student", 1, math.nan)], 10, "digits", "digits", 0).write_json(path)
+        Report([Row("student", 1, fid=math.nan)], 10, "digits", "digits", 0).write_json(path)
     assert Report.read_json(path).rows[0].fid == 2.0 and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_older_report_without_a_figure_is_read(tmp_path):
     path = tmp_path / "report.json"
-    report = Report([Row("student", 1, 2.0, precision=0.5, recall=0.25)], 10, "digits", "digits", 0)
+    report = Report([Row("student", 1, fid=2.0, precision=0.5, recall=0.25)], 10, "digits", "digits", 0)
     values = report.to_dict()
     path.write_text(json.dumps(values))
     assert Report.read_json(path) == report
     del values["rows"][0]["precision"], values["rows"][0]["recall"]
     path.write_text(json.dumps(values))
-    assert Report.read_json(path).rows == [Row("student", 1, 2.0)]
+    assert Report.read_json(path).rows == [Row("student", 1, fid=2.0)]
     assert str(Report.read_json(path)).splitlines()[2].split() == ["student", "1", "2.000", "-", "-", "-", "-", "-"]
 
 
 def test_the_table_shows_every_row():
     report = Report(
-        [Row("teacher", 50, 8.7, 0.0012, 0.991, 1234.5, None, 0.75, 0.5), Row("student", 1)],
+        [Row("teacher", 50, 1234.5, fid=8.7, kid=0.0012, accuracy=0.991, precision=0.75, recall=0.5),
+         Row("student", 1)],
         10,
         "digits",
         "digits",

@@ -226,3 +226,23 @@ def test_state_that_is_saved_must_be_restored() -> None:
     with pytest.raises(TypeError, match="Nameless.Config must be a dataclass with a field 'name: str'"):
         type("Nameless", (Method,), {"Config": int})
     assert METHODS.get("boot") is Boot and METHODS.current_name("tsm") == "teacher_score_matching"
+
+
+def test_a_metric_from_outside_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowdistill.evaluation import Report, Row
+    from flowdistill.evaluation.metrics import METRICS, Column, Metric, register_metric
+
+    class Brightness(Metric):
+        name, figures, columns = "brightness", ("brightness",), (Column("brightness", "light", ".1f"),)
+
+        def measure(self, images, reference):
+            return {"brightness": 0.5}
+
+    register_metric(Brightness)
+    try:
+        report = Report([Row("student", 1, fid=2.0, brightness=0.25)], 10, "f", "r", 0)
+        head, _, line, *_ = report.table().splitlines()
+        assert "light" in head and "0.2" in line.split() and report.rows[0].brightness == 0.25
+        assert Report.from_dict(report.to_dict()) == report and report.to_dict()["rows"][0]["recall"] is None
+    finally:
+        METRICS.unregister("brightness")

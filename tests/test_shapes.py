@@ -246,8 +246,8 @@ def test_images_are_held_against_their_prompts(batch_size):
 
     features = load_features(Brightness(), device="cpu")
     reference = Reference("made up", torch.zeros(2), torch.eye(2), 10)
-    evaluator = Evaluator(features, reference, num_images=8, batch_size=batch_size, kid=False, manifold=False,
-                          progress=False)
+    metrics = ("frechet", "accuracy", "frechet_by_class")
+    evaluator = Evaluator(features, reference, 8, batch_size=batch_size, metrics=metrics, progress=False)
     row = evaluator.measure(sampler, (1, 1, 1), condition=prompt_conditions(Model()))
     # Of eight images two have no class; of the other six the two "bright" at the list's end are wrong.
     assert row.accuracy == pytest.approx(4 / 6) and row.per_class_fid is None

@@ -397,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
-    export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to freeze in (default: the student's own)")
+    export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to fix (default: the student's own)")
     export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
 
     inspect = command(

@@ -3,9 +3,9 @@
 from flowdistill.evaluation.evaluate import PromptsInTurn, evaluate, prompt_conditions, student_sampler, teacher_sampler
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.generation import generate
-from flowdistill.evaluation.metrics.frechet import Moments, frechet_distance
 from flowdistill.evaluation.metrics.kernel import kernel_distance
 from flowdistill.evaluation.metrics.precision_recall import precision_recall
+from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.evaluation.reference import Reference, load_reference
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.features.extractor import FeatureExtractor, load_features

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowdistill.evaluation.metrics.frechet import Moments
+from flowdistill.evaluation.moments import Moments
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes

@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, collect
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
-from flowdistill.evaluation.metrics.frechet import frechet_distance
-from flowdistill.evaluation.metrics.kernel import (
-    SUBSET_SIZE,
-    SUBSETS,
-    copies_distance,
-    evenness_term,
-    kernel_distance,
-)
-from flowdistill.evaluation.metrics.precision_recall import MOST_SAMPLES, NEIGHBOURS, precision_recall
-from flowdistill.evaluation.reference import Reference, load_reference, mean_floor, moments_of
+from flowdistill.evaluation.metrics import METRICS, MeasuredImages, all_metrics
+from flowdistill.evaluation.reference import Reference, load_reference, mean_floor
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.utils.errors import UserError
@@ -40,8 +32,7 @@ class Evaluator:
         num_images: images of every measured model, over all processes.
         seed: of the noise, of KID's subsets, and of the samples that precision and recall take.
         batch_size: images in one call of the sampler and of the features; the figures do not depend on it.
-        kid, per_class, manifold: False skips the figure (a quick measurement during training); ``manifold`` is
-            precision and recall.
+        metrics: names of those to measure (:data:`flowdistill.evaluation.metrics.METRICS`); None for all.
         device: of the feature network; default: the GPU when there is one.
         own: class labels that the models make, where these are not all: images and reference have these only.
         owner: part of each class label, for the FID of each part.
@@ -61,9 +52,7 @@ class Evaluator:
         seed: int = 0,
         batch_size: int = 250,
         *,
-        kid: bool = True,
-        per_class: bool = True,
-        manifold: bool = True,
+        metrics: Sequence[str] | None = None,
         own: Sequence[int] | None = None,
         owner: Sequence[int] | None = None,
         device: torch.device | str | None = None,
@@ -75,7 +64,8 @@ class Evaluator:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
-        self.kid, self.per_class, self.manifold, self.progress = kid, per_class, manifold, progress
+        kinds = all_metrics() if metrics is None else [METRICS.get(name) for name in metrics]
+        self.metrics, self.progress = [kind() for kind in kinds], progress
         self.extractor = load_features(features, device, weights)
         self.own, self.owner = own, owner
         self.reference = load_reference(reference, self.extractor, cache_dir, batch_size)
@@ -175,17 +165,11 @@ class Evaluator:
         return Processes.current().on_main(self.reference.fid_floor)
 
     @cached_property
-    def _reference_evenness(self) -> float:
-        return 0.0 if self.reference.labelled is None else evenness_term(*self.reference.labelled)
-
-    @cached_property
-    def copies(self) -> float | None:
-        """KID of a model that only copies the reference's images; computed by the main process, known to all."""
-        reference = self.reference
-        if not self.kid or reference.features is None or reference.count != len(reference.features):
-            return None
-        features, labels = reference.features, reference.labels
-        return Processes.current().on_main(lambda: copies_distance(features, labels))
+    def _metrics_protocol(self) -> dict[str, Any]:
+        """What the metrics say of themselves; made by the main process, known to all."""
+        return Processes.current().on_main(
+            lambda: {name: value for metric in self.metrics for name, value in metric.protocol(self.reference).items()}
+        )
 
     def protocol(self, num_images: int | None = None) -> dict[str, Any]:
         """How the figures come about: what one needs to know to get the same ones."""
@@ -202,12 +186,7 @@ class Evaluator:
             "reference": reference.name,
             "reference_images": reference.count,
             "reference_hash": reference.source_hash,
-            "fid": "float64 moments, unbiased covariances",
-            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3, classes in even numbers "
-            "allowed for" if self.kid else None,
-            "kid_of_copies": self.copies,
-            "precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"
-            if self.manifold else None,
+            **self._metrics_protocol,
             "seed": self.seed,
             "processes": Processes.current().world,
             "batch_size": self.batch_size,
@@ -223,44 +202,11 @@ class Evaluator:
         self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None,
         classes: Tensor | None,
     ) -> Row:
-        moments, reference = collected.moments, self.reference
-        row = Row(name, calls, images_per_second=speed)
-        if moments.count > 1:
-            row.fid = frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
-        if self.kid and reference.features is not None:
-            row.kid = kernel_distance(collected.features, reference.features, self.seed)
-            if row.kid is not None:
-                own = 0.0 if classes is None else evenness_term(collected.features, classes, collected.indices)
-                row.kid += own + self._reference_evenness
-        if self.manifold and reference.features is not None:
-            found = precision_recall(collected.features, reference.features, seed=self.seed)
-            row.precision, row.recall = found or (None, None)
-        if collected.matches is not None:
-            row.accuracy = collected.matches / collected.judged
-        if self.per_class and labels is not None and collected.complete and reference.labelled is not None:
-            row.per_class_fid = per_class_distances(collected.features, labels, *reference.labelled)
-            if self.owner is not None and int(reference.labelled[1].max()) < len(self.owner):
-                owner, (real, real_labels) = torch.tensor(self.owner), reference.labelled
-                row.per_part_fid = per_class_distances(collected.features, owner[labels], real, owner[real_labels])
-        return row
-
-
-def per_class_distances(
-    features: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor
-) -> dict[str, float | None] | None:
-    """Fréchet distance within each class of the reference, by label.
-
-    None for a class with no more images than features on either side (its covariance is singular and the distance says
-    more about the number of images than about the images), None instead of the dictionary when no class has enough.
-    """
-    distances: dict[str, float | None] = {}
-    for label in reference_labels.unique(sorted=True).tolist():
-        ours, theirs = features[labels == label], reference[reference_labels == label]
-        distances[str(label)] = None
-        if min(len(ours), len(theirs)) > features.shape[1]:
-            a, b = moments_of(ours), moments_of(theirs)
-            distances[str(label)] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    return distances if any(value is not None for value in distances.values()) else None
+        images = MeasuredImages(collected, labels, classes, self.owner, self.seed)
+        figures: dict[str, Any] = {}
+        for metric in self.metrics:
+            figures |= metric.measure(images, self.reference)
+        return Row(name, calls, speed, **figures)
 
 
 def evaluate_models(

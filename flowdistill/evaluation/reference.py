@@ -21,7 +21,7 @@ from torch import Tensor
 from flowdistill.data import IMAGE_SETS, split_halves
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect
-from flowdistill.evaluation.metrics.frechet import Moments, frechet_distance
+from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, cache_folder

@@ -9,33 +9,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowdistill.evaluation.metrics import all_metrics
 from flowdistill.utils.files import atomic_write
 
 
-@dataclass
+@dataclass(init=False)
 class Row:
-    """One model at one number of network calls. None: not measured.
+    """One model at one number of network calls, with what was measured of it.
 
-    ``fid``, ``kid``: lower is better. ``accuracy``: share of images, in [0, 1], that the classifier takes for the
-    class asked for. ``images_per_second``: sampling only, over all processes. ``per_class_fid``: by class label.
-    ``precision``, ``recall``: in [0, 1], higher is better; see ``precision_recall``.
+    Every figure of a known metric is an attribute, such as ``row.fid``, and a key in JSON; None: not measured.
 
-    Of students: ``stored_parameters`` of all networks and ``active_parameters`` of the largest that makes one image; of
-    several students with classes, ``per_part_fid`` by student.
+    Attributes:
+        model: what it is called.
+        calls: network calls of an image; None where they are not known.
+        images_per_second: sampling only, over all processes.
+        stored_parameters: of all networks of a student.
+        active_parameters: of the largest network that makes one image.
+        figures: by name, see :mod:`flowdistill.evaluation.metrics`.
     """
 
     model: str
     calls: int | None
-    fid: float | None = None
-    kid: float | None = None
-    accuracy: float | None = None
-    images_per_second: float | None = None
-    per_class_fid: dict[str, float | None] | None = None
-    precision: float | None = None
-    recall: float | None = None
-    per_part_fid: dict[str, float | None] | None = None
-    stored_parameters: int | None = None
-    active_parameters: int | None = None
+    images_per_second: float | None
+    stored_parameters: int | None
+    active_parameters: int | None
+    figures: dict[str, Any]
+
+    def __init__(
+        self,
+        model: str,
+        calls: int | None,
+        images_per_second: float | None = None,
+        stored_parameters: int | None = None,
+        active_parameters: int | None = None,
+        **figures: Any,
+    ) -> None:
+        self.model, self.calls, self.images_per_second = model, calls, images_per_second
+        self.stored_parameters, self.active_parameters = stored_parameters, active_parameters
+        self.figures = {name: value for name, value in figures.items() if value is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "figures":  # asked for while the object is being restored
+            raise AttributeError(name)
+        if name in self.figures or any(name in metric.figures for metric in all_metrics()):
+            return self.figures.get(name)
+        raise AttributeError(f"a row has no {name!r}, and no known metric measures it")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, null for what was not measured."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "figures"}
+        known = [name for metric in all_metrics() for name in metric.figures]
+        return values | {name: self.figures.get(name) for name in [*known, *self.figures]}
 
 
 @dataclass
@@ -52,14 +76,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON shape of ``evaluate --json`` and ``report.json``."""
-        return dataclasses.asdict(self)
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return values | {"rows": [row.to_dict() for row in self.rows]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The inverse of ``to_dict``; keys that are not known are left out."""
         known = {item.name for item in dataclasses.fields(cls)}
-        columns = {item.name for item in dataclasses.fields(Row)}
-        rows = [Row(**{name: value for name, value in row.items() if name in columns}) for row in values["rows"]]
+        rows = [Row(**row) for row in values["rows"]]
         return cls(**{**{name: value for name, value in values.items() if name in known}, "rows": rows})
 
     def write_json(self, path: str | os.PathLike) -> None:
@@ -75,16 +99,14 @@ class Report:
 
     def table(self) -> str:
         """The rows as aligned text, one line a row, ``-`` for what was not measured, then the floor."""
-        header = ["model", "calls", "FID", "KID x 1000", "precision", "recall", "accuracy", "images/s"]
+        columns = [column for metric in all_metrics() for column in metric.columns
+                   if metric.position < 100 or any(row.figures.get(column.name) is not None for row in self.rows)]
+        header = ["model", "calls", *(column.title for column in columns), "images/s"]
         lines = [
             [
                 row.model,
                 _cell(row.calls, "d"),
-                _cell(row.fid, ".3f"),
-                _cell(None if row.kid is None else 1000.0 * row.kid, ".3f"),
-                _cell(row.precision, ".3f"),
-                _cell(row.recall, ".3f"),
-                _cell(row.accuracy, ".2%"),
+                *(_cell(row.figures.get(column.name), column.form, column.scale) for column in columns),
                 _cell(row.images_per_second, ".1f"),
             ]
             for row in self.rows
@@ -96,17 +118,12 @@ class Report:
             text.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
         text.insert(1, "-" * len(text[0]))
         for row in self.rows:
-            if row.per_part_fid is not None:
-                parts = ", ".join(f"{part}: {_cell(fid, '.3f')}" for part, fid in row.per_part_fid.items())
-                text.append(f"{row.model}, {_cell(row.calls, 'd')} calls, FID of each student's part: {parts}")
             if row.stored_parameters != row.active_parameters:
                 text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
                             "for an image")
         text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
-        copies = self.protocol.get("kid_of_copies")
-        if copies is not None and any(row.kid is not None and row.kid < 0 for row in self.rows):
-            text.append(f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}; figures "
-                        "well below 0 are a sign of copying")
+        for metric in all_metrics():
+            text += metric.remarks(self.rows, self.protocol)
         if self.fid_floor is not None:
             text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")
         return "\n".join(text)
@@ -120,5 +137,5 @@ class Report:
         return self.table()
 
 
-def _cell(value: float | int | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _cell(value: float | int | None, form: str, scale: float = 1) -> str:
+    return "-" if value is None else format(value if scale == 1 else scale * value, form)

@@ -1,1 +1,5 @@
-"""Metrics, one file each."""
+"""Metrics behind one protocol, one file each."""
+
+from flowdistill.evaluation.metrics.base import METRICS, Column, MeasuredImages, Metric, all_metrics, register_metric
+
+__all__ = ["METRICS", "Column", "MeasuredImages", "Metric", "all_metrics", "register_metric"]

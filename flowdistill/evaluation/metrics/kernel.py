@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.reference import Reference
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -13,6 +18,45 @@ MOST_ROWS = 4096
 """Of a class or of a set, in means of the kernel that are divided by the size of the set."""
 EVEN = 0.01
 """Label counts that chance makes as even as this rarely are even by design."""
+
+
+@register_metric
+class Kernel(Metric):
+    """Squared maximum mean discrepancy with a cubic kernel; lower is better, and below 0 by chance or by copying."""
+
+    name = "kernel"
+    figures = ("kid",)
+    columns = (Column("kid", "KID x 1000", scale=1000.0),)
+    position = 20
+
+    def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
+        collected = images.collected
+        if reference.features is None:
+            return {}
+        distance = kernel_distance(collected.features, reference.features, images.seed)
+        if distance is None:
+            return {}
+        own = 0.0 if images.classes is None else evenness_term(collected.features, images.classes, collected.indices)
+        theirs = 0.0 if reference.labelled is None else evenness_term(*reference.labelled)
+        return {"kid": distance + own + theirs}
+
+    def protocol(self, reference: Reference) -> dict[str, Any]:
+        copies = None
+        if reference.features is not None and reference.count == len(reference.features):
+            copies = copies_distance(reference.features, reference.labels)
+        return {
+            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3, classes in even numbers "
+                   "allowed for",
+            "kid_of_copies": copies,
+        }
+
+    @classmethod
+    def remarks(cls, rows: Sequence[Any], protocol: Mapping[str, Any]) -> list[str]:
+        copies = protocol.get("kid_of_copies")
+        if copies is None or not any(row.kid is not None and row.kid < 0 for row in rows):
+            return []
+        return [f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
+                "below 0 are a sign of copying"]
 
 
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float | None:

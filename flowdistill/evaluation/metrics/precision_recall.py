@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.reference import Reference
 
 NEIGHBOURS = 3
 MOST_SAMPLES = 10_000
 CHUNK = 1_000  # rows of distances in memory at a time: 80 MB against 10,000 samples
+
+
+@register_metric
+class PrecisionRecall(Metric):
+    """Precision and recall, in [0, 1]; higher is better. Recall falls when a student drops modes."""
+
+    name = "precision_recall"
+    figures = ("precision", "recall")
+    columns = (Column("precision", "precision"), Column("recall", "recall"))
+    position = 30
+
+    def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
+        if reference.features is None:
+            return {}
+        found = precision_recall(images.collected.features, reference.features, seed=images.seed)
+        return {} if found is None else {"precision": found[0], "recall": found[1]}
+
+    def protocol(self, reference: Reference) -> dict[str, Any]:
+        return {"precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"}
 
 
 def precision_recall(
@@ -31,13 +55,13 @@ def precision_recall(
     size = min(len(features), len(reference), MOST_SAMPLES)
     if size <= neighbours:
         return None
-    ours, theirs = (_cut(points, size, seed) for points in (features, reference))
+    ours, theirs = (_subsample(points, size, seed) for points in (features, reference))
     # Equal points differ by rounding when the distance is |a|^2 + |b|^2 - 2 a.b; this much does not count.
     slack = 1e-12 * float(torch.cat([ours, theirs]).square().sum(dim=1).max())
     return _inside(ours, theirs, neighbours, slack), _inside(theirs, ours, neighbours, slack)
 
 
-def _cut(points: Tensor, size: int, seed: int) -> Tensor:
+def _subsample(points: Tensor, size: int, seed: int) -> Tensor:
     points = points.detach().cpu()
     if len(points) > size:
         points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:size]]

@@ -1,0 +1,101 @@
+"""What a metric is: figures of a set of generated images, by the features of a reference set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from flowdistill.evaluation.collect import Collected
+from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.registry import Registry
+
+Figures = Mapping[str, Any]
+"""What was measured, by name: a number, numbers by class or part, or None where it could not be."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure in the table.
+
+    Attributes:
+        name: key of the figure.
+        title: head of the column.
+        form: how a value is written, as ``format`` takes it.
+        scale: what a value is multiplied by in the table.
+    """
+
+    name: str
+    title: str
+    form: str = ".3f"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MeasuredImages:
+    """What a metric sees of a set of N images.
+
+    Attributes:
+        collected: their features' moments, the features that were kept, and the classifier's matches.
+        labels: what each image was asked to be, int64 (N,); None without classes.
+        classes: the class that each label or prompt describes, int64 (N,), -1 for none; None where it is unknown.
+        owner: number of the network that makes each class label, of several students; None of one.
+        seed: of whatever a metric draws.
+    """
+
+    collected: Collected
+    labels: Tensor | None = None
+    classes: Tensor | None = None
+    owner: Sequence[int] | None = None
+    seed: int = 0
+
+
+class Metric(ABC):
+    """One file, one metric: it is made once for an evaluation and measures every row of the table.
+
+    Attributes:
+        name: under which it is asked for.
+        figures: names of what it measures, whether or not they have a column.
+        columns: those that the table shows.
+        position: metrics stand in the table in ascending order of this.
+    """
+
+    name: ClassVar[str]
+    figures: ClassVar[tuple[str, ...]]
+    columns: ClassVar[tuple[Column, ...]] = ()
+    position: ClassVar[int] = 100
+
+    @abstractmethod
+    def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
+        """The figures; what is missing in the result counts as not measured."""
+
+    def protocol(self, reference: Reference) -> dict[str, Any]:
+        """What one needs to know to get the same figures, by name."""
+        return {}
+
+    @classmethod
+    def remarks(cls, rows: Sequence[Any], protocol: Mapping[str, Any]) -> list[str]:
+        """Sentences under a table with these rows, each with its figures as attributes."""
+        return []
+
+
+METRICS: Registry[type[Metric]] = Registry(
+    "metric", package="flowdistill.evaluation.metrics", group="flowdistill.metrics"
+)
+"""Name -> class. A file in this folder, or another package's module, registers its own."""
+
+M = TypeVar("M", bound=type[Metric])
+
+
+def register_metric(cls: M) -> M:
+    """Class decorator: make a metric known under its name."""
+    METRICS.register(cls.name)(cls)
+    return cls
+
+
+def all_metrics() -> list[type[Metric]]:
+    """Every known metric, in the order of the table."""
+    return sorted((METRICS.get(name) for name in METRICS), key=lambda metric: (metric.position, metric.name))
