@@ -213,7 +213,7 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "no_texture": lambda case: echodistill(case, "no texture term", [NO_ECHO, "method.texture=none"]),
     "no_adversarial": lambda case: echodistill(case, "no discriminator", [NO_ECHO, "method.discriminators=[]"]),
     "first_discriminator": lambda case: echodistill(case, "classifier's discriminator alone", [
-        NO_ECHO, 'method.discriminators=["python:flowdistill.features.shapes_networks:load_shapes_classifier"]']),
+        NO_ECHO, 'method.discriminators=["flowdistill.features.shapes_networks:load_shapes_classifier"]']),
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip

@@ -303,7 +303,7 @@ def test_a_perceptual_module_with_weights_of_its_own(tmp_path, monkeypatch):
     named.to("meta")
     assert next(named.metric.parameters()).is_meta
     monkeypatch.setenv("PERCEPTUAL_WEIGHTS", str(tmp_path / "missing"))
-    with pytest.raises(UserError, match="this one could not be made"):
+    with pytest.raises(UserError, match="method.metric.*(it must be l2 or|cannot be imported|could not be made)"):
         Boot(BootConfig(metric="tests.test_boot:perceptual"), teacher)
 
 

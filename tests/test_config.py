@@ -354,3 +354,12 @@ def test_importing_costs_neither_torch_nor_omegaconf() -> None:
     code = "import sys, flowdistill.config; print(sorted({'torch', 'omegaconf', 'yaml'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_method_may_be_named_by_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: r\nteacher: {source: t}\nmethod: {name: tests.toy_method:ToyMethod, width: 4}\n")
+    config = load_config(file)
+    assert type(config.method).__module__ == "tests.toy_method" and config.method.width == 4
+    assert "no_such_module:Method, which cannot be imported" in sentence(file, "method.name=no_such_module:Method")
+    assert "math:pi, which is no method" in sentence(file, "method.name=math:pi")

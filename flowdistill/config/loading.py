@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from flowdistill.config.checks import (
 from flowdistill.config.registry import METHODS
 from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.objects import is_object, load_object
 from flowdistill.utils.shipped import find_config
 
 
@@ -78,10 +80,22 @@ def method_config_class(name: str, key: str = "method.name", barred: Sequence[st
 
     ``barred`` methods have no place at ``key``.
     """
+    if is_object(name):
+        return _config_of(load_object(name, key), name, key)
     if name in barred or name not in METHODS:
         known = [each for each in METHODS if each not in barred]
         raise UserError(f"'{key}' must be one of {', '.join(known)}, not {name!r}{closest(name, known)}")
     config: type = METHODS.get(name).Config
+    return config
+
+
+def _config_of(method: Any, name: str, key: str) -> type:
+    """The settings of a class that a configuration names as ``package.module:Class``, which becomes known so."""
+    config = getattr(method, "Config", None)
+    if not isinstance(method, type) or not is_dataclass(config):
+        raise UserError(f"'{key}' names {name}, which is no method: it needs to be a class with a dataclass 'Config'")
+    METHODS.register(name)(method)
+    assert isinstance(config, type)
     return config
 
 

@@ -19,6 +19,7 @@ from flowdistill.features.shapes_networks import load_shapes_classifier
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder
 from flowdistill.utils.hashing import file_sha256, module_sha256
+from flowdistill.utils.objects import is_object, load_object
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
@@ -106,7 +107,8 @@ def load_features(
     Args:
         features: ``"digits"`` (the shipped digit classifier), ``"shapes"`` (the shipped classifier of
             shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), the path of a folder with a digit
-            classifier or of a TorchScript file, a module, or a callable. A network of yours gets float32 images
+            classifier or of a TorchScript file, ``package.module:function`` that makes a network, a module, or a
+            callable. A network of yours gets float32 images
             (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a classifier: its
             ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which class a prompt
             describes, and images are held against their prompts.
@@ -126,6 +128,8 @@ def load_features(
         return _from_module("shapes", load_shapes_classifier(), place, channels=3)
     if features == "inception":
         return _inception(_inception_file(weights), place)
+    if isinstance(features, str) and is_object(features):
+        return load_features(load_object(features, "evaluation.features")(), place)
     if isinstance(features, nn.Module):
         return _from_module(type(features).__name__, features, place)
     if callable(features):

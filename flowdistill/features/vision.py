@@ -3,14 +3,13 @@
     small, small:7                     a built-in network with random weights of that seed: colours, edges and textures
     timm:NAME=FILE                     a timm model with weights from FILE (pip install timm)
     transformers:FOLDER                a vision model of transformers (DINOv2, CLIP, ViT, ConvNeXt, ...)
-    python:package.module:function     whatever ``function()`` returns: a module from pictures (B, 3, H, W) in [0, 1] to
+    package.module:function            whatever ``function()`` returns: a module from pictures (B, 3, H, W) in [0, 1] to
                                        features (B, D), (B, T, D) or (B, D, H', W'); one with a method ``features`` is
                                        asked for those
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.objects import is_object, load_object
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-KINDS = ("small", "timm", "transformers", "python")
 
 
 class Seen(NamedTuple):
@@ -109,11 +108,10 @@ def load_vision(name: str, setting: str) -> Vision:
         return _timm(name, model, file, setting)
     if kind == "transformers" and rest:
         return _transformers(name, Path(rest), setting)
-    if kind == "python" and rest.count(":") == 1:
-        package, function = rest.split(":")
-        return _python(name, package, function, setting)
+    if is_object(name):
+        return _of_object(name, setting)
     raise UserError(f"'{setting}' is {name!r}; it must be small, small:SEED, timm:NAME=FILE, transformers:FOLDER or "
-                    "python:package.module:function")
+                    "package.module:function")
 
 
 def _seen(features: Tensor) -> Seen:
@@ -176,11 +174,8 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
     return Vision(name, network, read, size if isinstance(size, int) else size[0], normal)
 
 
-def _python(name: str, module: str, attribute: str, setting: str) -> Vision:
-    try:
-        network = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"'{setting}' names {name}, which cannot be imported: {error}") from error
+def _of_object(name: str, setting: str) -> Vision:
+    network = load_object(name, setting)()
     if not isinstance(network, nn.Module):
         raise UserError(f"'{setting}' names {name}, which made a {type(network).__name__}, not a torch module")
     call = "features" if hasattr(network, "features") else "forward"

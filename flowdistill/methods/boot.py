@@ -13,7 +13,6 @@ the data's share 1 - t. Where t_max < 1 the two weigh the times differently.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ from flowdistill.teachers.codec import PixelCodec
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
 from flowdistill.training.method import Method, SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.objects import is_object, load_object
 from flowdistill.utils.randomness import Draw
 
 
@@ -179,9 +179,9 @@ def _metric(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
     """None for ``l2``, else what the named factory makes."""
     if name == "l2":
         return None
-    module, _, attribute = name.partition(":")
+    if not is_object(name):
+        raise UserError(f"method.metric is '{name}'; it must be l2 or 'package.module:factory'")
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError, OSError, RuntimeError) as error:
-        raise UserError(f"method.metric is '{name}'; it must be l2 or 'package.module:factory', and this one could not "
-                        f"be made: {error}") from error
+        return load_object(name, "method.metric")()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise UserError(f"method.metric is '{name}', and what it names could not be made: {error}") from error

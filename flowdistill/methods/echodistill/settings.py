@@ -38,7 +38,7 @@ class EchoDistillConfig:
     latent_weight: float = option(1.0, "alignment of latents (authors: 1)", at_least=0)
     identity_weight: float = option(1.0, "alignment of identity features (authors: 1)", at_least=0)
     identity: str = option("small", "the frozen network whose features these are: small, timm:NAME=FILE, "
-                                    "transformers:FOLDER or python:module:function")
+                                    "transformers:FOLDER or package.module:function")
     texture: str = option("swd", "alignment of texture: sliced Wasserstein distance of patches, Gram matrices of the "
                                  "identity network's features, or none", choices=("swd", "gram", "none"))
     texture_weight: float = option(0.1, "of the same (authors: 0.1)", at_least=0)
