@@ -14,7 +14,21 @@ from safetensors import SafetensorError
 
 from flowdistill.utils.errors import UserError
 
+# What macOS, Windows, Synology and QNAP systems and a fresh disk put into folders besides the names with a dot.
+_CLUTTER = frozenset(
+    ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found",
+     "@eadir", "#recycle", "@recycle", "@recently-snapshot")
+)
 PROBE = 2**16  # bytes: more than a report or a grid of small images
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set.
+
+    Such are hidden names (``.ipynb_checkpoints``, ``._0000.png``) and what systems leave behind (``__MACOSX``,
+    ``Thumbs.db``, ``@eaDir``).
+    """
+    return name.startswith(".") or name.lower() in _CLUTTER
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowdistill.utils.files import is_clutter
+
 BLOCK = 1 << 20
 
 
@@ -41,8 +43,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below ``folder``, in the order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files below ``folder``, in the order of their paths, but for what is hidden or left behind by a system."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(map(is_clutter, path.relative_to(folder).parts)))
 
 
 def json_sha256(value: Any) -> str:
