@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from flowdistill.config import load_config
 from flowdistill.data import shapes
+from flowdistill.data.pictures import read_picture
 from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, draw_concept, held_out_prompts, references
 from flowdistill.features.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
 from flowdistill.methods.echodistill.method import EchoDistill
@@ -260,7 +260,7 @@ def picture(folders: Sequence[Path], models: Sequence[str], file: Path) -> None:
     missing = [path for folder in folders for name in models if not (path := folder / f"{name}.png").is_file()]
     if missing:
         raise UserError(f"{missing[0]} has not been made")
-    cases = [torch.cat([pil_to_tensor(Image.open(folder / f"{name}.png")) for name in models], 1) for folder in folders]
+    cases = [torch.cat([read_picture(folder / f"{name}.png", 3) for name in models], 1) for folder in folders]
     to_pil_image(torch.cat(cases, 2)).save(file)
 
 

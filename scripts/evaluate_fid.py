@@ -35,10 +35,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
-    add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, or .npz statistics")
+    add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, .npz statistics of "
+        "ours, or MODE:FILE.npz of others (clean:cifar10.npz)")
     add("--features", default="digits", help="digits, shapes, inception, or a TorchScript file (default: digits)")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
-    add("--num-images", type=int, metavar="N", help="images to generate (default: 10000), or to use of a folder (all)")
+    add("--num-images", type=int, metavar="N", help="images to generate (default: 10000) or draw from a folder (all)")
     add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
     add("--batch-size", type=int, default=250, metavar="B", help="images of one call (default: 250)")
     add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: its own)")
@@ -75,7 +76,6 @@ def run(options: argparse.Namespace) -> Report | None:
     """Measure what the options name; the report on the main process, None on the others."""
     import torch
 
-    from flowdistill.data.image_sets import SUFFIXES
     from flowdistill.evaluation import Evaluator
     from flowdistill.utils.errors import UserError
     from flowdistill.utils.files import check_writable
@@ -106,8 +106,6 @@ def run(options: argparse.Namespace) -> Report | None:
     source = Path(options.source)
     described = any((source / name).is_file() for name in ("config.yaml", "flowdistill.json", "model_index.json"))
     if source.is_dir() and not described:
-        if not any(path.suffix.lower() in SUFFIXES for path in source.rglob("*")):
-            raise UserError(f"{source} is neither a folder of images nor a pipeline, a run or a student")
         report = of_folder(evaluator, options)
     else:
         report = of_model(evaluator, options)
@@ -121,13 +119,18 @@ def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     from flowdistill.data.image_sets import FolderImages
     from flowdistill.utils.errors import UserError
 
-    images = FolderImages(options.source)
+    try:
+        images = FolderImages(options.source)
+    except UserError as error:
+        raise UserError(
+            f"{options.source} is neither a folder of images nor a pipeline, a run or a student: {error}"
+        ) from error
     if options.num_images is not None:
-        if options.num_images > len(images):
-            raise UserError(f"--num-images is {options.num_images}, but {options.source} holds {len(images)} images")
-        images.paths = images.paths[: options.num_images]
+        images = images.sample(options.num_images, options.seed)
     row = evaluator.measure_images(images, name=images.folder.name)
-    return evaluator.report([row], len(images), model=options.source, images_hash=images.hash())
+    facts = {"images_drawn": images.sampled} if images.sampled else {}
+    facts |= {"images_left_out": images.left_out, "images_hash": images.hash()}
+    return evaluator.report([row], len(images), model=options.source, **facts)
 
 
 def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from flowdistill.data import load_digits
-from flowdistill.data.image_sets import FolderImages, read_image
+from flowdistill.data.image_sets import FolderImages
+from flowdistill.data.pictures import read_picture
 from flowdistill.evaluation import Evaluator, Reference, frechet_distance, load_reference
 from flowdistill.features import load_features
 from flowdistill.features.extractor import INCEPTION_FILE, INCEPTION_SHA256, INCEPTION_URL, clean_resize
@@ -229,7 +230,7 @@ def test_a_folder_is_a_reference(tmp_path):
     with pytest.raises(UserError, match="differ in size"):
         load_reference(folder, extractor, tmp_path / "cache")
     (folder / "z.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="z.png is not a readable image"):
+    with pytest.raises(UserError, match="z.png cannot be read as a picture"):
         load_reference(folder, extractor, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
@@ -241,13 +242,10 @@ def test_a_folder_is_a_reference(tmp_path):
 def test_grey_and_colour_files(tmp_path):
     Image.new("RGB", (2, 2), (10, 20, 30)).save(tmp_path / "colour.png")
     Image.new("L", (2, 2), 7).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "colour.png").tolist() == [[[v, v], [v, v]] for v in (10, 20, 30)]
-    assert read_image(tmp_path / "grey.png").shape == (1, 2, 2) and read_image(tmp_path / "grey.png", "RGB").shape == (
-        3,
-        2,
-        2,
-    )
-    assert read_image(tmp_path / "colour.png", "L").shape == (1, 2, 2)
+    assert read_picture(tmp_path / "colour.png").tolist() == [[[v, v], [v, v]] for v in (10, 20, 30)]
+    assert read_picture(tmp_path / "grey.png").shape == (1, 2, 2)
+    assert read_picture(tmp_path / "grey.png", 3).shape == (3, 2, 2)
+    assert read_picture(tmp_path / "colour.png", 1).shape == (1, 2, 2)
 
 
 def test_floor_is_the_distance_of_halves():

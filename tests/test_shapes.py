@@ -17,7 +17,7 @@ from flowdistill import load_teacher
 from flowdistill.config import load_config
 from flowdistill.data import load_images, shapes
 from flowdistill.data.assets import ASSETS, asset_path
-from flowdistill.data.image_sets import read_image
+from flowdistill.data.pictures import read_picture
 from flowdistill.data.shapes_concepts import (
     CONCEPTS,
     HELD_OUT,
@@ -186,7 +186,7 @@ def test_concept_folders_hold_what_the_code_draws(tmp_path):
             files = sorted(place.glob("*.png"))
             assert len(files) == len(images) == 5
             for file, image in zip(files, images, strict=True):
-                assert torch.equal(read_image(file), (255 * image).round().to(torch.uint8))
+                assert torch.equal(read_picture(file), (255 * image).round().to(torch.uint8))
             described = json.loads((place / "concept.json").read_text())
             assert described["backgrounds"] == backgrounds
             assert set(described["held_out_backgrounds"]).isdisjoint(backgrounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,23 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowdistill.data.named_sets import load_images
+from flowdistill.data.pictures import find_pictures, read_picture
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import to_uint8
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+from flowdistill.utils.randomness import mixed_seed
 
 
 class ImageSet(Protocol):
-    """Stored images in a fixed order."""
+    """Stored images in a fixed order; ``left_out`` says in words what looks like images of the set and is not read."""
 
     name: str
     labels: Tensor | None
+    left_out: str | None
 
     def __len__(self) -> int: ...
 
@@ -38,6 +38,8 @@ class ImageSet(Protocol):
 
 class NamedImages:
     """A labelled set of ``flowdistill.data.load_images``, rounded to uint8."""
+
+    left_out: str | None = None
 
     def __init__(self, name: str) -> None:
         self.labels: Tensor | None
@@ -61,23 +63,43 @@ class NamedImages:
 
 
 class FolderImages:
-    """All images below a folder (png, jpg, jpeg, webp, bmp), in the order of their relative paths; no labels.
+    """All pictures below a folder, whatever their names end in, in the order of their relative paths; no labels.
+
+    Which files those are, and which are left out: ``find_pictures``. How they are read: ``read_picture``.
+
+    ``sampled``: for a :meth:`sample`, of what it is, in words.
 
     Raises:
-        UserError: the folder does not exist or holds no image.
+        UserError: the folder does not exist or holds no picture.
     """
 
     labels: Tensor | None = None
+    sampled: str | None = None
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self.name = str(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"the image folder {self.folder} does not exist")
-        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        self.paths = sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
+        found = find_pictures(self.folder)
+        self.paths, self.left_out = found.pictures, found.summary()
         if not self.paths:
-            raise UserError(f"the folder {self.folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+            instead = f"; left out: {self.left_out}" if self.left_out else ""
+            raise UserError(f"the folder {self.folder} holds no images that can be read{instead}")
+
+    def sample(self, count: int, seed: int = 0) -> FolderImages:
+        """``count`` of the images, drawn without replacement; which ones depends on the seed and their number only.
+
+        Raises:
+            UserError: fewer than 1, or more than there are.
+        """
+        total = len(self.paths)
+        if not 1 <= count <= total:
+            raise UserError(f"{count} images were asked for, but {self.folder} holds {total} images")
+        generator = torch.Generator().manual_seed(mixed_seed("sample of a folder", seed))
+        rows = torch.randperm(total, generator=generator)[:count].sort().values
+        drawn = copy.copy(self)
+        drawn.paths = [self.paths[row] for row in rows.tolist()]
+        drawn.sampled = f"{count} of {total}, drawn with seed {seed}"
+        return drawn
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,26 +110,15 @@ class FolderImages:
         digest = hashlib.sha256()
         for path in self.paths:
             stat = path.stat()
-            digest.update(f"{path.relative_to(self.folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(path.relative_to(self.folder).as_posix()))
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return f"names, sizes and times {digest.hexdigest()}"
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
         """``channels``: 1 reads every image as grey, 3 as RGB, None as it is stored, grey or RGB."""
-        mode = None if channels is None else {1: "L", 3: "RGB"}.get(channels)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for indices in batches_of(span, batch_size):
-                yield indices, list(pool.map(lambda index: read_image(self.paths[index], mode), indices))
-
-
-def read_image(path: Path, mode: str | None = None) -> Tensor:
-    """Read an image file as uint8 (C, H, W); ``mode`` is PIL's, "L" or "RGB", None for whichever it is stored in."""
-    try:
-        with Image.open(path) as image:
-            stored = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            pixels = np.array(image.convert(mode or stored), dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from error
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+                yield indices, list(pool.map(lambda index: read_picture(self.paths[index], channels), indices))
 
 
 def batches_of(span: range, batch_size: int) -> Iterator[range]:

@@ -28,7 +28,8 @@ from flowdistill.utils.files import atomic_write, cache_folder
 from flowdistill.utils.processes import Processes
 
 # Part of every cache key: raise it when the meaning of a stored number changes.
-VERSION = 1
+# 2: images of more than 8 bits are scaled, EXIF turns them, what is transparent is white, and hidden ones do not count.
+VERSION = 2
 # What a damaged .npz raises, depending on where it is damaged.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from flowdistill.data.pictures import find_pictures, open_picture
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTIONS = "metadata.jsonl"
 
 
@@ -31,8 +31,8 @@ class ConceptImages(NamedTuple):
 def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str) -> ConceptImages:
     """All pictures of a folder in the order of their names: turned upright, in RGB, cut square and shrunk.
 
-    What is transparent becomes white. Files that are no pictures by their name are left out, with a warning unless they
-    are descriptions (.json, .jsonl).
+    How they are read: ``flowdistill.data.pictures``. Files that are no pictures are left out, with a warning unless
+    they are descriptions (.json, .jsonl) or hidden.
 
     Args:
         folder: may hold ``metadata.jsonl`` with ``{"file_name": ..., "text": ...}``, as data sets of diffusers do.
@@ -45,15 +45,16 @@ def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str)
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"method.instance_data_dir {folder} is no folder; give one with a few pictures of the concept")
-    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    found = find_pictures(folder, recursive=False)
+    pictures = found.pictures
     if not pictures:
-        have = f"it has {', '.join(file.name for file in files[:3])}" if files else "it is empty"
-        raise UserError(f"method.instance_data_dir {folder} has no picture ({have}); put a few in it "
-                        f"({', '.join(SUFFIXES)})")
-    others = [file.name for file in files if file not in pictures and file.suffix not in (".json", ".jsonl")]
+        have = f"it has {', '.join(file.name for file in found.others[:3])}" if found.others else "it is empty"
+        raise UserError(f"method.instance_data_dir {folder} has no picture that can be read ({have}); put a few in it, "
+                        "as .png or .jpg for example")
+    others = [file.name for file in found.others if file.suffix not in (".json", ".jsonl")]
     if others:
-        warnings.warn(f"left out of {folder}, for they are no pictures: {', '.join(others)}", stacklevel=2)
+        warnings.warn(f"left out of {folder}, for they are no pictures that can be read: {', '.join(others)}",
+                      stacklevel=2)
     captions = _captions(folder / CAPTIONS, {file.name for file in pictures})
     images = torch.stack([_square(file, size) for file in pictures])
     return ConceptImages(images, [captions.get(file.name, caption) for file in pictures])
@@ -75,16 +76,7 @@ def augmented(images: Tensor, draw: Draw, flip: bool, zoom: float) -> Tensor:
 
 
 def _square(file: Path, size: int) -> Tensor:
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as a picture ({' '.join(str(error).split())}); replace or remove "
-                        "it") from error
+    image = open_picture(file).convert("RGB")
     if min(image.size) < size:
         raise UserError(f"{file} is {image.width} x {image.height} pixels; the model makes {size} x {size}, and "
                         "pictures must not be smaller")
