@@ -190,7 +190,7 @@ def test_npz_of_others_and_of_ours(tmp_path):
     extractor = load_features(Pool(), device="cpu")
     own = load_reference("digits", extractor, tmp_path / "cache")
     np.savez(tmp_path / "adm.npz", mu=own.mean.numpy().astype(np.float32), sigma=own.covariance.numpy())
-    adm = load_reference(tmp_path / "adm.npz", extractor)
+    adm = load_reference(f"Pool:{tmp_path / 'adm.npz'}", extractor)
     assert adm.count is None and adm.labelled is None and adm.fid_floor() is None
     assert frechet_distance(adm.mean, adm.covariance, own.mean, own.covariance) == pytest.approx(0, abs=1e-9)
     own.save(tmp_path / "own.npz")
@@ -199,7 +199,7 @@ def test_npz_of_others_and_of_ours(tmp_path):
     with pytest.raises(UserError, match="made with other features"):
         load_reference(tmp_path / "own.npz", load_features(Pool(3.0), device="cpu"))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
-    evaluator = Evaluator(extractor, tmp_path / "wide.npz", num_images=4, progress=False)
+    evaluator = Evaluator(extractor, f"Pool:{tmp_path / 'wide.npz'}", num_images=4, progress=False)
     with pytest.raises(UserError, match="are 4 numbers an image, but the reference has 9"):
         evaluator.measure(lambda noise, labels: noise, (1, 8, 8))
     np.savez(tmp_path / "none.npz", images=np.zeros(3))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowdistill import load_teacher
 from flowdistill.data import load_digits
@@ -18,7 +19,7 @@ from flowdistill.evaluation import Report
 from flowdistill.export import export
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.images import save_images
+from flowdistill.utils.images import save_images, to_uint8
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "evaluate_fid.py"
 
@@ -61,6 +62,53 @@ def test_a_folder_against_a_named_set(made, capsys):
         assert part in printed, part
     part = measure(made, made / "digits", "--reference", "digits", "--num-images", 100)
     assert part.num_images == 100 and part.rows[0].fid > row.fid > 0
+
+
+@pytest.fixture(scope="module")
+def strange(made):
+    """Folders of the same 300 digits: of 16 bits in class folders behind links, with the clutter of many systems."""
+    images = to_uint8(load_digits()[0][:300, 0]).numpy()
+    for number, image in enumerate(images):
+        file = made / "elsewhere" / str(number % 3) / f"{number:03}.{('png', 'tif', 'png')[number % 3]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint16) * 257).save(file)
+    for number in range(3):
+        link = made / "strange" / f"class {number}"
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(made / "elsewhere" / str(number), target_is_directory=True)
+    (made / "strange" / "circle").symlink_to(made / "strange", target_is_directory=True)
+    save_images(load_digits()[0][:100], made / "strange" / ".ipynb_checkpoints")
+    for name in ("._0000.png", "Thumbs.db", "photo.heic"):
+        (made / "strange" / name).write_bytes(b"\0\x05\x16\x07")
+    return made / "strange"
+
+
+def test_bits_links_and_clutter_do_not_change_the_figures(made, strange):
+    report = measure(made, strange, "--reference", made / "digits")
+    assert report.num_images == 300 and report.rows[0].fid == pytest.approx(0, abs=1e-6)
+    left_out = "1 x .heic, 1 x folder .ipynb_checkpoints, 1 x hidden file, 1 x link to a folder already read"
+    assert report.protocol["images_left_out"] == left_out and report.protocol["reference_left_out"] is None
+    again = measure(made, made / "digits", "--reference", strange)
+    assert again.rows[0].fid == pytest.approx(0, abs=1e-6) and again.protocol["reference_left_out"] == left_out
+
+
+def test_some_images_of_a_folder_are_a_seeded_sample(made, strange):
+    """The first by path would all be of one class."""
+    images = to_uint8(load_digits()[0])
+    labels = load_digits()[1]
+    for image, label, number in zip(images, labels.tolist(), range(600), strict=False):
+        file = made / "sorted" / str(label) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    first, same, other = (
+        measure(made, made / "sorted", "--reference", made / "sorted", "--num-images", 150, "--seed", seed, "--no-kid")
+        for seed in (0, 0, 1)
+    )
+    assert first.protocol["images_drawn"] == "150 of 600, drawn with seed 0" and first.num_images == 150
+    assert first.rows[0].fid == same.rows[0].fid != other.rows[0].fid
+    save_images(load_digits()[0][labels < 3][:150], made / "first classes")
+    by_path = measure(made, made / "first classes", "--reference", made / "sorted", "--no-kid")
+    assert first.rows[0].fid < 0.2 * by_path.rows[0].fid
 
 
 def test_a_folder_against_itself_and_saved_statistics(made):
@@ -135,6 +183,10 @@ def test_two_processes_give_the_figures_of_one(made):
         (["{made}/student", "--reference", "digit"], "did you mean 'digits'"),
         (["{made}/student", "--reference", "digits", "--num-images", "0"], "at least 1, not 0"),
         (["{made}/digits", "--reference", "digits", "--num-images", "301"], "holds 300 images"),
+        (["{made}/digits", "--reference", "{made}/one"], "one holds one image only; statistics need at least 2"),
+        (["{made}/digits", "--reference", "{made}/adm.npz"], "name the file digits:{made}/adm.npz"),
+        (["{made}/digits", "--reference", "legacy_pytorch:{made}/adm.npz"], "the two cannot be compared"),
+        (["{made}/one/absent", "--reference", "{made}/ABSENT.NPZ"], "ABSENT.NPZ do not exist"),
         (["{made}/cache", "--reference", "digits"], "neither a folder of images nor a pipeline"),
         (["{made}/student", "--reference", "digits", "--features", "inception"], "inception-2015-12-05.pt"),
         (["{made}/student", "--reference", "digits", "--guidance-scale", "3"], "guidance_scale is 3.0"),
@@ -145,7 +197,9 @@ def test_bad_input_ends_with_one_sentence_and_code_2(made, capsys, monkeypatch, 
     monkeypatch.setenv("FLOWDISTILL_WEIGHTS", str(made))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (made / "cache").mkdir(exist_ok=True)
+    save_images(load_digits()[0][:1], made / "one")
+    np.savez(made / "adm.npz", mu=np.zeros(64), sigma=np.eye(64))
     command = [argument.format(made=made) for argument in arguments]
     assert evaluate_fid.main([*command, "--cache", str(made / "cache")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("evaluate_fid: error: ") and message in error
+    assert error.startswith("evaluate_fid: error: ") and message.format(made=made) in error

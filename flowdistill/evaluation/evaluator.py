@@ -185,6 +185,7 @@ class Evaluator:
             "num_images": total,
             "reference": reference.name,
             "reference_images": reference.count,
+            "reference_left_out": reference.left_out,
             "reference_hash": reference.source_hash,
             **self._metrics_protocol,
             "seed": self.seed,

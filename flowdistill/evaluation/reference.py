@@ -30,8 +30,11 @@ from flowdistill.utils.processes import Processes
 # Part of every cache key: raise it when the meaning of a stored number changes.
 # 2: images of more than 8 bits are scaled, EXIF turns them, what is transparent is white, and hidden ones do not count.
 VERSION = 2
+# clean-fid's words for how images were resized and quantised before Inception.
+INCEPTION_MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 # What a damaged .npz raises, depending on where it is damaged.
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
+               NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Reference:
 
     ``mean`` (D,) and ``covariance`` (D, D) float64; ``features`` float32 (K, D) for KID, or None; ``labels`` int64 (K,)
     of those rows, or None; ``count`` images (None: unknown); ``source_hash`` of the images; ``feature_hash`` of the
-    extractor (None: not recorded in the file).
+    extractor (None: not recorded in the file); ``left_out``: what looked like images of the set and was not read, in
+    words.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Reference:
     labels: Tensor | None = None
     source_hash: str | None = None
     feature_hash: str | None = None
+    left_out: str | None = None
 
     @property
     def labelled(self) -> tuple[Tensor, Tensor] | None:
@@ -104,6 +109,7 @@ class Reference:
             "count": -1 if self.count is None else self.count,
             "source_hash": self.source_hash or "",
             "feature_hash": self.feature_hash or "",
+            "left_out": self.left_out or "",
         }
         if self.features is not None:
             arrays["features"] = self.features.numpy()
@@ -134,29 +140,33 @@ def load_reference(
     """Statistics of a reference set under an extractor. All processes of an evaluation must call it together.
 
     Args:
-        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, or an ``.npz`` file with ``mean``
-            and ``covariance`` (ours) or ``mu`` and ``sigma`` (pytorch-fid, ADM, EDM).
+        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, or a file of ``Reference.save``.
+            Statistics by other programs (``.npz`` with ``mu`` and ``sigma``: pytorch-fid, ADM, EDM, clean-fid) do not
+            say which features made them and are named with their mode, which must be the extractor's:
+            ``"clean:cifar10.npz"`` for clean-fid's mode "clean", ``"digits:own.npz"`` for other features by name.
         cache_dir: where statistics are kept; default ``~/.cache/flowdistill/statistics``. The key holds the hashes of
             extractor, resizing and images, so a change of either makes new statistics. A folder that cannot be written
             to costs a warning, not the evaluation.
 
     Raises:
-        UserError: unknown name, empty folder, damaged file, or a file made with other features.
+        UserError: unknown name, empty folder, a folder of one image, damaged file, or a file made with other features.
     """
     if isinstance(reference, Reference):
         _check_fits(reference, extractor)
         return reference
     processes = Processes.current()
-    if str(reference).endswith(".npz"):
-        loaded = processes.on_main(lambda: read_npz(Path(reference)))
-        _check_fits(loaded, extractor)
-        return loaded
+    file = _statistics_file(reference, extractor)
+    if file is not None:
+        return processes.on_main(lambda: _open_statistics(*file, extractor))
     images = open_images(reference)
+    if len(images) < 2:
+        raise UserError(f"the reference {images.name} holds one image only; statistics need at least 2, and a distance "
+                        "that means something needs thousands")
     # An extractor without a hash cannot be told from another one, so its statistics are not kept.
     path = None if extractor.hash is None else _cache_path(images, extractor, cache_dir)
     cached = processes.on_main(lambda: _read_cache(path, images, extractor))
     if cached is not None:
-        return cached
+        return replace(cached, left_out=images.left_out)
     span = processes.span(len(images))
     batches = ((indices, part, None) for indices, part in images.batches(span, batch_size, extractor.channels))
     collected = collect(batches, extractor, len(images), processes)
@@ -169,6 +179,7 @@ def load_reference(
         labels=None if images.labels is None else images.labels[collected.indices],
         source_hash=images.hash(),
         feature_hash=extractor.hash,
+        left_out=images.left_out,
     )
     if path is not None and processes.is_main:
         _write_cache(made, path)
@@ -193,41 +204,99 @@ def open_images(source: str | os.PathLike) -> ImageSet:
     )
 
 
+def _statistics_file(reference: str | os.PathLike, extractor: FeatureExtractor) -> tuple[Path, str | None] | None:
+    """The file that ``reference`` names and the mode before its colon; None for a named set or a folder."""
+    text = os.fspath(reference)
+    whole = Path(text)
+    if text in IMAGE_SETS or whole.is_dir():
+        return None
+    mode, colon, rest = text.partition(":")
+    if colon and not whole.exists():
+        path = Path(rest).expanduser()
+        modes = dict.fromkeys((extractor.mode, extractor.name, *INCEPTION_MODES))
+        if mode in modes:
+            return path, mode
+        if path.is_file():
+            raise UserError(f"{mode!r} is no mode of features that {path} could be of; known are {', '.join(modes)}")
+    return (whole, None) if whole.is_file() or text.lower().endswith(".npz") else None
+
+
+def _open_statistics(path: Path, mode: str | None, extractor: FeatureExtractor) -> Reference:
+    arrays = _read_arrays(path)
+    loaded = _from_arrays(path, arrays)
+    _check_fits(loaded, extractor)
+    if mode is not None and mode not in (extractor.mode, extractor.name):
+        raise UserError(
+            f"{path} was made with {mode!r}, and the features {extractor.name!r} are {extractor.mode!r}, so the two "
+            "cannot be compared; give the reference's images themselves, in a folder"
+        )
+    if "mean" in arrays:
+        return loaded
+    if mode is None or mode != extractor.mode:
+        others = ("; pytorch-fid, torch-fidelity, ADM, EDM and clean-fid's legacy modes resize images in another way, "
+                  "which alone makes a distance of 20 or more" if extractor.mode in INCEPTION_MODES else "")
+        raise UserError(
+            f"{path} holds 'mu' and 'sigma' and does not say which features made them{others}: give the reference's "
+            f"images themselves, in a folder, or name the file {extractor.mode}:{path} if it is of "
+            f"{extractor.mode!r} features"
+        )
+    return replace(loaded, name=f"{loaded.name} ({mode!r} features, as it was named)")
+
+
 def read_npz(path: Path) -> Reference:
-    """Read statistics in our form or as ``mu`` and ``sigma``.
+    """Read statistics in our form or as ``mu`` and ``sigma``, whatever features they are of.
 
     Raises:
         UserError: the file is missing, damaged, or holds neither.
     """
+    return _from_arrays(path, _read_arrays(path))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"the reference statistics {path} do not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in _OURS or name in ("mu", "sigma")}
+            arrays = {name: file[name] for name in file.files if name in (*_OURS, *_THEIRS)}
+            names = list(file.files)
     except _UNREADABLE as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from error
-    mean = arrays.get("mean", arrays.get("mu"))
-    covariance = arrays.get("covariance", arrays.get("sigma"))
-    if mean is None or covariance is None:
-        raise UserError(f"{path} holds neither 'mean' and 'covariance' nor 'mu' and 'sigma'")
+    if not any(all(name in arrays for name in pair) for pair in (_OURS[:2], _THEIRS)):
+        raise UserError(f"{path} holds neither 'mean' and 'covariance' nor 'mu' and 'sigma', but "
+                        f"{', '.join(names[:5]) or 'nothing'}")
+    return arrays
+
+
+def _from_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
+    mean, covariance = (arrays[name] for name in (_OURS[:2] if "mean" in arrays else _THEIRS))
     size = mean.size
     if mean.ndim != 1 or covariance.shape != (size, size):
         raise UserError(f"{path} holds a mean of shape {mean.shape} and a covariance of shape {covariance.shape}")
-    count = int(arrays.get("count", -1))
-    features, labels = arrays.get("features"), arrays.get("labels")
+    try:
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        count = int(arrays.get("count", -1))
+        features, labels = (
+            torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "labels")
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold statistics: {error}") from error
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds statistics that are not finite; make them again")
     return Reference(
         name=str(arrays.get("name", path.name)),
-        mean=torch.from_numpy(mean.astype(np.float64)),
-        covariance=torch.from_numpy(covariance.astype(np.float64)),
+        mean=torch.from_numpy(mean),
+        covariance=torch.from_numpy(covariance),
         count=None if count < 0 else count,
-        features=None if features is None else torch.from_numpy(features),
-        labels=None if labels is None else torch.from_numpy(labels),
+        features=features,
+        labels=labels,
         source_hash=str(arrays.get("source_hash", "")) or None,
         feature_hash=str(arrays.get("feature_hash", "")) or None,
+        left_out=str(arrays.get("left_out", "")) or None,
     )
 
 
-_OURS = ("name", "mean", "covariance", "count", "features", "labels", "source_hash", "feature_hash")
+_OURS = ("mean", "covariance", "name", "count", "features", "labels", "source_hash", "feature_hash", "left_out")
+_THEIRS = ("mu", "sigma")
 
 
 def _check_fits(reference: Reference, extractor: FeatureExtractor) -> None:

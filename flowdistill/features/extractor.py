@@ -39,6 +39,8 @@ class FeatureExtractor:
         hash: sha256 of the weights; None when there is nothing to hash (then statistics are not cached).
         network: prepared images on ``device`` -> features (B, ...), flattened to (B, D).
         prepare: uint8 images (B, C, H, W) on ``device`` -> what the network reads.
+        mode: what statistics by other programs must have been made with to be comparable: clean-fid's word for how
+            Inception's images are resized and quantised; ``name`` for any other network.
         resize: ``prepare``'s resizing, in words; ``"none"`` means that all images must have one size.
         channels: image channels the network reads, None for any.
         classifier: prepared images -> logits (B, K), or None.
@@ -54,6 +56,10 @@ class FeatureExtractor:
     classifier: Callable[[Tensor], Tensor] | None = None
     prompt_labels: Callable[[Sequence[str]], Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mode: str = ""
+
+    def __post_init__(self) -> None:
+        self.mode = self.mode or self.name
 
     @torch.no_grad()
     def __call__(self, images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -226,6 +232,7 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
         resize="299x299, antialiased bicubic, not quantised after (clean-fid's 'clean')",
         channels=3,
         device=device,
+        mode="clean",
     )
 
 
