@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ from diffusers import {imports}
 pipe = DiffusionPipeline.from_pretrained("{here}")
 {trailing}pipe.load_lora_weights("{adapters}")
 pipe.load_textual_inversion("{adapters}/learned_embeds.safetensors")
-image = pipe("{prompts[0]}", {call}).images[0]
+image = pipe({json.dumps(prompts[0], ensure_ascii=False)}, {call}).images[0]
 ```
 
 {shown}"""
