@@ -1,13 +1,14 @@
 """The plan against real runs: bytes of weights, gradients and optimiser exactly, activations within a factor."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from flowdistill.config import load_config
-from flowdistill.plan import make_plan
+from flowdistill.plan import advice, make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
 from flowdistill.teachers import load_teacher
@@ -209,8 +210,41 @@ def test_the_command_says_what_fits(tmp_path, cli):
     advised = out.split("it fits: add ")[1].split()
     assert fits(make_plan(load_config(file, advised)), tight)
     assert [step.plan.peak for step in steps] == sorted((step.plan.peak for step in steps), reverse=True)
+    assert "a step updates the critic once, the student once, each time in one pass of 4 rows: 2 passes" in out
     none = cli("plan", file, "--gpu-memory", RESERVED + plan.peak * 0.01 / GIB).out
     assert "it still does not" in none and "configs/accelerate/fsdp2.yaml" in none
+
+
+@pytest.mark.parametrize("memory", [46, 30, 22, 18, 10, 2])
+def test_advice_has_nothing_that_is_not_needed(tmp_path, monkeypatch, memory):
+    """Without any of its settings, or with fewer micro-batches, the run would not fit; sizes are made up, in GiB."""
+
+    def plan(config):
+        train, method = config.train, config.method
+        weights = {"float32": 4, "bfloat16": 2}[config.teacher.dtype]
+        weights += {"full": 16, "lora": 1}[method.student] + {"full": 12, "lora": 1}[method.critic]
+        rows = 16 // train.gradient_accumulation
+        activations = rows * (0.5 if train.gradient_checkpointing else 1) * (0.5 if train.precision == "bf16" else 1)
+        return SimpleNamespace(config=config, peak=int((weights + activations) * GIB))
+
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"}, {"batch_size": 16})
+    monkeypatch.setattr(advice, "make_plan", plan)
+    steps = advise(file, [], plan(load_config(file)), memory)
+    given = [text for step in steps for text in step.overrides]
+    assert [step.plan.peak for step in steps] == sorted((step.plan.peak for step in steps), reverse=True)
+    assert fits(plan(load_config(file, given)), memory) == (memory > 5)
+    for text in given if memory > 5 else ():
+        key, _, value = text.partition("=")
+        others = [other for other in given if other != text]
+        fewer = [[*others, f"{key}={int(value) // 2}"]] if key == "train.gradient_accumulation" else []
+        for less in (others, *fewer):
+            assert not fits(plan(load_config(file, less)), memory), (given, less)
+
+
+def test_a_plan_says_what_a_step_does(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2", "critic_updates": 3}, {"batch_size": 16})
+    out = cli("plan", file, "train.gradient_accumulation=4").out
+    assert "the critic 3 times, the student once, each time in 4 passes of a micro-batch of 4 rows: 16 passes" in out
 
 
 def test_the_commands_errors_are_a_sentence(tmp_path, cli):

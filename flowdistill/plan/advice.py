@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowdistill.config import RunConfig, load_config
@@ -58,7 +58,7 @@ OPTIONS = (
     Option("a low-rank critic", _low_rank("critic")),
     Option("a low-rank student", _low_rank("student")),
 )
-"""In the order in which they are tried: those that change what is learned come last."""
+"""In the order in which they are tried: those that change what is learned come last, and go first."""
 
 
 @dataclass
@@ -80,18 +80,42 @@ def advise(
 ) -> list[Step]:
     """Options on top of each other until the run fits in ``gpu_memory`` GiB, or there are no more.
 
-    An option that saves nothing is left out.
+    An option that saves nothing is left out. Once the run fits, what the later options have made unnecessary is taken
+    out again, or made weaker, beginning with those that change most.
     """
-    steps: list[Step] = []
-    given = list(overrides)
+    plans = _Plans(path, overrides, plan)
+    chosen: dict[str, list[str]] = {}
+    weaker: dict[str, list[list[str]]] = {}
     for option in OPTIONS:
-        while not fits(plan, gpu_memory) and (more := option.overrides(plan.config)):
-            tried = make_plan(load_config(path, [*given, *more]))
+        while not fits(plan, gpu_memory) and (more := list(option.overrides(plan.config))):
+            tried = plans.with_(chosen | {option.words: more})
             if tried.peak >= plan.peak:
                 break
-            keys = {text.partition("=")[0] for text in more}
-            given = [text for text in given if text.partition("=")[0] not in keys] + list(more)
-            steps = [step for step in steps if step.words != option.words]
-            steps.append(Step(option.words, list(more), tried))
-            plan = tried
-    return steps
+            if option.words in chosen:
+                weaker.setdefault(option.words, []).append(chosen[option.words])
+            chosen[option.words], plan = more, tried
+    if fits(plan, gpu_memory):
+        for words in reversed(list(chosen)):
+            others = {name: given for name, given in chosen.items() if name != words}
+            for less in (others, *({**chosen, words: given} for given in weaker.get(words, ()))):
+                if fits(plans.with_(less), gpu_memory):
+                    chosen = less
+                    break
+    names = list(chosen)
+    return [Step(name, chosen[name], plans.with_({other: chosen[other] for other in names[: number + 1]}))
+            for number, name in enumerate(names)]
+
+
+class _Plans:
+    """The plans of a configuration with some options on top, each made once."""
+
+    def __init__(self, path: str | os.PathLike[str], overrides: Sequence[str], plan: Plan) -> None:
+        self.path, self.overrides, self.known = path, list(overrides), {frozenset[str](): plan}
+
+    def with_(self, chosen: Mapping[str, Sequence[str]]) -> Plan:
+        added = [text for more in chosen.values() for text in more]
+        if frozenset(added) not in self.known:
+            keys = {text.partition("=")[0] for text in added}
+            kept = [text for text in self.overrides if text.partition("=")[0] not in keys]
+            self.known[frozenset(added)] = make_plan(load_config(self.path, [*kept, *added]))
+        return self.known[frozenset(added)]

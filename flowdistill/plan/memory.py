@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class Plan:
         parts: ``teacher``, ``autoencoder`` (where there is one), every role, and ``other networks`` of the method.
         activations: by role, what its update takes beyond its gradients at the worst moment (estimated).
         rows: of a micro-batch.
+        updates: how often each role is updated in a step, at the end of the training.
         unknown: why there is no estimate of the activations; then every weight that trains counts as having a gradient.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     architecture: Architecture
     parts: dict[str, Part]
     rows: int
+    updates: dict[str, int] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     unknown: str | None = None
 
@@ -99,7 +102,8 @@ def make_plan(config: RunConfig) -> Plan:
     others = [module for module in _modules(method) if _bytes(_tensors(module), set(seen))]
     if others:
         parts["other networks"] = _part(nn.ModuleList(others), seen)
-    plan = Plan(config, architecture, parts, config.train.batch_size // config.train.gradient_accumulation)
+    rows = config.train.batch_size // config.train.gradient_accumulation
+    plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))))
     networks = {name: role.network for name, role in roles.items()}
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
     for name, network in networks.items():

@@ -40,8 +40,17 @@ def describe(plan: Plan) -> str:
     if plan.unknown is not None:
         lines.append(f"activations: unknown, because the network reads its tensors' values ({plan.unknown})")
     without = "" if plan.unknown is None else "  without activations"
-    lines.append(f"{'peak':40}{_gib(plan.peak):>12}{without}")
+    lines += [f"{'peak':40}{_gib(plan.peak):>12}{without}", passes(plan)]
     return "\n".join(lines)
+
+
+def passes(plan: Plan) -> str:
+    """What a step does: its updates, and the passes (forward and backward) of micro-batches that each takes."""
+    parts, rows = plan.config.train.gradient_accumulation, f"{plan.rows} row{'s' if plan.rows > 1 else ''}"
+    updates = ", ".join(f"the {role} {_times(count)}" for role, count in plan.updates.items())
+    each = f"{parts} passes of a micro-batch of {rows}" if parts > 1 else f"one pass of {rows}"
+    total = parts * sum(plan.updates.values())
+    return f"a step updates {updates}, each time in {each}: {total} pass{'es' if total > 1 else ''}"
 
 
 def verdict(plan: Plan, steps: list[Step], gpu_memory: float) -> str:
@@ -52,12 +61,17 @@ def verdict(plan: Plan, steps: list[Step], gpu_memory: float) -> str:
     lines = [f"does not fit in {room}; with"]
     lines += [f"  {step.words:30}{' '.join(step.overrides):40}peak {_gib(step.plan.peak):>8}" for step in steps]
     if steps and fits(steps[-1].plan, gpu_memory):
+        lines.append(passes(steps[-1].plan))
         lines.append(f"it fits: add {' '.join(text for step in steps for text in step.overrides)}")
     else:
         lines.append("it still does not" if steps else "  (there is no option left)")
         lines.append("FSDP2 cuts weights that train, their average and their moments into one part a GPU "
                      "(configs/accelerate/fsdp2.yaml)")
     return "\n".join(lines)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _gib(size: int) -> str:
