@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from flowdistill.data import load_digits
+from flowdistill.utils.logging import say
 
 NUM_CLASSES = 10
 NULL_LABEL = 10
@@ -156,7 +157,7 @@ def main() -> None:
     )
     started = time.monotonic()
     running = 0.0
-    progress = tqdm(range(1, args.steps + 1), desc=f"digits {args.path}", mininterval=2.0)
+    progress = tqdm(range(1, args.steps + 1), desc=f"digits {args.path}", disable=None)  # no bar in a log file
     for step in progress:
         rows = torch.randint(len(data), (args.batch_size,), generator=generator)
         dropped = torch.rand(len(rows), generator=generator) < LABEL_DROPOUT
@@ -174,6 +175,8 @@ def main() -> None:
         running += loss.item()
         if step % 100 == 0:
             progress.set_postfix(loss=f"{running / 100:.4f}")
+            if progress.disable:
+                say(f"step {step} of {args.steps}, loss {running / 100:.4f}")
             running = 0.0
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             save(average.module, args, step, time.monotonic() - started)

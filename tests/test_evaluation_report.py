@@ -129,6 +129,22 @@ def test_copies_of_the_reference_have_the_kid_that_the_report_gives_for_them(tmp
     assert "only copies" not in str(evaluate(FakeTeacher(), 50, teacher_steps=[1], cache_dir=tmp_path, progress=False))
 
 
+def test_a_log_file_says_what_is_measured_before_each_row(tmp_path, capsys, monkeypatch):
+    def shown(**options):
+        evaluate(FakeStudent(), 40, teacher_steps=(1, 4), teacher=FakeTeacher(), cache_dir=tmp_path, **options)
+        return capsys.readouterr().err
+
+    calls = ["teacher at 1 call", "teacher at 4 calls", "student at 1 call"]
+    assert shown() == "".join(f"measuring the {name}, 40 images\n" for name in calls)
+    assert shown(progress=False) == ""
+    Evaluator("digits", "digits", 1200, metrics=["frechet"]).measure(
+        lambda noise, labels: noise, (1, 8, 8), name="pipeline", calls=None)
+    assert capsys.readouterr().err == "measuring the pipeline, 1,200 images\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bars = shown()
+    assert "measuring" not in bars and "teacher at 4 calls: " in bars and "0/40" in bars
+
+
 def test_the_figures_do_not_depend_on_the_batch_size_but_on_the_seed(tmp_path):
     def fid(**options):
         return (

@@ -302,9 +302,10 @@ def test_variants_that_are_not_supported_are_named():
         load_teacher(FAMILIES["sd3"].make(), null_label=1)
 
 
-def test_pairs_of_a_prompt_teacher_go_through_its_prompts(tmp_path):
+def test_pairs_of_a_prompt_teacher_go_through_its_prompts(tmp_path, capsys):
     teacher = teacher_of("sd", prompts=PROMPTS)[1]
     pairs = teacher_pairs(teacher, 5, 2, folder=tmp_path)
+    assert "making 5 pairs, 2 teacher steps each\n" in capsys.readouterr().err
     assert pairs.labels.tolist() == [0, 1, 2, 0, 1]
     noise, latents, condition = pairs.rows(torch.tensor([4, 2]), teacher)
     expected = teacher.encode(prompts=[PROMPTS[1], PROMPTS[2]])

@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -67,6 +69,22 @@ def test_other_seeds_and_dropout_masks_differ(tmp_path):
         trainer.train()
         runs.append(weights(trainer)["student.0.weight"])
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_a_log_file_gets_a_plain_line_at_each_logged_step(tmp_path, capsys):
+    make_trainer(tmp_path, log_every=3).train()
+    shown = capsys.readouterr().err
+    assert "\r" not in shown and "|" not in shown
+    first, *_ = found = shown.splitlines()
+    assert [line.split(",")[0] for line in found] == [f"toy: step {step} of 8" for step in (3, 6, 8)]
+    assert re.fullmatch(r"toy: step 3 of 8, student [\d.]+, critic [\d.]+, images/s [\d.e+]+", first)
+
+
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    make_trainer(tmp_path, log_every=3).train()
+    shown = capsys.readouterr().err
+    assert "8/8" in shown and "toy: step" not in shown and "images/s=" in shown
 
 
 def test_a_logged_line_says_what_was_done(tmp_path):

@@ -20,6 +20,7 @@ from flowdistill.evaluation.report import Report, Row
 from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import to_uint8
+from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
 
 
@@ -38,6 +39,7 @@ class Evaluator:
         owner: part of each class label, for the FID of each part.
         weights: local Inception weights, see ``load_features``.
         cache_dir: of reference statistics, see ``load_reference``.
+        progress: show on standard error what is measured: a bar on a terminal, else a line before each measurement.
 
     Raises:
         UserError: num_images or batch_size below 1, unknown or damaged features or reference, or two that do not fit;
@@ -93,6 +95,8 @@ class Evaluator:
         broken = torch.zeros((), dtype=torch.int64)
         timed: list[tuple[int, float]] = []
         wanted = self._prompt_labels(getattr(condition, "prompts", None))
+        at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
+        self._announce(f"the {name}{at}", self.num_images)
 
         def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
             made = generate(
@@ -104,7 +108,7 @@ class Evaluator:
                 num_classes=num_classes,
                 own=self.own,
                 condition=condition,
-                description=name if calls is None else f"{name}, {calls} calls",
+                description=f"{name}{at}",
                 progress=self.progress,
             )
             for batch in made:
@@ -131,6 +135,11 @@ class Evaluator:
         classes = labels if wanted is None else wanted[torch.tensor(everything) % len(wanted)]
         return processes.on_main(lambda: self._row(collected, labels, name, calls, speed, classes))
 
+    def _announce(self, what: str, count: int) -> None:
+        """A line before a measurement, where no bar shows that it goes on."""
+        if self.progress and Processes.current().is_main and not on_terminal():
+            say(f"measuring {what}, {count:,} images")
+
     def _prompt_labels(self, prompts: Sequence[str] | None) -> Tensor | None:
         read = self.extractor.prompt_labels
         return None if read is None or not prompts else read(prompts)
@@ -138,6 +147,7 @@ class Evaluator:
     def measure_images(self, images: ImageSet, name: str = "images") -> Row:
         """Measure stored images (all of them, whatever ``num_images`` says)."""
         processes = Processes.current()
+        self._announce(name, len(images))
         parts = images.batches(processes.span(len(images)), self.batch_size, self.extractor.channels)
         labels = images.labels
         batches = (

@@ -21,6 +21,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, cache_folder, disk_errors
 from flowdistill.utils.hashing import json_sha256, module_sha256
+from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
 
@@ -124,6 +125,8 @@ def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, s
     parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
     number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
     labels = None if number is None else torch.arange(count) % number
+    if not on_terminal():
+        say(f"making {count:,} pairs, {steps} teacher steps each")
     # As for images: None hides the bar where standard error is no terminal, which its redrawing would fill.
     for start in tqdm(range(0, count, batch), desc=f"pairs, {steps} teacher steps each", disable=None, leave=False):
         rows = range(start, min(start + batch, count))

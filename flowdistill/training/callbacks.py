@@ -1,11 +1,10 @@
-"""What a run shows while it trains: metrics.jsonl, trackers, a progress bar, sample grids, FID."""
+"""What a run shows while it trains: metrics.jsonl, trackers, a progress bar or plain lines, sample grids, FID."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
 from flowdistill.utils.images import save_grid
+from flowdistill.utils.logging import on_terminal, say
 
 PROJECT = "flowdistill"
 METRICS = "metrics.jsonl"
@@ -65,15 +65,12 @@ class Reporter:
                 truncate_metrics(self.folder / METRICS, step)
         with disk_errors(f"the trackers' files in {self.folder}"):
             self.accelerator.init_trackers(PROJECT, config=flat(self.config))
-        if self.main:
-            # A log file gets a line a minute, a terminal ten a second.
-            interval = 0.1 if sys.stderr.isatty() else 60.0
+        if self.main and on_terminal():
             self._bar = tqdm(
                 total=self.config.train.steps,
                 initial=step,
                 desc=self.config.method.name,
                 unit="step",
-                mininterval=interval,
                 dynamic_ncols=True,
             )
 
@@ -90,11 +87,15 @@ class Reporter:
             file.write(json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n")
         numbers = {name: value for name, value in values.items() if _finite(value) is not None and name != "step"}
         self.accelerator.log(numbers, step=values["step"])
+        shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
+        rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
+        fid = {"fid": numbers["fid"]} if "fid" in numbers else {}
+        texts = {name: f"{value:.4g}" for name, value in (shown | rate | fid).items()}
         if self._bar is not None:
-            shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
-            rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
-            fid = {"fid": numbers["fid"]} if "fid" in numbers else {}
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in (shown | rate | fid).items()})
+            self._bar.set_postfix(texts)
+        else:
+            listed = "".join(f", {name} {text}" for name, text in texts.items())
+            say(f"{self.config.method.name}: step {values['step']} of {self.config.train.steps}{listed}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,9 +1,10 @@
-"""The log, and loading models without the noise of their libraries."""
+"""The log, plain lines of progress, and loading models without the noise of their libraries."""
 
 from __future__ import annotations
 
 import logging as python_logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,16 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
             if shown:
                 library.enable_progress_bar()
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal, where a bar is redrawn; a log file gets plain lines by :func:`say`."""
+    return sys.stderr.isatty()
+
+
+def say(line: str) -> None:
+    """A plain line of progress on standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def log_once(message: str) -> None:
