@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill import UserError
 from flowdistill.utils.files import check_writable
-from flowdistill.utils.images import save_grid, save_images
+from flowdistill.utils.images import save_grid, save_images, to_uint8
 
 
 def test_grid_enlarges_small_images_by_whole_factors(tmp_path: Path) -> None:
@@ -84,3 +86,19 @@ def test_a_place_that_takes_no_bytes_is_no_place_for_a_result(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_not_finite_are_said_to_be_so(tmp_path: Path) -> None:
+    """Wherever they become a picture; black takes their place, and none of the others changes."""
+    images = torch.full((4, 1, 32, 32), 0.5)
+    images[1, 0, 0, 0], images[2] = math.nan, math.inf
+    for write in (lambda: save_grid(images, tmp_path / "grid.png"), lambda: save_images(images, tmp_path / "all"),
+                  lambda: to_uint8(images)):
+        with pytest.warns(UserWarning, match="2 of 4 images have values that are not finite"):
+            write()
+    stored = [pil_to_tensor(Image.open(tmp_path / "all" / f"00000{i}.png"))[0] for i in range(4)]
+    assert [int(picture[0, 0]) for picture in stored] == [128, 0, 0, 128]
+    assert int(stored[1][0, 1]) == 128 and int(stored[2].max()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_grid(images[:1], tmp_path / "grid.png")

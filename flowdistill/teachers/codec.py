@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ class PixelCodec(nn.Module):
     factor = 1
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to images (B, C, H, W) in [0, 1]."""
-        return (latents.float() / 2 + 0.5).clamp(0, 1)
+        """Latents (B, C, H, W) to images (B, C, H, W) in [0, 1]; NaN where a latent is not finite."""
+        return _limited(latents.float() / 2 + 0.5)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """The same without the limits, with gradients."""
@@ -34,6 +35,9 @@ class PixelCodec(nn.Module):
 class VaeCodec(nn.Module):
     """A diffusers autoencoder with its scaling and shift factors.
 
+    One whose config has ``force_upcast`` overflows in float16 (SDXL's), so its weights become float32, as in diffusers'
+    pipelines of it, for decoding and encoding; the autoencoder that was given stays as it is.
+
     Attributes:
         factor: pixels along one side of a latent's element.
     """
@@ -43,8 +47,10 @@ class VaeCodec(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
         config = vae.config
+        if vae.dtype == torch.float16 and config.get("force_upcast"):
+            vae = copy.deepcopy(vae).float()
+        self.vae = vae
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
@@ -72,7 +78,7 @@ class VaeCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1].
+        """Latents (B, C, H, W) to images (B, 3, H * f, W * f) in [0, 1]; NaN where the autoencoder overflows.
 
         At most ``AT_ONCE`` pixels are decoded in one pass, images above ``WHOLE`` pixels in overlapping tiles where the
         autoencoder can (diffusers blends their edges, so they differ a little from an image made whole).
@@ -83,7 +89,7 @@ class VaeCodec(nn.Module):
         rows = max(1, AT_ONCE // pixels)
         parts = [self.pixels(latents[start : start + rows]) for start in range(0, len(latents), rows)]
         self._release()
-        return torch.cat(parts).clamp(0, 1)
+        return _limited(torch.cat(parts))
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images as the autoencoder makes them, not limited to [0, 1], with gradients."""
@@ -111,3 +117,8 @@ class VaeCodec(nn.Module):
         native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent).float()
         native = native[:, :, 0] if self.frames else native
         return (native - self.mean - self.shift) * (self.scale / self.std)
+
+
+def _limited(images: Tensor) -> Tensor:
+    """Images limited to [0, 1]. What is infinite becomes NaN, not white or black, so that it is seen to be wrong."""
+    return images.where(images.isfinite(), torch.nan).clamp(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,12 +34,13 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images as one picture, row by row.
 
     Args:
-        images: (N, C, H, W) in [0, 1], C 1 or 3, N at least 1; values outside are clipped. Images whose shorter side
-            is below 32 pixels are enlarged by a whole factor, each pixel into a square.
+        images: (N, C, H, W) in [0, 1], C 1 or 3, N at least 1; values outside are clipped, those that are not finite
+            are black, with a warning. Images whose shorter side is below 32 pixels are enlarged by a whole factor,
+            each pixel into a square.
         columns: images in a row; default: the nearest to a square.
     """
     _check(images)
-    pixels = to_uint8(torch.nan_to_num(images.detach().cpu()))
+    pixels = to_uint8(images.detach().cpu())
     factor = math.ceil(CELL / min(pixels.shape[-2:]))
     enlarged = pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -69,7 +71,8 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) 
     """Write images as ``000000.png``, ``000001.png``, ... at their own size and channels; the folder is made.
 
     Args:
-        images: (N, C, H, W) in [0, 1], C 1 or 3; values outside are clipped.
+        images: (N, C, H, W) in [0, 1], C 1 or 3; values outside are clipped, those that are not finite are black,
+            with a warning.
         start: number of the first file.
 
     Returns:
@@ -78,7 +81,7 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) 
     _check(images)
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder) / f"{number:06d}.png" for number in range(start, start + len(images))]
-    for pixels, path in zip(to_uint8(torch.nan_to_num(images.detach().cpu())), paths, strict=True):
+    for pixels, path in zip(to_uint8(images.detach().cpu()), paths, strict=True):
         to_pil_image(pixels).save(path)
     return paths
 
@@ -89,5 +92,14 @@ def _check(images: Tensor) -> None:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] as they would be stored: uint8, values outside clipped, rounded to the nearest level."""
+    """Images (N, ...) in [0, 1] as they would be stored: uint8, values outside clipped, rounded to the nearest level.
+
+    Values that are not finite become black, and a warning counts the images that have any.
+    """
+    finite = images.isfinite()
+    if not finite.all():
+        broken = int((~finite).flatten(1).any(dim=1).sum())
+        warnings.warn(f"{broken} of {len(images)} images have values that are not finite, which are shown as black: "
+                      "the model diverged, or overflows in its precision", stacklevel=2)
+        images = images.where(finite, 0.0)
     return images.float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
