@@ -261,8 +261,16 @@ def z_image() -> diffusers.ZImagePipeline:
                                     text_encoder=encoder, tokenizer=t5_tokenizer(), transformer=transformer)
 
 
-def flow_euler(pipeline: Any) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+class EvenFlowEuler(FlowMatchEulerDiscreteScheduler):
+    """Its first order, at the times of the DPM solver that Sana's pipeline has, which are even before the shift."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **settings: Any) -> None:
+        even = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        super().set_timesteps(sigmas=even, device=device, **settings)
+
+
+def flow_euler(pipeline: Any) -> EvenFlowEuler:
+    return EvenFlowEuler(shift=3.0)
 
 
 def tokens(latents: Tensor) -> Tensor:
@@ -284,6 +292,10 @@ def edm_euler() -> EDMEulerScheduler:
 FAMILIES: dict[str, Family] = {
     "ddim": Family(ddim, trailing_ddim, scale_argument=lambda scale: {}, negative=False, start=ddim_start),
     "dit": Family(dit, trailing_ddim, negative=False, labels=[3, 7], start=ddim_start),
+    "dit-clip": Family(lambda: dit(clip_sample=True, clip_sample_range=0.6), trailing_ddim, negative=False,
+                       labels=[3, 7], start=ddim_start),
+    "dit-threshold": Family(lambda: dit(thresholding=True, sample_max_value=1.5), trailing_ddim, negative=False,
+                            labels=[3, 7], start=ddim_start),
     "sit": Family(sit, negative=False, labels=[3, 7], null_label=1000, loop=True),
     "edm": Family(edm, scale_argument=lambda scale: {}, negative=False, start=edm_start, loop=True),
     "edm-class": Family(lambda: edm("v_prediction", 4), negative=False, labels=[0, 2], start=edm_start, null_label=3,

@@ -14,8 +14,10 @@ from diffusers import (
 )
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, MixtureVelocity, exact_teacher
+from flowdistill.teachers.solvers import network_calls
 from flowdistill.utils.errors import UserError
 from tests.tiny import tiny_dit_pipeline, tiny_unet, tiny_unet_pipeline
 
@@ -58,12 +60,60 @@ def test_denoise_is_the_posterior_mean():
     assert torch.allclose(teacher.denoise(x, t), MEAN + gain * (x - (1 - t) * MEAN), atol=1e-13)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("edm_heun", 2)])
 def test_solvers_converge_at_their_order(solver, order):
     teacher, n = gaussian(), noise()
+    top = 0.9 if solver == "edm_heun" else 1.0
     exact = teacher.network.flow_map(n, torch.ones(16, dtype=torch.float64))
-    coarse, fine = ((teacher.sample(n, steps=k, solver=solver) - exact).abs().max().item() for k in (40, 80))
-    assert 0.8 * 2**order < coarse / fine < 1.3 * 2**order
+    start = n if top == 1 else teacher.network.flow_map(n, torch.full((16,), 0.1, dtype=torch.float64)) / top
+
+    def error(steps):
+        times = torch.linspace(top, 0, steps + 1, dtype=torch.float64).tolist()
+        return (teacher.sample(start, times=times, solver=solver) - exact).abs().max().item()
+
+    assert 0.8 * 2**order < error(40) / error(80) < 1.3 * 2**order
+
+
+def edm_sampler(denoiser, noise, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Karras et al. 2022, Algorithm 1 without churn: the network calls it takes, and its sample."""
+    index = torch.arange(steps, dtype=torch.float64)
+    ends = [value ** (1 / rho) for value in (sigma_max, sigma_min)]
+    sigmas = [*((ends[0] + index / (steps - 1) * (ends[1] - ends[0])) ** rho).tolist(), 0.0]
+    x, calls = noise * sigmas[0], 0
+    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - denoiser(x, now)) / now
+        ahead, calls = x + (after - now) * slope, calls + 1
+        if after != 0:
+            late = (ahead - denoiser(ahead, after)) / after
+            ahead, calls = x + (after - now) * (slope / 2 + late / 2), calls + 1
+        x = ahead
+    return calls, x
+
+
+def test_edm_heun_is_edms_own():
+    """To 1e-12, on the denoiser of a mixture and the teacher's own grid; ``heun`` is another solver."""
+    means = torch.tensor([[2.0, 0.5], [-1.0, 1.0], [0.0, -2.0]], dtype=torch.float64)
+    field = MixtureVelocity(means, 0.3)
+    teacher = exact_teacher(field)
+    teacher.path = path_from_scheduler(EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0))
+
+    def denoiser(x, sigma):
+        t = torch.full((len(x),), sigma / (1 + sigma), dtype=torch.float64)
+        state = x / (1 + sigma)
+        return state - t[:, None] * field(state, t)
+
+    n, asked = noise(32, (2,)), []
+    calls, theirs = edm_sampler(denoiser, n, 18)
+    handle = teacher.network.register_forward_hook(lambda *arguments: asked.append(1))
+    ours = teacher.sample(n, steps=18, solver="edm_heun")
+    handle.remove()
+    assert len(asked) == calls == network_calls("edm_heun", 18) == network_calls("heun", 18) == 35
+    assert (ours - theirs).abs().max() < 1e-12
+    assert (teacher.sample(n, steps=18, solver="heun") - theirs).abs().max() > 1e-3
+    with pytest.raises(UserError, match="sigma = t / .1 - t., which is infinite at t = 1"):
+        gaussian().sample(noise(), steps=4, solver="edm_heun")
+    with pytest.raises(UserError, match="solver is 'dopri5'; supported are euler, heun, edm_heun"):
+        gaussian().sample(noise(), steps=4, solver="dopri5")
 
 
 def test_mixture_is_the_gaussian_with_one_component_and_samples_modes():
@@ -110,9 +160,11 @@ def test_sampling_matches_the_scheduler_on_the_raw_network(family, scheduler):
     grid = path.time_grid(4)
     times = path.coefficients(grid[:-1]).timestep
     alpha, sigma = path.alpha_sigma(grid[0])
-    x = (sigma * n.double()).float()
+    x, extra = (sigma * n.double()).float(), {}
     if path.kind == "vp":
-        scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
+        # DDPM's posterior mean is of the clipped estimate only; DDIM goes on with the noise from before the clipping.
+        extra = {"use_clipped_model_output": isinstance(scheduler, DDPMScheduler)}
+        scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.25, 4).tolist()) if path.kind == "flow" else (
         scheduler.set_timesteps(4))
     for expected_time, timestep in zip(times, scheduler.timesteps, strict=True):
@@ -122,7 +174,7 @@ def test_sampling_matches_the_scheduler_on_the_raw_network(family, scheduler):
             output = network(scaled, timestep, class_labels=labels).sample
         else:
             output = network(scaled, timestep=timestep.expand(4), class_labels=labels).sample[:, :4]
-        x = scheduler.step(output, timestep, x).prev_sample.detach()
+        x = scheduler.step(output, timestep, x, **extra).prev_sample.detach()
     assert (got - x).abs().max() < 2e-4 * max(1, x.abs().max())
 
 
@@ -180,8 +232,6 @@ def test_wrong_prediction_type_is_noticed():
 
     teacher = load_teacher(asset_path("digits-flow"))
     assert teacher.disagreement() is None
-    from flowdistill.paths.native_path import path_from_scheduler
-
     teacher.network.path = teacher.path = path_from_scheduler(DDPMScheduler())
     assert "seem to disagree" in teacher.disagreement()
 

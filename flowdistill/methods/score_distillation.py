@@ -111,6 +111,8 @@ class ScoreDistillation(SingleStudentMethod):
         self.config, self.teacher, self.target = config, teacher, teacher
         self.guidance_scale = config.guidance_scale
         check_guidance(teacher, {"guidance_scale": config.guidance_scale})
+        for levels in (config.time, config.critic_time):
+            levels.check(teacher)
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         start = start_time(teacher, config.start, config.start_unit)
         self._student = Generator.from_teacher(teacher, info, start, student_network, config.student_lora)

@@ -63,6 +63,7 @@ class TeacherScoreMatching(SingleStudentMethod):
     def __init__(self, config: ScoreMatchingConfig, teacher: Teacher, student_network: nn.Module | None = None) -> None:
         """``student_network``: of one's own, called as ``(x, t, condition) -> velocity``."""
         validate(config, prefix="method.")
+        config.time.check(teacher)
         self.config, self.teacher = config, teacher
         network = student_network or ExtendedVelocity(student_velocity(teacher, config.student_size,
                                                                        config.student_shape))

@@ -71,10 +71,20 @@ class VelocityNetwork(nn.Module):
         return self._dtype[1]
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: Condition | None = None, asked_at: Tensor | None = None
+        self, x: Tensor, t: Tensor, condition: Condition | None = None, asked_at: Tensor | None = None,
+        native: bool = False,
     ) -> Tensor:
-        """``asked_at`` (B,): time that the backbone is told instead of ``t``; every scale stays that of ``t``."""
+        """``asked_at`` (B,): time that the backbone is told instead of ``t``; every scale stays that of ``t``.
+
+        ``native``: ``x`` and ``t`` are what the backbone itself takes, and its prediction is returned as it is.
+        """
+        if native:
+            return self._predict(x, t, condition).to(x.dtype)
         return self.with_coefficients(x, self.coefficients(t, asked_at), condition)
+
+    def _predict(self, native: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        with attention_kernels(self.attention):
+            return self.family.call(self.backbone, native.to(self.dtype), timestep.float(), condition)
 
     def coefficients(self, t: Tensor, asked_at: Tensor | None = None) -> Coefficients:
         """Of the path at times ``t``, with the backbone's timestep at ``asked_at``; see :meth:`forward`."""
@@ -84,9 +94,7 @@ class VelocityNetwork(nn.Module):
     def with_coefficients(self, x: Tensor, c: Coefficients, condition: Condition | None = None) -> Tensor:
         """As :meth:`forward`, with what the time makes given: ``c`` of (B,), or of (1,) but for its timestep (B,)."""
         native = x * per_sample(c.input_scale, x)
-        native = (native + c.input_shift if c.input_shift else native).to(self.dtype)
-        with attention_kernels(self.attention):
-            prediction = self.family.call(self.backbone, native, c.timestep.float(), condition)
+        prediction = self._predict(native + c.input_shift if c.input_shift else native, c.timestep, condition)
         # Under autocast the prediction may be half; the affine map must not be.
         return x * per_sample(c.state, x) + prediction.to(x.dtype) * per_sample(c.output, x)
 

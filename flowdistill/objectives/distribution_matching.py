@@ -65,6 +65,8 @@ def sid_loss(residual: Tensor, error: Tensor, t: Tensor, alpha: float) -> Tensor
     ``error`` with their own dependence on x, through both networks at x_t and directly. With an exact critic its
     expectation is (1 - alpha) E||G||^2 before the division.
     """
+    # The authors clip |x - D_teacher| at 1e-5; this is |x - D_teacher| / t, so the floor is at 1e-5 t in theirs. It
+    # matters only where the teacher returns the sample itself.
     size = error.detach().flatten(1).abs().mean(dim=1).clamp(min=1e-5)
     return -(t.to(residual.dtype) / size) * (residual * (error + alpha * residual)).flatten(1).mean(dim=1)
 

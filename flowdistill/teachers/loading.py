@@ -22,10 +22,11 @@ from flowdistill.networks.backbones import BackboneFamily, family_of
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR, locate, read_description, read_network
 from flowdistill.networks.velocity import VelocityNetwork
-from flowdistill.paths.native_path import NativePath, path_from_scheduler
+from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS, VP_SCHEDULERS, NativePath, path_from_scheduler
 from flowdistill.paths.schedulers import load_scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
+from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
@@ -110,8 +111,7 @@ def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch
     dtype, prompts = _dtype(config.dtype), config.prompts
     family = family_of(backbone)
     path = path_from_scheduler(scheduler)
-    if config.t_max is not None:
-        path = path.with_t_max(config.t_max)
+    path = path.from_working_start() if config.t_max is None else path.with_t_max(config.t_max)
     _check_agreement(backbone, family, scheduler, path, codec)
     backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
     kernel = choose_attention(config.attention, backbone, family.masked, torch.device(device or "cpu"))
@@ -122,11 +122,11 @@ def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch
         shape = _resized(shape, codec, config.image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
         texts = make_texts(family, pixels)
-        if path.kind == "flow":
-            path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
     elif prompts is not None or config.negative_prompt is not None or config.image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
+    if path.kind == "flow" and path.scheduler_name in FLOW_SCHEDULERS and (family.pipelines or _placed(scheduler)):
+        path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
     if texts is not None and prompts is not None:
         texts.device = torch.device(device or "cpu")
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
@@ -186,12 +186,15 @@ def _prompts(
 
 
 def _own_times(family: BackboneFamily, scheduler: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The times (steps,) at which the family's pipeline asks its network."""
-    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=float(scheduler.config.get("flow_shift") or 1.0))
-    scheduler = type(scheduler).from_config(scheduler.config)
-    family.set_timesteps(scheduler, steps, shape)
-    return scheduler.sigmas[:steps].double().cpu()
+    """The times (steps,) at which the family's pipeline asks its network, the first of them 1."""
+    own = scheduler_at(scheduler, family, steps, shape, FlowMatchEulerDiscreteScheduler)
+    return own.sigmas[:steps].double().cpu()
+
+
+def _placed(scheduler: Any) -> bool:
+    """Whether a flow-matching scheduler places its times in another way than evenly, but for a shift."""
+    config = scheduler.config
+    return any(config.get(key) for key in ("shift_terminal", *SPACINGS)) and not config.get("use_dynamic_shifting")
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -241,7 +244,15 @@ def _load_pipeline(
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
-    return pipeline, scheduler, recorded
+    return pipeline, _of_pipeline(scheduler, pipeline), recorded
+
+
+def _of_pipeline(scheduler: Any, pipeline: DiffusionPipeline) -> Any:
+    """The scheduler as it is written, or the one of the same betas that the pipeline calls in its place: the class
+    decides on clipping, and on the pipeline's own samples."""
+    own, written = pipeline.scheduler, type(scheduler).__name__
+    same = type(own).__name__ in VP_SCHEDULERS and written in VP_SCHEDULERS
+    return own if same and not scheduler.config.get("use_flow_sigmas") else scheduler
 
 
 def check_weights(folder: Path) -> None:

@@ -106,6 +106,8 @@ def _key(teacher: Teacher, *settings: float) -> str:
     # The schedule itself, whatever it was made from.
     grid = path.time_grid(10)[:-1]
     facts += [*grid.tolist(), *path.coefficients(grid).timestep.tolist()]
+    if path.clipping is not None:
+        facts.append(repr(path.clipping))
     if teacher.prompts is not None:
         prompts = teacher.prompts
         facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]

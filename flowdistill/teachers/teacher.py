@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from flowdistill.networks.velocity import per_sample
 from flowdistill.paths.native_path import NativePath
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
+from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
 from flowdistill.teachers.solvers import integrate
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -180,7 +182,9 @@ class Teacher:
     ) -> Tensor:
         """Guided velocity v = v_null + g (v_cond - v_null), conditional and null parts in one batched forward.
 
-        A network with guidance as an input is asked once, with g.
+        A network with guidance as an input is asked once, with g. Where the pipeline's scheduler clips the denoised
+        estimate D, this is (x - D) / t of the guided and then clipped one. Gradients pass through the clipping as it
+        is: none where an element is clipped.
 
         Args:
             x: states on the linear path (B, *shape).
@@ -192,12 +196,31 @@ class Teacher:
         Returns:
             (B, *shape), in x's dtype.
         """
+        velocity = self._velocity(x, t, condition, guidance_scale, guidance_interval)
+        if self.path.clipping is None:
+            return velocity
+        # Below t_min, where the network is asked at t_min, so is the estimate; 1e-6 is for networks that know t = 0.
+        floor = max(self.t_min, 1e-6)
+        time = per_sample(t.clamp(min=floor), x) if isinstance(t, Tensor) else max(float(t), floor)
+        clean = x - time * velocity
+        return velocity + (clean - self.path.clipping(clean)) / time
+
+    def _velocity(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition | None,
+        guidance_scale: Tensor | float,
+        guidance_interval: tuple[float, float] | None,
+        **how: bool,
+    ) -> Tensor:
+        """:meth:`velocity` without clipping: that of the network, which gets ``how`` as further arguments."""
         each = isinstance(t, Tensor)  # a time for each sample
         times = t if isinstance(t, Tensor) else torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
         if not isinstance(guidance_scale, Tensor):
             inside = guidance_interval is None or each or guidance_interval[0] <= t <= guidance_interval[1]
             if guidance_scale == 1 or not inside:
-                return self.network(x, times, condition)
+                return self.network(x, times, condition, **how)
         if condition is None:
             raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
         scale = torch.as_tensor(guidance_scale, dtype=x.dtype, device=x.device).expand(x.shape[0])
@@ -205,9 +228,9 @@ class Teacher:
             low, high = guidance_interval
             scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))
         if self.takes_guidance:
-            return self.network(x, times, condition.replace(guidance=scale))
+            return self.network(x, times, condition.replace(guidance=scale), **how)
         both = Condition.cat([condition, self.null(condition)])
-        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+        conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both, **how).chunk(2)
         guide = self.network.family.guide if hasattr(self.network, "family") else BackboneFamily.guide
         return guide(conditional, null, per_sample(scale, x))
 
@@ -219,9 +242,11 @@ class Teacher:
         guidance_scale: Tensor | float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
-        """E[x_0 | x_t = x] = x - t v(x, t); arguments and shapes as for :meth:`velocity`."""
-        v = self.velocity(x, t, condition, guidance_scale, guidance_interval)
-        return x - (per_sample(t, x) if isinstance(t, Tensor) else t) * v
+        """E[x_0 | x_t = x] = x - t v(x, t), clipped as the pipeline's scheduler does; arguments and shapes as for
+        :meth:`velocity`."""
+        v = self._velocity(x, t, condition, guidance_scale, guidance_interval)
+        clean = x - (per_sample(t, x) if isinstance(t, Tensor) else t) * v
+        return clean if self.path.clipping is None else self.path.clipping(clean)
 
     @torch.no_grad()
     def sample(
@@ -238,7 +263,10 @@ class Teacher:
 
         Args:
             noise: unit normal (B, *shape); the start state is ``t_max * noise`` (alpha_T is dropped, see the design).
-            steps: steps on the teacher's own time grid; ``steps`` network calls with Euler, ``2 steps - 1`` with Heun.
+            steps: steps on the teacher's own time grid; ``steps`` network calls with Euler, ``2 steps - 1`` with the
+                Heun solvers.
+            solver: one of ``flowdistill.teachers.solvers.SOLVERS``. Euler steps are the scheduler's own also where it
+                clips and goes on with the noise of the estimate before clipping (DDIM), which is a step of no ODE.
             guidance_scale: 0 or more; see :meth:`velocity`.
             times: explicit decreasing times from t_max to 0 instead of ``steps``.
 
@@ -251,11 +279,49 @@ class Teacher:
         if not 0 <= guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {guidance_scale}; it must be a number of at least 0")
         grid = self.path.time_grid(steps).tolist() if times is None else list(times)
+        clipping = self.path.clipping
+        if solver == "euler" and clipping is not None and clipping.keeps_noise:
+            x = grid[0] * noise
+            for now, after in itertools.pairwise(grid):
+                velocity = self._velocity(x, now, condition, guidance_scale, guidance_interval)
+                x = (1 - after) * clipping(x - now * velocity) + after * (x + (1 - now) * velocity)
+            return x
 
         def field(x: Tensor, t: float) -> Tensor:
             return self.velocity(x, t, condition, guidance_scale, guidance_interval)
 
         return integrate(field, grid[0] * noise, grid, solver)
+
+    def prediction(
+        self, native: Tensor, timestep: float, condition: Condition | None = None, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """What the backbone itself says (B, *shape) of its own input (B, *shape) at its own timestep, guided."""
+        return self._velocity(native, timestep, condition, guidance_scale, None, native=True)
+
+    def pipeline_sample(
+        self,
+        noise: Tensor,
+        condition: Condition | None = None,
+        steps: int = 50,
+        guidance_scale: float = 1.0,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Latents as the pipeline's own call makes them, by its scheduler: see
+        :func:`flowdistill.teachers.pipeline_call.pipeline_sample`."""
+        return pipeline_sample(self, noise, condition, steps, guidance_scale, generators)
+
+    def pipeline_calls(self, steps: int) -> int:
+        """Network calls of :meth:`pipeline_sample`; more than ``steps`` with a scheduler of higher order."""
+        return len(pipeline_scheduler(self, steps).timesteps)
+
+    def remarks(self) -> list[str]:
+        """What a user should know about how this teacher is read, a sentence each."""
+        found = [self.path.start] if self.path.start else []
+        if self.path.clipping is not None:
+            latents = ", though latents have no such range" if isinstance(self.codec, VaeCodec) else ""
+            found.append(f"{self.path.clipping}, as the pipeline's {self.path.scheduler_name} does{latents}; the "
+                         "students' networks do not clip, and learn from velocities that are clipped")
+        return found
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, *shape) to images (B, C, H, W) in [0, 1]."""
@@ -272,7 +338,8 @@ class Teacher:
         count = batch_size or (32 if self.prompts is None else 2)  # text-to-image networks are large
         noise = torch.randn(count, *self.shape, generator=generator).to(self.device)
         t = min(self.t_max, 0.9)
-        clean = self.denoise(t * noise, t, self.examples(range(count))).float()
+        x = t * noise  # not through denoise: what is clipped has the data's size whatever the network says
+        clean = (x - t * self._velocity(x, t, self.examples(range(count)), 1.0, None)).float()
         size = clean.std().item()
         alignment = torch.nn.functional.cosine_similarity(clean.flatten(1), noise.flatten(1)).mean().item()
         if size > 3.0 or alignment < -0.5:
@@ -310,6 +377,11 @@ class Teacher:
             lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
         if (kernel := getattr(self.network, "attention", None)) is not None:
             lines.append(f"attention     {kernel}")
+        if self.scheduler is not None:
+            reason = not_measured(self)
+            measured = "evaluate --pipeline-steps N measures it" if reason is None else f"not measured: {reason}"
+            lines.append(f"pipeline      samples by {describe_call(self)}; {measured}")
+        lines += [f"note          {remark}" for remark in self.remarks()]
         problem = self.disagreement()
         lines.append(f"check         {problem or 'the denoised estimate at high noise is plausible'}")
         return "\n".join(lines)

@@ -38,6 +38,7 @@ from flowdistill.training.method import METHODS, Method
 from flowdistill.training.precision import resolve_precision
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
+from flowdistill.utils.logging import log_once
 from flowdistill.utils.processes import Processes
 
 REPORT = "report.json"
@@ -117,6 +118,8 @@ def distill_one(config: RunConfig) -> Run:
     problem = teacher.disagreement()
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
+    for remark in teacher.remarks():
+        log_once(f"teacher {settings.source}: {remark}")
     torch.manual_seed(config.seed)  # new layers start alike on every process
     method = method_class(config.method.name)(config.method, teacher)
     processes.on_main(lambda: write_config(folder, config))

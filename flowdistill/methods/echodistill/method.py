@@ -64,6 +64,8 @@ class EchoDistill(Method):
         self.config, self.teacher = config, teacher
         if teacher.prompts is None:
             raise UserError(f"teacher.source {teacher.source} is no text-to-image pipeline, which echodistill needs")
+        for levels in (config.time, config.alignment_time):
+            levels.check(teacher)
         size = teacher.prompts.image_size[0]
         try:
             self.source = load_teacher(student or config.student, image_size=size if student is None else None)
