@@ -214,6 +214,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         json=args.json,
         teacher_rows=not args.no_teacher,
         solver=args.solver,
+        pipeline_steps=args.pipeline_steps,
         guidance_scale=args.guidance_scale,
         device=_device(args.device),
         weights=args.weights,
@@ -382,7 +383,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--weights", metavar="FILE", help="local weights of the feature extractor 'inception'")
     evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
-    evaluate.add_argument("--solver", choices=("euler", "heun"), help="the teacher's ODE solver (default: euler)")
+    evaluate.add_argument("--solver", choices=("euler", "heun", "edm_heun"),
+                          help="the teacher's ODE solver; heun averages velocities in t, edm_heun in sigma, as EDM's "
+                               "own (default: euler)")
+    evaluate.add_argument("--pipeline-steps", metavar="50,1000", type=integers(1),
+                          help="also measure the pipeline's own scheduler, with the noise that it adds (default: none)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")

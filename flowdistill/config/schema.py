@@ -140,7 +140,11 @@ class EvaluationConfig:
     reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); null: "
                                          "nothing is measured")
     teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
-    solver: str = option("euler", "the teacher's ODE solver", choices=("euler", "heun"))
+    solver: str = option("euler", "the teacher's ODE solver: euler; heun, which averages velocities in t; or "
+                                  "edm_heun, which averages in sigma, as EDM's own",
+                         choices=("euler", "heun", "edm_heun"))
+    pipeline_steps: list[int] = option([], "step counts of rows by the pipeline's own scheduler, with the noise that "
+                                           "it adds; []: none", at_least=1)
     batch_size: int = option(250, "images of one forward pass", at_least=1)
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
     at_end: bool = option(True, "measure when training ends and write report.json")

@@ -15,12 +15,14 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList, read_prompts
 from flowdistill.config import TeacherConfig
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
-from flowdistill.evaluation.generation import Sampler, check_num_images
+from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.students import Student, is_student_folder, load_student
 from flowdistill.teachers import load_teacher
+from flowdistill.teachers.pipeline_call import describe_call
+from flowdistill.teachers.solvers import network_calls
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_writable
 from flowdistill.utils.processes import Processes
@@ -32,8 +34,11 @@ DEFAULTS: dict[str, Any] = {
     "teacher_steps": (1, 2, 4, 10, 50),
     "batch_size": 250,
     "solver": "euler",
+    "pipeline_steps": (),
     "guidance_scale": None,
 }
+MUCH_WORSE = 1.5
+"""Times the pipeline's FID from which on the report says that the teacher's solver is much worse."""
 
 
 @dataclass
@@ -59,6 +64,7 @@ def evaluate(
     *,
     teacher: Any = None,
     solver: str | None = None,
+    pipeline_steps: Sequence[int] | None = None,
     guidance_scale: float | None = None,
     device: torch.device | str | None = None,
     weights: str | os.PathLike | None = None,
@@ -73,9 +79,10 @@ def evaluate(
     Args:
         run_or_model: a run folder (teacher and settings from its ``config.yaml``), a student folder, a diffusers
             pipeline (folder or hub id: teacher rows only), or a live teacher or student.
-        num_images, reference, features, teacher_steps, batch_size, solver, guidance_scale: None means what the run's
-            ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", and the student's
-            own guidance scale (1.0 for a teacher alone); reference and features must then be given.
+        num_images, reference, features, teacher_steps, batch_size, solver, pipeline_steps, guidance_scale: None means
+            what the run's ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", (),
+            and the student's own guidance scale (1.0 for a teacher alone); reference and features must then be given.
+            ``pipeline_steps`` are rows of the pipeline's own scheduler, with the noise that it adds.
         seed: of the noise; image i depends on (seed, i) only.
         json: file to write the report to.
         teacher_rows: False measures the student only.
@@ -110,6 +117,7 @@ def evaluate(
         "teacher_steps": teacher_steps,
         "batch_size": batch_size,
         "solver": solver,
+        "pipeline_steps": pipeline_steps,
         "guidance_scale": guidance_scale,
     }
     asked = {key: value for key, value in given.items() if value is not None}
@@ -122,7 +130,7 @@ def evaluate(
                         "images or an .npz file)")
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = getattr(getattr(subject.student, "info", None), "guidance_scale", 1.0)
-    models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": ()})
+    models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": (), "pipeline_steps": ()})
     model = subject.student if subject.student is not None else subject.teacher
     condition = prompt_conditions(model)
     own = getattr(getattr(model, "classes", None), "own", None)
@@ -147,11 +155,15 @@ def evaluate(
         condition=condition,
         model=subject.name,
         solver=settings["solver"] if subject.teacher is not None else None,
+        **_teacher_facts(subject.teacher, settings),
         guidance_scale=settings["guidance_scale"],
         noise="float32 unit normal, one CPU generator an image, seeded by (seed, index)",
         labels=_label_rule(model.num_classes, own),
         device=str(model.device),
     )
+    note = _solver_note(report)
+    if note is not None:
+        report.protocol["pipeline_note"] = note
     for row in report.rows:
         if row.model == "student":
             row.stored_parameters, row.active_parameters = student_parameters(subject.student)
@@ -179,6 +191,17 @@ def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_sc
         condition = _condition(teacher, given)
         noise = noise.to(teacher.device)
         latents = teacher.sample(noise, condition, steps=steps, solver=solver, guidance_scale=guidance_scale)
+        return teacher.decode(latents)
+
+    return sample
+
+
+def pipeline_sampler(teacher: Any, steps: int, guidance_scale: float = 1.0) -> Sampler:
+    """A sampler for ``generate`` from the pipeline's own scheduler, whose noise is seeded by each sample's own."""
+
+    def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
+        condition, generators = _condition(teacher, given), generators_of(noise)
+        latents = teacher.pipeline_sample(noise.to(teacher.device), condition, steps, guidance_scale, generators)
         return teacher.decode(latents)
 
     return sample
@@ -230,18 +253,44 @@ def _use_prompts(model: Any, prompts: PromptList) -> None:
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
     scale, solver = settings["guidance_scale"], settings["solver"]
     steps = [] if subject.teacher is None else list(settings["teacher_steps"])
-    if any(count < 1 for count in steps):
-        raise UserError(f"a teacher is sampled with at least 1 step; teacher_steps is {steps}")
-    models = []
+    own = [] if subject.teacher is None else list(settings["pipeline_steps"])
+    for key, counts in (("teacher_steps", steps), ("pipeline_steps", own)):
+        if any(count < 1 for count in counts):
+            raise UserError(f"a teacher is sampled with at least 1 step; {key} is {counts}")
+    models: list[tuple[str, int, Sampler]] = []
     for count in steps:
-        # Heun's last step, into t = 0, needs no second call.
-        calls = count if solver == "euler" else 2 * count - 1
-        models.append(("teacher", calls, teacher_sampler(subject.teacher, count, solver, scale)))
+        sampler = teacher_sampler(subject.teacher, count, solver, scale)
+        models.append(("teacher", network_calls(solver, count), sampler))
+    for count in own:
+        sampler = pipeline_sampler(subject.teacher, count, scale)
+        models.append(("pipeline", subject.teacher.pipeline_calls(count), sampler))
     if subject.student is not None:
         models.append(("student", 1, student_sampler(subject.student, scale)))
     if not models:
         raise UserError(f"nothing to measure in {subject.name}: it has no student, and no teacher rows were asked for")
     return models
+
+
+def _teacher_facts(teacher: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the protocol says of how the teacher is read, and of the pipeline's own rows."""
+    remarks = list(getattr(teacher, "remarks", list)())
+    facts: dict[str, Any] = {"teacher_remarks": remarks} if remarks else {}
+    if teacher is not None and settings["pipeline_steps"]:
+        facts["pipeline"] = f"{describe_call(teacher)}; its own noise seeded by each sample's start noise"
+    return facts
+
+
+def _solver_note(report: Report) -> str | None:
+    """A sentence where the pipeline's own call makes much better images than the deterministic solver ever does."""
+    found = {name: [(row.fid, row.calls) for row in report.rows if row.model == name and row.fid is not None]
+             for name in ("teacher", "pipeline")}
+    if not all(found.values()):
+        return None
+    (best, calls), (own, own_calls) = min(found["teacher"]), min(found["pipeline"])
+    if best <= MUCH_WORSE * own:
+        return None
+    return (f"the deterministic solver is much worse than the pipeline's own call: FID {best:.3f} at {calls} calls, "
+            f"and {own:.3f} at {own_calls}; compare students with the pipeline's row")
 
 
 def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:

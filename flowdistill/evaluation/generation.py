@@ -44,6 +44,16 @@ def sample_generators(indices: Sequence[int], seed: int) -> list[torch.Generator
     return [torch.Generator().manual_seed((offset + index) & 0xFFFFFFFF) for index in indices]
 
 
+def generators_of(noise: Tensor) -> list[torch.Generator]:
+    """One CPU generator a sample, seeded by the sample's own noise (B, ...): for a sampler that draws more of it.
+
+    So the images stay a function of noise and labels, row by row, whatever the batch.
+    """
+    rows = noise.detach().cpu().contiguous().flatten(1).numpy()
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=4).digest() for row in rows)
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
+
+
 def balanced_labels(
     indices: Sequence[int], num_classes: int | None, own: Sequence[int] | None = None
 ) -> Tensor | None:

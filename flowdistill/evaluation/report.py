@@ -121,6 +121,8 @@ class Report:
             if row.stored_parameters != row.active_parameters:
                 text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
                             "for an image")
+        notes = [*self.protocol.get("teacher_remarks", []), self.protocol.get("pipeline_note")]
+        text += [f"teacher: {note}" for note in notes if note]
         text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
         for metric in all_metrics():
             text += metric.remarks(self.rows, self.protocol)
