@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flowdistill
-from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning import ClassLabels, Condition
 from flowdistill.data import load_digits
 from flowdistill.data.assets import asset_path
 from flowdistill.evaluation import Evaluator, Report, Row, evaluate_models
@@ -30,6 +30,7 @@ class Fake:
     """Real digits of the class asked for, under more noise the fewer steps are taken."""
 
     shape, num_classes, device = (1, 8, 8), 10, torch.device("cpu")
+    classes, prompts = ClassLabels(10, None), None
 
     def __init__(self) -> None:
         self.images = load_digits()[0]
@@ -50,6 +51,9 @@ class Fake:
 
 class FakeTeacher(Fake):
     source = "fake"
+
+    def remarks(self):
+        return []
 
     def velocity(self, *args):
         raise AssertionError("not needed")

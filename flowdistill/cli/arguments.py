@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     what is nearly the name of an option is an error, not another option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, allow_abbrev=False)
+        super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"flowdistill: error: {message} (see '{self.prog} --help')\n")

@@ -10,12 +10,19 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowdistill import __version__
 from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.exit import exit_process
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowdistill.evaluation.generation import Sampler
+    from flowdistill.students import Student
+    from flowdistill.teachers import Teacher
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -176,7 +183,7 @@ def _names_a_file(path: Path) -> bool:
     return not path.exists() and path.suffix.lower() in Image.registered_extensions()
 
 
-def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
+def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sampler]:
     """The student or the teacher at ``args.model``, and how it makes images."""
     from flowdistill.evaluation import student_sampler, teacher_sampler
     from flowdistill.students import is_student_folder, load_student
@@ -187,8 +194,9 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Any, Any]:
     if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
         if args.steps is not None:
             raise UserError(f"--steps is for pipelines, and {args.model} is a student, which takes one call an image")
-        model: Any = load_student(args.model, device=device)
-        sampler = student_sampler(model, args.guidance_scale)
+        student = load_student(args.model, device=device)
+        model: Teacher | Student = student
+        sampler = student_sampler(student, args.guidance_scale)
     else:
         model = load_teacher(args.model, device=device)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
@@ -294,7 +302,7 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str | None) -> Any:
+def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:

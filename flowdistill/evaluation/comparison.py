@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from flowdistill.students import Student
+from flowdistill.teachers import Teacher
 from flowdistill.utils.images import grid, save_picture, stacked
 from flowdistill.utils.randomness import indexed_noise
 
 
 @torch.no_grad()
 def save_comparison(
-    teacher: Any,
-    student: Any,
+    teacher: Teacher,
+    student: Student,
     path: str | os.PathLike[str],
     teacher_steps: Sequence[int] = (50, 1),
     rows_each: int = 3,

@@ -20,7 +20,7 @@ from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.students import Student, is_student_folder, load_student
-from flowdistill.teachers import load_teacher
+from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
 from flowdistill.utils.errors import UserError
@@ -46,8 +46,8 @@ class _Subject:
     """What is evaluated, loaded."""
 
     name: str
-    teacher: Any = None
-    student: Any = None
+    teacher: Teacher | None = None
+    student: Student | None = None
     settings: dict[str, Any] | None = None
 
 
@@ -62,7 +62,7 @@ def evaluate(
     json: str | os.PathLike | None = None,
     teacher_rows: bool = True,
     *,
-    teacher: Any = None,
+    teacher: Teacher | None = None,
     solver: str | None = None,
     pipeline_steps: Sequence[int] | None = None,
     guidance_scale: float | None = None,
@@ -129,11 +129,12 @@ def evaluate(
                         "name features (digits, shapes, inception or a file) and a reference (a named set, a folder of "
                         "images or an .npz file)")
     if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = getattr(getattr(subject.student, "info", None), "guidance_scale", 1.0)
+        settings["guidance_scale"] = 1.0 if subject.student is None else subject.student.info.guidance_scale
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": (), "pipeline_steps": ()})
-    model = subject.student if subject.student is not None else subject.teacher
+    model = subject.student or subject.teacher
+    assert model is not None  # else there is nothing to measure
     condition = prompt_conditions(model)
-    own = getattr(getattr(model, "classes", None), "own", None)
+    own = None if model.classes is None else model.classes.own
     evaluator = Evaluator(
         settings["features"],
         settings["reference"],
@@ -165,7 +166,7 @@ def evaluate(
     if note is not None:
         report.protocol["pipeline_note"] = note
     for row in report.rows:
-        if row.model == "student":
+        if row.model == "student" and subject.student is not None:
             row.stored_parameters, row.active_parameters = student_parameters(subject.student)
     if json is not None:
         processes.on_main(lambda: report.write_json(json))
@@ -184,7 +185,7 @@ def _label_rule(num_classes: int | None, own: Sequence[int] | None) -> str | Non
     return f"index modulo {num_classes}" if own is None else f"{', '.join(map(str, own))} in turn"
 
 
-def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_scale: float = 1.0) -> Sampler:
+def teacher_sampler(teacher: Teacher, steps: int, solver: str = "euler", guidance_scale: float = 1.0) -> Sampler:
     """A sampler for ``generate`` from a teacher's ODE."""
 
     def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
@@ -196,7 +197,7 @@ def teacher_sampler(teacher: Any, steps: int, solver: str = "euler", guidance_sc
     return sample
 
 
-def pipeline_sampler(teacher: Any, steps: int, guidance_scale: float = 1.0) -> Sampler:
+def pipeline_sampler(teacher: Teacher, steps: int, guidance_scale: float = 1.0) -> Sampler:
     """A sampler for ``generate`` from the pipeline's own scheduler, whose noise is seeded by each sample's own."""
 
     def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
@@ -207,7 +208,7 @@ def pipeline_sampler(teacher: Any, steps: int, guidance_scale: float = 1.0) -> S
     return sample
 
 
-def student_sampler(student: Any, guidance_scale: float | None = None) -> Sampler:
+def student_sampler(student: Student, guidance_scale: float | None = None) -> Sampler:
     """A sampler for ``generate`` from a student's one call."""
 
     def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
@@ -217,7 +218,7 @@ def student_sampler(student: Any, guidance_scale: float | None = None) -> Sample
     return sample
 
 
-def _condition(model: Any, given: Tensor | Condition | None) -> Condition | None:
+def _condition(model: Teacher | Student, given: Tensor | Condition | None) -> Condition | None:
     return model.encode(labels=given) if isinstance(given, Tensor) else given
 
 
@@ -225,45 +226,46 @@ def _condition(model: Any, given: Tensor | Condition | None) -> Condition | None
 class PromptsInTurn:
     """What ``generate`` takes as ``condition`` of a text-to-image model; ``prompts`` is the list it goes through."""
 
-    condition: Callable[[range], Any]
+    condition: Callable[[range], Condition | None]
     prompts: list[str]
 
-    def __call__(self, indices: range) -> Any:
+    def __call__(self, indices: range) -> Condition | None:
         return self.condition(indices)
 
 
-def prompt_conditions(model: Any) -> PromptsInTurn | None:
+def prompt_conditions(model: Teacher | Student) -> PromptsInTurn | None:
     """What ``generate`` takes as ``condition``: the model's prompts in turn; None for a model without prompts.
 
     Raises:
         UserError: a text-to-image model without a list of prompts.
     """
-    texts = getattr(model, "prompts", None)
-    if texts is not None and texts.prompts is None:
+    texts = model.prompts
+    if texts is None:
+        return None
+    if texts.prompts is None:
         raise UserError("this model takes prompts, and no list of them is known; give prompts (--prompts FILE)")
-    return None if texts is None else PromptsInTurn(model.examples, texts.prompts)
+    return PromptsInTurn(model.examples, texts.prompts)
 
 
-def _use_prompts(model: Any, prompts: PromptList) -> None:
-    if getattr(model, "prompts", None) is None:
+def _use_prompts(model: Teacher | Student, prompts: PromptList) -> None:
+    if model.prompts is None:
         raise UserError("prompts were given, but this model takes none")
     model.prompts.use(prompts)
 
 
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
     scale, solver = settings["guidance_scale"], settings["solver"]
-    steps = [] if subject.teacher is None else list(settings["teacher_steps"])
-    own = [] if subject.teacher is None else list(settings["pipeline_steps"])
+    teacher = subject.teacher
+    steps, own = (list(settings[key]) for key in ("teacher_steps", "pipeline_steps"))
     for key, counts in (("teacher_steps", steps), ("pipeline_steps", own)):
         if any(count < 1 for count in counts):
             raise UserError(f"a teacher is sampled with at least 1 step; {key} is {counts}")
     models: list[tuple[str, int, Sampler]] = []
-    for count in steps:
-        sampler = teacher_sampler(subject.teacher, count, solver, scale)
-        models.append(("teacher", network_calls(solver, count), sampler))
-    for count in own:
-        sampler = pipeline_sampler(subject.teacher, count, scale)
-        models.append(("pipeline", subject.teacher.pipeline_calls(count), sampler))
+    if teacher is not None:
+        models += [("teacher", network_calls(solver, count), teacher_sampler(teacher, count, solver, scale))
+                   for count in steps]
+        models += [("pipeline", teacher.pipeline_calls(count), pipeline_sampler(teacher, count, scale))
+                   for count in own]
     if subject.student is not None:
         models.append(("student", 1, student_sampler(subject.student, scale)))
     if not models:
@@ -271,9 +273,9 @@ def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int,
     return models
 
 
-def _teacher_facts(teacher: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _teacher_facts(teacher: Teacher | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What the protocol says of how the teacher is read, and of the pipeline's own rows."""
-    remarks = list(getattr(teacher, "remarks", list)())
+    remarks = [] if teacher is None else teacher.remarks()
     facts: dict[str, Any] = {"teacher_remarks": remarks} if remarks else {}
     if teacher is not None and settings["pipeline_steps"]:
         facts["pipeline"] = f"{describe_call(teacher)}; its own noise seeded by each sample's start noise"
@@ -325,7 +327,7 @@ def _open_live(source: Any, device: torch.device) -> _Subject:
     raise UserError(f"a {type(source).__name__} cannot be evaluated; give a run, a student, a teacher or a pipeline")
 
 
-def _load_teacher(section: dict[str, Any], device: torch.device) -> Any:
+def _load_teacher(section: dict[str, Any], device: torch.device) -> Teacher:
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
     known = {item.name for item in fields(TeacherConfig)}

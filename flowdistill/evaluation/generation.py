@@ -6,19 +6,19 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flowdistill.conditioning import Condition
 from flowdistill.data.image_sets import batches_of
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
 
 # (noise, labels or condition) -> images in [0, 1]
-Sampler = Callable[[Tensor, Any], Tensor]
+Sampler = Callable[[Tensor, Tensor | Condition | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def generate(
     *,
     num_classes: int | None = None,
     own: Sequence[int] | None = None,
-    condition: Callable[[range], Any] | None = None,
+    condition: Callable[[range], Condition | None] | None = None,
     description: str = "images",
     progress: bool = True,
 ) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flowdistill.config import option, validate
 from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation
+from flowdistill.students import Student
 from flowdistill.teachers import Teacher
 from flowdistill.training.method import Method, Role, register_method
 from flowdistill.training.snapshots import WeightSnapshots
@@ -231,7 +232,7 @@ class DisBack(Method):
     def roles(self) -> dict[str, Role]:
         return self.host.roles()
 
-    def student(self, network: nn.Module | None = None) -> Any:
+    def student(self, network: nn.Module | None = None) -> Student:
         return self.host.student(network)
 
     def to(self, device: torch.device | str) -> DisBack:

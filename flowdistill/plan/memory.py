@@ -14,6 +14,7 @@ from flowdistill.config import RunConfig
 from flowdistill.plan.meta_teacher import META, Architecture, meta_teacher, read_architecture
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
 from flowdistill.training.average import MovingAverage
+from flowdistill.training.method import Method
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
@@ -122,7 +123,7 @@ def make_plan(config: RunConfig) -> Plan:
     return plan
 
 
-def _update(method: Any, role: str, calls: dict[str, Any], config: RunConfig, rows: int) -> int:
+def _update(method: Method, role: str, calls: dict[str, Any], config: RunConfig, rows: int) -> int:
     """Bytes that an update of ``role`` takes at its worst moment beyond its gradients."""
     draw = Draw(config.seed, 0, rows=rows, device=META)
     with teacher_like_a_gpu(method.teacher.network), Live() as live:
@@ -134,7 +135,7 @@ def _update(method: Any, role: str, calls: dict[str, Any], config: RunConfig, ro
         return live.peak(without=numbers)
     # Gradients come while the rest goes: the two never have their full sizes at once.
     own = [p for p in method.roles()[role].network.parameters() if p.grad is not None]
-    return max(0, live.peak() - _bytes(p.grad for p in own))
+    return max(0, live.peak() - _bytes(p.grad for p in own if p.grad is not None))
 
 
 def _part(module: nn.Module, seen: set[int]) -> Part:

@@ -247,7 +247,7 @@ def _load_pipeline(
     return pipeline, _of_pipeline(scheduler, pipeline), recorded
 
 
-def _of_pipeline(scheduler: Any, pipeline: DiffusionPipeline) -> Any:
+def _of_pipeline(scheduler: Any, pipeline: Any) -> Any:
     """The scheduler as it is written, or the one of the same betas that the pipeline calls in its place: the class
     decides on clipping, and on the pipeline's own samples."""
     own, written = pipeline.scheduler, type(scheduler).__name__

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.prompts import PromptConditions, encode
 from flowdistill.networks.backbones import BackboneFamily
-from flowdistill.networks.velocity import per_sample
+from flowdistill.networks.lora import LoraSettings
+from flowdistill.networks.velocity import VelocityNetwork, per_sample
 from flowdistill.paths.native_path import NativePath
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
@@ -50,7 +51,7 @@ class Teacher:
         source: str = "",
         scheduler: Any = None,
         prompts: PromptConditions | None = None,
-        start: Any = None,
+        start: VelocityNetwork | None = None,
     ) -> None:
         self.network: Any = network.requires_grad_(False).eval()
         self.start = start
@@ -119,7 +120,7 @@ class Teacher:
         """Whether a guidance scale other than 1 is possible."""
         return self.null_label is not None or self.prompts is not None or self.takes_guidance
 
-    def student_copy(self, lora: Any = None) -> Any:
+    def student_copy(self, lora: LoraSettings | None = None) -> VelocityNetwork:
         """The velocity network that a student starts as: a float32 copy of ``start``, or of this one's; or, with
         ``lora``, adapters on its own weights."""
         if self.start is None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
+from flowdistill.students import Student
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
 from flowdistill.utils.images import save_grid
@@ -104,7 +105,7 @@ class Reporter:
             tracker.finish()
 
 
-def save_samples(student: Any, path: Path, count: int) -> None:
+def save_samples(student: Student, path: Path, count: int) -> None:
     """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
     listed = getattr(getattr(student, "prompts", None), "prompts", None)
     classes = getattr(student, "classes", None)
@@ -136,7 +137,7 @@ class FidCallback:
             progress=False,
         )
 
-    def __call__(self, student: Any) -> dict[str, Any]:
+    def __call__(self, student: Student) -> dict[str, Any]:
         """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""
         row = self.evaluator.measure(
             student_sampler(student), tuple(student.shape), student.num_classes, condition=prompt_conditions(student)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig, TrainConfig
-from flowdistill.teachers.offload import check_not_shared
+from flowdistill.teachers import Teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.fsdp import cut
 from flowdistill.training.method import Method, Role
@@ -93,6 +93,16 @@ def prepare_roles(
     check_not_shared(method.teacher, [role.network for role in roles.values()])
     method.to(accelerator.device)
     return {name: _prepare(name, role, config, precision, accelerator) for name, role in roles.items()}
+
+
+def check_not_shared(teacher: Teacher, networks: Iterable[nn.Module]) -> None:
+    """UserError when networks that train stand on the weights of a teacher that goes away between uses."""
+    if teacher.offload != "all":
+        return
+    resting = {id(p) for p in teacher.network.parameters()}
+    if any(id(p) in resting for network in networks for p in network.parameters()):
+        raise UserError("teacher.offload is 'all', but adapters (method.student or method.critic is 'lora') use the "
+                        "teacher's own weights all the time; set teacher.offload to codec")
 
 
 def loss_of(
