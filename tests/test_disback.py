@@ -280,7 +280,7 @@ def test_learning_rates_and_moments_at_switches(tmp_path):
 def walked(config, sizes=None, steps=40):
     walk, targets = TargetSchedule(config), []
     for step in range(config.degradation_steps, steps):
-        walk.moves_on(step)
+        walk.advance(step)
         targets.append(walk.index)
         if sizes is not None:
             walk.observe(torch.tensor(float(sizes(step, walk))))

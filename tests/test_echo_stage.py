@@ -159,8 +159,8 @@ class MeanColour(nn.Module):
 
 
 def judge_of(references, ordinary, prompts=("a cat", "a dog")):
-    eye = load_vision("python:tests.test_echo_stage:MeanColour", "x")
-    return Judge(load_teacher(teacher_pipeline()), eye, references, ordinary, prompts)
+    feature_network = load_vision("python:tests.test_echo_stage:MeanColour", "x")
+    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts)
 
 
 def flat(*colours):
@@ -171,12 +171,12 @@ def test_levels_are_cosines_between_ordinary_pictures_and_the_references_own():
     # References 60 degrees apart have cosine 0.5 among themselves; ordinary pictures have 0 to both.
     references = flat((1.0, 0.0, 0.0), (0.5, 0.75**0.5, 0.0))
     judge = judge_of(references, flat((0.0, 0.0, 1.0), (0.0, 0.0, 3.0)))
-    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(0.5, abs=1e-6)) and judge.tells
+    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(0.5, abs=1e-6)) and judge.separates
     made = flat((0.0, 0.0, 2.0), (0.75**0.5, 0.5, 0.0), (1.0, 0.0, 0.0))
     wanted = [0.0, (0.75**0.5) / 0.5, 0.75 / 0.5]
     assert judge.levels(made).tolist() == pytest.approx(wanted, abs=1e-5)
     blind = judge_of(references, references)
-    assert not judge_of(flat((1.0, 0, 0), (0, 1.0, 0)), flat((1.0, 1.0, 0))).tells and blind.tells is False
+    assert not judge_of(flat((1.0, 0, 0), (0, 1.0, 0)), flat((1.0, 1.0, 0))).separates and blind.separates is False
     assert blind.levels(made).tolist() == [-torch.inf] * 3
 
 

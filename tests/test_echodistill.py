@@ -97,7 +97,7 @@ def test_nothing_frozen_moves_in_training(tmp_path):
     frozen |= {f"student {name}": value for name, value in method.source.network.state_dict().items()}
     frozen |= {f"text {name}": value for name, value in method.word.encoder.state_dict().items()
                if not name.endswith("offset")}
-    frozen |= {f"eyes {name}": value for name, value in method.eyes.state_dict().items()}
+    frozen |= {f"feature_networks {name}": value for name, value in method.feature_networks.state_dict().items()}
     frozen |= {f"vae {name}": value for name, value in method.teacher.codec.state_dict().items()}
     assert "text embeddings.token_embedding.table.weight" in frozen
     before, trained = {name: value.clone() for name, value in frozen.items()}, weights(method)
@@ -184,7 +184,7 @@ def test_the_students_terms_are_their_weights_times_the_objectives(tmp_path):
         share = alignment.signal_share(time)
         target = method.align.target(bare(method)["teacher"], sample, noise, time, embeds)
         pictures, wanted = (method.teacher.codec.pixels(x) for x in (sample, target))
-        seen, goal = (method.align.eye(x).pooled for x in (pictures, wanted))
+        seen, goal = (method.align.feature_network(x).pooled for x in (pictures, wanted))
         # As the authors: in Lab, of images in [-1, 1]; 16 pixels have three levels with room for a patch.
         texture = alignment.sliced_wasserstein(2 * pictures - 1, 2 * wanted - 1, draw.normal((3, 128, 3, 5, 5)))
         logits = bare(method)["discriminator"]([method.critics[0](pictures).pooled])

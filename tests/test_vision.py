@@ -55,8 +55,8 @@ def test_the_built_in_network_is_its_seed_and_frozen():
 
 
 def test_a_function_of_ones_own():
-    eye = load_vision("python:tests.test_vision:mean_colour", "x")
-    torch.testing.assert_close(eye(pictures()).pooled, pictures().mean((2, 3)))
+    feature_network = load_vision("python:tests.test_vision:mean_colour", "x")
+    torch.testing.assert_close(feature_network(pictures()).pooled, pictures().mean((2, 3)))
     torch.testing.assert_close(load_vision("python:tests.test_vision:Classifier", "x")(pictures()).pooled,
                                pictures().mean((2, 3)))
     tokens = load_vision("python:tests.test_vision:brightness", "x")(pictures())  # (B, 3, 1024): three tokens
@@ -68,15 +68,15 @@ def test_a_folder_of_transformers_with_its_normalisation(tmp_path):
     model.save_pretrained(tmp_path)
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
-    eye = load_vision(f"transformers:{tmp_path}", "x")
+    feature_network = load_vision(f"transformers:{tmp_path}", "x")
     images = pictures(16)
     prepared = (images - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
     with torch.no_grad():
         output = model(prepared)
-    seen = eye(images)
+    seen = feature_network(images)
     torch.testing.assert_close(seen.pooled, output.pooler_output)
     torch.testing.assert_close(seen.tokens, output.last_hidden_state)
-    assert eye(pictures(48)).tokens.shape == seen.tokens.shape  # resized to what it reads
+    assert feature_network(pictures(48)).tokens.shape == seen.tokens.shape  # resized to what it reads
 
 
 def test_the_visual_side_of_a_two_sided_model(tmp_path):
@@ -105,10 +105,11 @@ def test_timm_models_come_from_a_file(tmp_path):
     assert f"{tmp_path}/w.safetensors, which are not there" in message and f"hf download timm/{name}" in message
     model = timm.create_model(name, pretrained=False).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    eye = load_vision(f"timm:{name}={tmp_path}/w.pth", "x")
-    images = pictures(eye.size)
+    feature_network = load_vision(f"timm:{name}={tmp_path}/w.pth", "x")
+    images = pictures(feature_network.size)
     with torch.no_grad():
-        wanted = model.forward_head(model.forward_features((images - eye.mean) / eye.std), pre_logits=True)
-    torch.testing.assert_close(eye(images).pooled, wanted)
+        normal = (images - feature_network.mean) / feature_network.std
+        wanted = model.forward_head(model.forward_features(normal), pre_logits=True)
+    torch.testing.assert_close(feature_network(images).pooled, wanted)
     (tmp_path / "w.pth").write_bytes(b"damaged")
     assert "do not fit the timm model" in refused(f"timm:{name}={tmp_path}/w.pth")

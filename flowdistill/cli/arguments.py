@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """Of an integer that is ``low`` or more."""
+    """A converter of texts to integers of ``low`` or more."""
 
     def convert(text: str) -> int:
         try:
@@ -56,7 +56,7 @@ def guidance(text: str) -> float:
 
 
 def integers(low: int) -> Callable[[str], list[int]]:
-    """Of integers of ``low`` or more, separated by commas."""
+    """A converter of texts to lists of integers of ``low`` or more, separated by commas."""
 
     def convert(text: str) -> list[int]:
         parts = text.split(",")

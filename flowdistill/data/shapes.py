@@ -107,7 +107,7 @@ def _inside(shape: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _is_second(pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Where an object has its second colour, bool (N, H, W)."""
+    """Mask of an object's second colour, bool (N, H, W)."""
     parts = torch.stack([
         torch.zeros_like(x, dtype=torch.bool),
         torch.remainder(y + 1.0, 0.7) > 0.35,

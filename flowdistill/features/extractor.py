@@ -238,7 +238,7 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
 
 @contextlib.contextmanager
 def _old_formats() -> Iterator[None]:
-    """Without torch's advice to whoever made the file: the published weights are TorchScript and will stay it."""
+    """A block without torch's advice to a file's maker: the published weights are TorchScript and will stay it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
         yield

@@ -25,7 +25,7 @@ from flowdistill.utils.objects import is_object, load_object
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Seen(NamedTuple):
+class VisionFeatures(NamedTuple):
     """Features of the whole picture (B, D) and of its parts (B, T, D')."""
 
     pooled: Tensor
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 class Vision(nn.Module):
     """A frozen network behind its own resizing and normalisation; gradients reach the pictures.
 
-    ``forward(images (B, 3, H, W) in [0, 1], values outside allowed) -> Seen``.
+    ``forward(images (B, 3, H, W) in [0, 1], values outside allowed) -> VisionFeatures``.
 
     Attributes:
         name: as it was asked for.
@@ -49,7 +49,7 @@ class Vision(nn.Module):
         self,
         name: str,
         network: nn.Module,
-        read: Callable[[nn.Module, Tensor], Seen],
+        read: Callable[[nn.Module, Tensor], VisionFeatures],
         size: int | None,
         normal: Any = ((0.5,) * 3, (0.5,) * 3),
     ) -> None:
@@ -62,7 +62,7 @@ class Vision(nn.Module):
         with torch.no_grad():
             self.width = self(torch.zeros(1, 3, size or 32, size or 32)).pooled.shape[1]
 
-    def forward(self, images: Tensor) -> Seen:
+    def forward(self, images: Tensor) -> VisionFeatures:
         images = images.float()
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
@@ -83,12 +83,12 @@ class SmallVision(nn.Module):
                 layer.weight.normal_(std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
                 layer.bias.zero_()  # type: ignore[union-attr]
 
-    def forward(self, x: Tensor) -> Seen:
+    def forward(self, x: Tensor) -> VisionFeatures:
         means = []
         for layer in self.layers:
             x = F.silu(layer(x))
             means.append(x.mean((2, 3)))
-        return Seen(torch.cat(means, 1), x.flatten(2).transpose(1, 2))
+        return VisionFeatures(torch.cat(means, 1), x.flatten(2).transpose(1, 2))
 
 
 def load_vision(name: str, setting: str) -> Vision:
@@ -114,11 +114,13 @@ def load_vision(name: str, setting: str) -> Vision:
                     "package.module:function")
 
 
-def _seen(features: Tensor) -> Seen:
+def _seen(features: Tensor) -> VisionFeatures:
     """Features (B, D), (B, T, D) or (B, D, H, W), pooled by the mean."""
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)
-    return Seen(features, features[:, None]) if features.ndim == 2 else Seen(features.mean(1), features)
+    if features.ndim == 2:
+        return VisionFeatures(features, features[:, None])
+    return VisionFeatures(features.mean(1), features)
 
 
 def _timm(name: str, model: str, file: str, setting: str) -> Vision:
@@ -139,9 +141,9 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
                         f"{' '.join(str(error).split())[:200]}") from error
     data = timm.data.resolve_model_data_config(network)
 
-    def read(network: Any, x: Tensor) -> Seen:
+    def read(network: Any, x: Tensor) -> VisionFeatures:
         features = network.forward_features(x)
-        return Seen(network.forward_head(features, pre_logits=True), _seen(features).tokens)
+        return VisionFeatures(network.forward_head(features, pre_logits=True), _seen(features).tokens)
 
     return Vision(name, network, read, data["input_size"][-1], (data["mean"], data["std"]))
 
@@ -166,10 +168,10 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
         values = json.loads(processor.read_text(encoding="utf-8"))
         normal = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
 
-    def read(network: Any, x: Tensor) -> Seen:
+    def read(network: Any, x: Tensor) -> VisionFeatures:
         output = network(pixel_values=x)
         seen, pooled = _seen(output.last_hidden_state), getattr(output, "pooler_output", None)
-        return seen if pooled is None else Seen(pooled.flatten(1), seen.tokens)
+        return seen if pooled is None else VisionFeatures(pooled.flatten(1), seen.tokens)
 
     return Vision(name, network, read, size if isinstance(size, int) else size[0], normal)
 

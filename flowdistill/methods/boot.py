@@ -39,21 +39,23 @@ class BootConfig(StudentKind):
     """Settings of BOOT. No readable source has the paper's values: every default is ours."""
 
     name: str = "boot"
-    form: str = option("velocity", "what the loss compares", choices=("velocity", "signal"))
+    form: str = option("velocity", "quantity that the loss compares", choices=("velocity", "signal"))
     solver: str = option("euler", "teacher step of the target (euler is DDIM)", choices=("euler", "heun"))
     step_size: float = option(0.04, "h, as a share of the teacher's range", above=0, at_most=1)
-    weight: str = option("one", "of the bootstrapping loss", choices=("one", "inverse_rho_squared"))
+    weight: str = option("one", "weight of the bootstrapping loss", choices=("one", "inverse_rho_squared"))
     weight_cap: float = option(100.0, "largest 1 / rho^2", above=0)
     boundary_weight: float = option(1.0, "beta of the boundary loss; 0 leaves it out", at_least=0)
-    target_time: str = option("separate", "how the student is told the target time: an embedding of its own that "
+    target_time: str = option("separate", "how the student learns the target time: an embedding of its own that "
                                           "starts at zero, or the teacher's own time channel",
                               choices=("separate", "reuse"))
     guidance_scale: float = option(1.0, "classifier-free guidance that is distilled in", at_least=0)
-    threshold: str = option("none", "of the teacher's estimate (pixels only)", choices=("none", "static", "dynamic"))
-    threshold_percentile: float = option(0.995, "of the dynamic threshold", above=0, at_most=1)
+    threshold: str = option(
+        "none", "how the teacher's estimate is kept in range (pixels only)", choices=("none", "static", "dynamic"),
+    )
+    threshold_percentile: float = option(0.995, "percentile of the dynamic threshold", above=0, at_most=1)
     metric: str = option("l2", "l2, or 'package.module:factory' of a module called as metric(signal, target), "
                                "both (B, *shape), that returns (B,) or (B, ...)")
-    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
 
 
 @register_method

@@ -40,7 +40,7 @@ class DataFlowMapConfig(StudentKind):
     damping: float = option(1.0, "power of the damping (MeanFlow's adaptive weight)", at_least=0)
     damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
     finite_difference_step: float = option(0.02, "step of the derivative, in t", above=0, at_most=1)
-    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
 
 
 @register_method

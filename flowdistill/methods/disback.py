@@ -45,10 +45,15 @@ class DisBackConfig:
                                    "critic starts at the last node")
     interval: list[int] = option([1000], "steps on each target before the teacher, or one number for all (authors: "
                                          "1000)", at_least=1)
-    switch: str = option("interval", "when to move on; gradient: at the latest then, and earlier when the matching "
-                                     "gradient has become small", choices=("interval", "gradient"))
-    gradient_fraction: float = option(0.5, "how small, as a share of its size on the target's first window", above=0,
-                                      below=1)
+    switch: str = option(
+        "interval",
+        "when the next target comes; gradient: at the latest then, and earlier when the matching gradient has become "
+        "small",
+        choices=("interval", "gradient"),
+    )
+    gradient_fraction: float = option(
+        0.5, "size that counts as small, as a share of its size on the target's first window", above=0, below=1,
+    )
     gradient_window: int = option(20, "steps over which the size is averaged", at_least=1)
     switch_warmup: int = option(0, "steps of linear growth of the learning rates after each switch", at_least=0)
     reset_optimizers: bool = option(False, "forget the optimisers' moments at each switch")
@@ -88,12 +93,12 @@ class DisBackConfig:
         if steps <= first:
             raise UserError(f"train.steps is {steps}, which ends in stage 1, where no generator trains: {needed}; "
                             f"set it above {first + walk}, or lower method.degradation_steps")
-        return (f"train.steps is {steps}, which ends before the walk reaches the teacher: {needed}; raise train.steps "
-                f"well above {first + walk}, or lower method.interval")
+        return (f"train.steps is {steps}, which ends before the backtracking reaches the teacher: {needed}; raise "
+                f"train.steps well above {first + walk}, or lower method.interval")
 
 
 class TargetSchedule:
-    """Which node is the target, and since when. Every process comes to the same answer.
+    """The schedule of targets: which node is the target, and since when. Every process comes to the same answer.
 
     Attributes:
         index: of the target; 0 is the teacher.
@@ -107,7 +112,7 @@ class TargetSchedule:
         self.total: Tensor | float = 0.0
         self.count = 0
 
-    def moves_on(self, step: int) -> bool:
+    def advance(self, step: int) -> bool:
         """Go to the next target if its time has come before the updates of ``step``."""
         if self.index == 0 or step <= self.since:
             return False
@@ -169,13 +174,13 @@ class DisBack(Method):
             path.write(index, score, network_tensors(like, self.host.score))
         if step < last:
             return ()
-        switched = self.targets.moves_on(step) or step == last > 0
+        switched = self.targets.advance(step) or step == last > 0
         if self._placed != self.targets.index or switched:
             self._place(path)
         return ("student", "critic") if switched and self.config.reset_optimizers else ()
 
     def _place(self, path: WeightSnapshots) -> None:
-        """Make the walk's node the host's target."""
+        """Make the scheduled node the host's target."""
         index, scale = self.targets.index, self.config.host.guidance_scale
         share = index / self.config.nodes if self.config.nodes else 0.0
         self.host.guidance_scale = scale - share * (scale - 1) if self.config.node_guidance == "linear" else scale

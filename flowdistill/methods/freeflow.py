@@ -52,10 +52,10 @@ class FreeFlowConfig(Regression, CriticKind):
                              choices=("finite_difference", "jvp", "discrete"))
     finite_difference_step: float = option(0.02, "step in duration, in units of t", above=0, at_most=1)
     duration_sampling: str = option("uniform", "durations of Delta_G", choices=("uniform", "logit_normal"))
-    duration_mean: float = option(0.0, "of the logit-normal durations")
-    duration_std: float = option(1.0, "of the logit-normal durations", above=0)
-    noising_mean: float = option(0.8, "of the logit-normal noise level of Delta_N (paper: 0.8)")
-    noising_std: float = option(1.0, "of the logit-normal noise level of Delta_N", above=0)
+    duration_mean: float = option(0.0, "mean of the logit-normal durations")
+    duration_std: float = option(1.0, "standard deviation of the logit-normal durations", above=0)
+    noising_mean: float = option(0.8, "mean of the logit-normal noise level of Delta_N (paper: 0.8)")
+    noising_std: float = option(1.0, "standard deviation of the logit-normal noise level of Delta_N", above=0)
     critic_noising_sampling: str = option("uniform", "noise levels the critic learns at",
                                           choices=("uniform", "logit_normal"))
     critic_updates: int = option(1, "critic steps a student step", at_least=1)
@@ -66,8 +66,8 @@ class FreeFlowConfig(Regression, CriticKind):
                                             length=2, at_least=0, at_most=1)
     correction_guidance_interval: list[float] = option([0.0, 0.7], "times with guidance in Delta_N (paper: 0 to 0.7)",
                                                        length=2, at_least=0, at_most=1)
-    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
-    critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
+    critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
 
     def validate(self) -> None:
         """Raise a :class:`UserError` for values that make no sense together."""

@@ -19,10 +19,12 @@ from flowdistill.utils.randomness import Draw
 class Regression:
     """Settings of the regression term; methods' settings inherit them."""
 
-    regression_weight: float = option(0.0, "of the squared error to teacher samples from the same noise", at_least=0)
+    regression_weight: float = option(
+        0.0, "weight of the squared error to teacher samples from the same noise", at_least=0,
+    )
     regression_pairs: int = option(1000, "pairs made once", at_least=1)
     regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
-    regression_own: bool = option(False, "only pairs of teacher.labels; false: of all classes")
+    regression_own: bool = option(False, "whether only pairs of teacher.labels are used; false: of all classes")
 
     def check_regression(self, lowest: float, highest: float, interval: list[float]) -> None:
         """UserError where pairs, of one guidance scale at all times, cannot teach scales or times of guidance."""

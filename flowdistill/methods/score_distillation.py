@@ -47,7 +47,7 @@ WEIGHTINGS = ("diff_instruct", "dmd", "sid")
 class HostConfig(Regression, CriticKind):
     """Settings of score distillation. "(authors: ...)" marks a published value; every other default is ours."""
 
-    weighting: str = option("dmd", "of the matching gradient", choices=WEIGHTINGS)
+    weighting: str = option("dmd", "weighting of the matching gradient", choices=WEIGHTINGS)
     sid_alpha: float = option(1.2, "alpha of sid (authors: 1.2, and 1 for AFHQ)")
     start: float | None = option(None, "time of the generator's one call; null: the teacher's t_max", above=0)
     start_unit: str = option("linear", "unit of start: t, the network's timestep, or EDM's sigma", choices=START_UNITS)
@@ -55,12 +55,17 @@ class HostConfig(Regression, CriticKind):
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
     critic_updates: int = option(1, "critic steps a generator step (authors of DMD2: 5)", at_least=1)
-    adversarial_weight: float = option(0.0, "of the adversarial term for the generator; 0: none, and no data (authors "
-                                            "of DMD2 for SDXL: 5e-3)", at_least=0)
-    adversarial_critic_weight: float = option(1e-2, "of the same for the critic (authors: 1e-2)", at_least=0)
+    adversarial_weight: float = option(
+        0.0,
+        "weight of the adversarial term for the generator; 0: none, and no data (authors of DMD2 for SDXL: 5e-3)",
+        at_least=0,
+    )
+    adversarial_critic_weight: float = option(
+        1e-2, "weight of the adversarial term for the critic (authors: 1e-2)", at_least=0,
+    )
     data: str | None = option(None, "named image set of the adversarial term, which needs one")
-    optimizer: OptimizerConfig = option(OptimizerConfig, "of the generator")
-    critic_optimizer: OptimizerConfig = option(OptimizerConfig, "of the critic")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the generator")
+    critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
 
     def validate(self) -> None:
         """UserError for an adversarial term without real images."""
@@ -81,7 +86,7 @@ class DiffInstructConfig(HostConfig):
     """Diff-Instruct's weight and noise levels: log sigma is normal with mean -1.2 and standard deviation 1.2."""
 
     name: str = "diff_instruct"
-    weighting: str = option("diff_instruct", "of the matching gradient", choices=WEIGHTINGS)
+    weighting: str = option("diff_instruct", "weighting of the matching gradient", choices=WEIGHTINGS)
     time: NoiseLevels = option(NoiseLevels("logit_normal"), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels("logit_normal"), "noise levels of the critic's loss")
 
@@ -91,7 +96,7 @@ class SidConfig(HostConfig):
     """SiD's loss."""
 
     name: str = "sid"
-    weighting: str = option("sid", "of the matching gradient", choices=WEIGHTINGS)
+    weighting: str = option("sid", "weighting of the matching gradient", choices=WEIGHTINGS)
 
 
 Networks = Mapping[str, Callable[..., Tensor]]
@@ -194,7 +199,7 @@ class ScoreDistillation(SingleStudentMethod):
     def _adversarial_gradient(
         self, sample: Tensor, condition: Condition | None, critic: Callable[..., Tensor], draw: Draw
     ) -> Tensor:
-        """Of the generator's adversarial loss, at noise levels of its own."""
+        """Gradient of the generator's adversarial loss, at noise levels of its own."""
         time, noise = self.config.critic_time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
 
         def loss(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class ScoreMatchingConfig:
     samples: int = option(2000, "samples of the teacher, made once", at_least=1)
     sample_steps: int = option(20, "the teacher's steps to make them", at_least=1)
     time: NoiseLevels = option(NoiseLevels, "noise levels of the loss")
-    optimizer: OptimizerConfig = option(OptimizerConfig, "of the student")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
 
     def validate(self) -> None:
         """UserError unless the student's network is given in one way."""

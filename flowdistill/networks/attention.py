@@ -1,4 +1,4 @@
-"""Which kernels compute a backbone's attention, and which of them forward-mode differentiation can pass.
+"""The kernels that compute a backbone's attention, and those that forward-mode differentiation can pass.
 
 | kernel | is | forward mode (JVP) |
 |---|---|---|

@@ -23,10 +23,10 @@ ADAPTER = "default"
 
 @dataclass
 class LoraSettings:
-    """Which layers get an adapter W + (alpha / rank) B A, and of what rank. B starts at zero."""
+    """Settings of the adapters W + (alpha / rank) B A: on which layers, of what rank. B starts at zero."""
 
     rank: int = option(16, "rank of the adapters", at_least=1)
-    alpha: float | None = option(None, "what they add is times alpha / rank; null: rank, so times 1", above=0)
+    alpha: float | None = option(None, "scale of what they add, times 1 / rank; null: rank, so times 1", above=0)
     target_modules: list[str] | None = option(None, "ends of the names of the layers that get one, such as [to_q, "
                                                     "to_v]; null: all linear and convolution layers")
 

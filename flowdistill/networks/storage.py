@@ -41,7 +41,7 @@ def find_stored(path: str | os.PathLike[str]) -> Path | None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """As :func:`find_stored`, but a hub repository (owner/name) is fetched.
+    """Find a stored network as :func:`find_stored` does, and fetch a hub repository (owner/name).
 
     Raises:
         UserError: nothing there.

@@ -87,12 +87,12 @@ class VelocityNetwork(nn.Module):
             return self.family.call(self.backbone, native.to(self.dtype), timestep.float(), condition)
 
     def coefficients(self, t: Tensor, asked_at: Tensor | None = None) -> Coefficients:
-        """Of the path at times ``t``, with the backbone's timestep at ``asked_at``; see :meth:`forward`."""
+        """Coefficients of the path at times ``t``, the backbone's timestep at ``asked_at``; see :meth:`forward`."""
         c = self.path.coefficients(t)  # float64: these divide by 1 - t, and half precision loses exactly that
         return c if asked_at is None else replace(c, timestep=self.path.coefficients(asked_at).timestep)
 
     def with_coefficients(self, x: Tensor, c: Coefficients, condition: Condition | None = None) -> Tensor:
-        """As :meth:`forward`, with what the time makes given: ``c`` of (B,), or of (1,) but for its timestep (B,)."""
+        """Do what :meth:`forward` does with given coefficients: ``c`` of (B,), or of (1,) but for its timestep (B,)."""
         native = x * per_sample(c.input_scale, x)
         prediction = self._predict(native + c.input_shift if c.input_shift else native, c.timestep, condition)
         # Under autocast the prediction may be half; the affine map must not be.

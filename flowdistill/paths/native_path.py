@@ -111,7 +111,7 @@ class NativePath:
         return self._to_t(timesteps.double())
 
     def prediction_weight(self, t: Tensor) -> Tensor:
-        """Of a squared error of velocities at ``t``, to make it one of what the network predicts; of a score, which
+        """Weight that makes a squared error of velocities at ``t`` one of what the network predicts; of a score, which
         has no size that goes for all times, one of the noise. Float64."""
         if self.prediction == "score":
             return (1 - t.double()) ** 2

@@ -1,4 +1,4 @@
-"""Which settings make a run fit, found by planning it with them."""
+"""Settings that make a run fit, found by planning it with them."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
-    """Of storages that are not in ``seen``, each once."""
+    """Bytes of storages that are not in ``seen``, each counted once."""
     known, total = set() if seen is None else seen, 0
     for tensor in tensors:
         storage = tensor.untyped_storage()

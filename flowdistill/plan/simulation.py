@@ -97,7 +97,7 @@ class Live(TorchDispatchMode):
         return out
 
     def number(self, tensor: Tensor) -> int | None:
-        """Of a tensor's storage in ``events``; None when it was there before."""
+        """Number of a tensor's storage in ``events``; None when it was there before."""
         known = self._known.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[0]
 
@@ -149,7 +149,7 @@ class _Call:
 
 @contextlib.contextmanager
 def teacher_like_a_gpu(network: nn.Module) -> Iterator[None]:
-    """In this block a frozen network's attention is computed as on a GPU; it has no autocast."""
+    """A block in which a frozen network's attention is computed as on a GPU; it has no autocast."""
     forward, kernel = network.forward, getattr(network, "attention", "sdpa")
 
     def call(*args: Any, **kwargs: Any) -> Any:

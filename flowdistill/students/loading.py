@@ -1,4 +1,4 @@
-"""From a run folder, a student folder or a hub repository to a :class:`Student`."""
+"""Loading a :class:`Student` from a run folder, a student folder or a hub repository."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class Student(nn.Module, ABC):
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Iterator[Tensor]:
-        """As :meth:`generate`, but yields batches: nothing but the current one is in memory."""
+        """Generate as :meth:`generate` does, batch by batch: only the current one is in memory."""
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         one_step = self.one_step(guidance_scale)
         for start in range(0, count, batch_size):

@@ -1,4 +1,4 @@
-"""From a pipeline folder, a hub id or a live pipeline to a :class:`Teacher`."""
+"""Loading a :class:`Teacher` from a pipeline folder, a hub id or a live pipeline."""
 
 from __future__ import annotations
 

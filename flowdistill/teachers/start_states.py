@@ -1,4 +1,4 @@
-"""Where every data-free method starts: rows of the prior with their conditions."""
+"""The start of every data-free method: rows of the prior with their conditions."""
 
 from __future__ import annotations
 

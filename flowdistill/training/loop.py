@@ -159,7 +159,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _communicating(self, name: str, last: bool) -> Iterator[None]:
-        """In this block the processes average the gradients of role ``name``, and only if this is its ``last``
+        """A block in which the processes average the gradients of role ``name``, and only if this is its ``last``
         micro-batch.
 
         The other roles' gradients are going to be dropped. DDP is told not to average them; FSDP2 must not be told, for

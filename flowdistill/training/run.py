@@ -1,4 +1,4 @@
-"""From a configuration to a finished run folder."""
+"""Running a configuration to a finished run folder."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ _log = python_logging.getLogger("flowdistill")
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the bars of diffusers and transformers over a few files, their remarks on parts left out on purpose and
-    on new words, and the warning of torch_dtype, the name every version knows."""
+    """A block without the bars of diffusers and transformers over a few files, their remarks on parts left out on
+    purpose and on new words, and the warning of torch_dtype, the name every version knows."""
     both = logging, transformers_logging
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in both]
     for library in both:

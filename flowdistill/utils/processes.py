@@ -99,7 +99,7 @@ class Processes:
         return outcome[0]
 
     def _device(self) -> torch.device:
-        """Where collectives want their tensors: nccl moves GPU memory only."""
+        """The device on which collectives want their tensors: nccl moves GPU memory only."""
         if self.world > 1 and dist.get_backend() == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")

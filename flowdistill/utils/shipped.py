@@ -31,7 +31,7 @@ def find_path(path: str | os.PathLike[str]) -> Path:
 
 
 def find_config(path: str | os.PathLike[str]) -> Path:
-    """As :func:`find_path`, and also a shipped configuration by its name without folder and ending.
+    """Find a path as :func:`find_path` does, and a shipped configuration by its name without folder and ending.
 
     ``digits/freeflow`` is ``configs/digits/freeflow.yaml``.
     """

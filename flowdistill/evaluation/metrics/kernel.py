@@ -15,7 +15,7 @@ from flowdistill.evaluation.reference import Reference
 SUBSETS = 100
 SUBSET_SIZE = 1000
 MOST_ROWS = 4096
-"""Of a class or of a set, in means of the kernel that are divided by the size of the set."""
+"""Most rows, of a class or of a set, in means of the kernel that are divided by the size of the set."""
 EVEN = 0.01
 """Label counts that chance makes as even as this rarely are even by design."""
 

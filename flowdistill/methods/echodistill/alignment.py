@@ -22,12 +22,12 @@ class AlignmentTerms:
     """The three terms, each (B,), with their weights and the share of signal at their time.
 
     Args:
-        eye: the identity network.
+        feature_network: the identity network.
         null_ids: ids (1, L) of the other side of guidance.
     """
 
-    def __init__(self, config: EchoDistillConfig, teacher: Teacher, eye: Vision, null_ids: Tensor) -> None:
-        self.config, self.teacher, self.eye, self.null_ids = config, teacher, eye, null_ids
+    def __init__(self, config: EchoDistillConfig, teacher: Teacher, feature_network: Vision, null_ids: Tensor) -> None:
+        self.config, self.teacher, self.feature_network, self.null_ids = config, teacher, feature_network, null_ids
 
     def __call__(
         self, guide: Callable[..., Tensor], draw: Draw, sample: Tensor, pictures: Tensor, noise: Tensor, embeds: Tensor
@@ -44,9 +44,9 @@ class AlignmentTerms:
             wanted = self.teacher.codec.pixels(target)
         terms = {"latent": config.latent_weight * alignment.latent_distance(sample, target)}
         if config.identity_weight or config.texture == "gram":
-            seen = self.eye(pictures)
+            seen = self.feature_network(pictures)
             with torch.no_grad():
-                goal = self.eye(wanted)
+                goal = self.feature_network(wanted)
             terms["identity"] = config.identity_weight * alignment.identity_distance(seen.pooled, goal.pooled)
             if config.texture == "gram":
                 terms["texture"] = config.texture_weight * alignment.gram_distance(seen.tokens, goal.tokens)

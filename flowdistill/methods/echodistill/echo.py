@@ -39,7 +39,7 @@ class EchoConfig:
                                at_least=1)
     rounds: int = option(1, "times that pictures are made and trained on", at_least=1)
     steps: int = option(300, "steps of a round; train.steps counts all", at_least=1)
-    prompts: list[str] = option([], "what the student paints, with the new word; []: what it is trained on")
+    prompts: list[str] = option([], "prompts of the student's samples, with the new word; []: those it is trained on")
     num_samples: int = option(200, "pictures the student makes in a round", at_least=1)
     keep_fraction: float = option(0.25, "at most this share of them is kept, those most like the concept", above=0,
                                   at_most=1)

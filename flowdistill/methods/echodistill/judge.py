@@ -29,16 +29,16 @@ class Judge:
 
     Args:
         teacher: the frozen one.
-        eye: identity features.
+        feature_network: identity features.
         references: the concept's pictures (N, 3, H, W) in [0, 1].
         ordinary: pictures of the initializer's word in the same prompts.
         prompts: the prompts with the initializer in the place of the word.
     """
 
     def __init__(
-        self, teacher: Teacher, eye: Vision, references: Tensor, ordinary: Tensor, prompts: Sequence[str]
+        self, teacher: Teacher, feature_network: Vision, references: Tensor, ordinary: Tensor, prompts: Sequence[str]
     ) -> None:
-        self.teacher, self.eye = teacher, eye
+        self.teacher, self.feature_network = teacher, feature_network
         self.references = self._features(references)
         self.low = self._cosine(ordinary).mean().item()
         count = len(references)
@@ -50,7 +50,7 @@ class Judge:
         self.condition = condition
 
     @property
-    def tells(self) -> bool:
+    def separates(self) -> bool:
         """Whether the identity network sees the concept at all: the references are more alike than ordinary pictures
         are to them."""
         return self.high > self.low + 1e-4
@@ -59,7 +59,7 @@ class Judge:
     def levels(self, images: Tensor) -> Tensor:
         """The level (B,) of images (B, 3, H, W); -inf where the identity network cannot tell."""
         cosine = self._cosine(images)
-        return (cosine - self.low) / (self.high - self.low) if self.tells else torch.full_like(cosine, -torch.inf)
+        return (cosine - self.low) / (self.high - self.low) if self.separates else torch.full_like(cosine, -torch.inf)
 
     @torch.no_grad()
     def margins(self, latents: Tensor, prompts: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Judge:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        parts = [self.eye(part.to(self.teacher.device)).pooled for part in images.split(AT_ONCE)]
+        parts = [self.feature_network(part.to(self.teacher.device)).pooled for part in images.split(AT_ONCE)]
         return F.normalize(torch.cat(parts), dim=1)
 
     def _cosine(self, images: Tensor) -> Tensor:

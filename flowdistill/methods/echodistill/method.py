@@ -80,13 +80,14 @@ class EchoDistill(Method):
             )
         self.concept = Concept(config, self.word, size)
         self.kept = KeptPrompts(teacher, self.source, start, self.word)
-        eyes: dict[str, Vision] = {}
+        feature_networks: dict[str, Vision] = {}
         for key, names in (("identity", [config.identity]), ("discriminators", config.discriminators)):
-            eyes |= {name: load_vision(name, f"method.{key}") for name in names if name not in eyes}
-        self.eyes = nn.ModuleList(eyes.values())
-        self.critics = [eyes[name] for name in config.discriminators]
+            new = [name for name in names if name not in feature_networks]
+            feature_networks |= {name: load_vision(name, f"method.{key}") for name in new}
+        self.feature_networks = nn.ModuleList(feature_networks.values())
+        self.critics = [feature_networks[name] for name in config.discriminators]
         null_ids = self.word.ids([teacher.prompts.negative or ""])
-        self.align = AlignmentTerms(config, teacher, eyes[config.identity], null_ids)
+        self.align = AlignmentTerms(config, teacher, feature_networks[config.identity], null_ids)
         guide = ConceptTeacher(adapted(teacher.network, config.adapter, config.rank), self.word)
         network = ExtendedVelocity(adapted(self.source.network, config.adapter, config.rank))
         info = StudentInfo(self.name, config.student, settings={"teacher": teacher.source})
@@ -99,9 +100,9 @@ class EchoDistill(Method):
             "student": Role(network, config.optimizer),
         }
         if self.critics:
-            heads = DiscriminatorHeads([eye.width for eye in self.critics])
+            heads = DiscriminatorHeads([critic.width for critic in self.critics])
             self._roles["discriminator"] = Role(heads, config.discriminator_optimizer)
-        self.echo = EchoStage(config.echo, self._judge, self.paint, self._trained, self.concept.echo)
+        self.echo = EchoStage(config.echo, self._judge, self.sample_images, self._trained, self.concept.echo)
 
     def roles(self) -> dict[str, Role]:
         return self._roles
@@ -153,7 +154,7 @@ class EchoDistill(Method):
         pictures = self.teacher.codec.pixels(sample)
         terms |= self.align(networks["teacher"], draw, sample, pictures, noise, embeds)
         if self.critics:
-            logits = networks["discriminator"]([eye(pictures).pooled for eye in self.critics])
+            logits = networks["discriminator"]([critic(pictures).pooled for critic in self.critics])
             terms["adversarial"] = config.adversarial_weight * pictured * adversarial.generator_loss(logits).sum(1)
         means = {name: value.mean() for name, value in terms.items()}
         return torch.stack(list(means.values())).sum(), {name: value.detach() for name, value in means.items()}
@@ -164,7 +165,7 @@ class EchoDistill(Method):
             embeds = networks["teacher"](ids=ids)  # so that prompts do not tell samples from pictures
             sample = self._make(networks, draw.normal(self.teacher.shape), embeds)
             pictures = torch.cat([self.teacher.codec.pixels(sample), real])
-            seen = [eye(pictures).pooled for eye in self.critics]
+            seen = [critic(pictures).pooled for critic in self.critics]
         fake, true = networks["discriminator"](seen).chunk(2)
         told = ((fake < 0).float().mean() + (true > 0).float().mean()) / 2
         return 0.5 * adversarial.discriminator_loss(fake, true).sum(1).mean(), {"discriminator_accuracy": told.detach()}
@@ -193,7 +194,7 @@ class EchoDistill(Method):
                 for key, value in network_tensors(role.network).items()}
 
     @torch.no_grad()
-    def paint(self, model: str, numbers: Tensor, seed: int, steps: int | None = None) -> tuple[Tensor, Tensor]:
+    def sample_images(self, model: str, numbers: Tensor, seed: int, steps: int | None = None) -> tuple[Tensor, Tensor]:
         """Latents and pictures, on the CPU, by ``model`` for the concept's prompts of these numbers (B,).
 
         Args:
@@ -226,9 +227,9 @@ class EchoDistill(Method):
         return teacher
 
     def _judge(self) -> Judge:
-        _, ordinary = self.paint("before", self.concept.echo.repeat(4), 0)
+        _, ordinary = self.sample_images("before", self.concept.echo.repeat(4), 0)
         plain = [self.word.replaced(text) for text in self.concept.prompts]
-        return Judge(self.teacher, self.align.eye, self.concept.images, ordinary, plain)
+        return Judge(self.teacher, self.align.feature_network, self.concept.images, ordinary, plain)
 
     # --- what remains
 
@@ -249,7 +250,7 @@ class EchoDistill(Method):
         return self._student if network is None else self._student.with_network(network)
 
     def to(self, device: torch.device | str) -> EchoDistill:
-        for part in (self.teacher, self.source, self._student, self.eyes, self.concept, self.kept):
+        for part in (self.teacher, self.source, self._student, self.feature_networks, self.concept, self.kept):
             part.to(device)
         for role in self._roles.values():
             role.network.to(device)

@@ -19,7 +19,7 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.utils.errors import UserError
 
 ROUNDS = 50
-"""Of balanced k-means at most; it mostly settles in fewer than ten."""
+"""Most rounds of balanced k-means, which mostly settles in fewer than ten."""
 
 CLASS_RULES = ("sequential", "interleaved", "random", "file")
 PROMPT_RULES = ("balanced_kmeans", "pca_quadrant")

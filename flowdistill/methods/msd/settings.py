@@ -25,9 +25,11 @@ class AdversarialStage:
     """
 
     steps: int = option(0, "training steps; 0: no such stage", at_least=0)
-    weight: float = option(5e-3, "of the term for the student", above=0)
-    critic_weight: float = option(1e-2, "of the term for the critic (authors of DMD2: 1e-2)", above=0)
-    lr: float = option(1e-5, "of student and critic; the authors of DMD2 divide theirs by 4 to 20", above=0)
+    weight: float = option(5e-3, "weight of the term for the student", above=0)
+    critic_weight: float = option(1e-2, "weight of the term for the critic (authors of DMD2: 1e-2)", above=0)
+    lr: float = option(
+        1e-5, "learning rate of student and critic; the authors of DMD2 divide theirs by 4 to 20", above=0,
+    )
     data: str | None = option(None, "named image set; such a stage needs one")
 
 
@@ -39,8 +41,8 @@ class MsdConfig(HostingConfig):
     num_students: int = option(2, "K; 1 is the host alone", at_least=1)
     partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans "
                                           "or pca_quadrant", choices=CLASS_RULES + PROMPT_RULES)
-    partition_file: str | None = option(None, "of the partition 'file': a YAML or JSON list of lists of labels")
-    partition_seed: int = option(0, "of random and of balanced_kmeans", at_least=0)
+    partition_file: str | None = option(None, "file of the partition 'file': a YAML or JSON list of lists of labels")
+    partition_seed: int = option(0, "seed of random and of balanced_kmeans", at_least=0)
     student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; "
                                              "-1: only the shared start; null: all, in turn", at_least=-1)
     score_matching: ScoreMatchingConfig | None = option(
@@ -49,7 +51,7 @@ class MsdConfig(HostingConfig):
     )
     score_matching_steps: int = option(1000, "steps of teacher score matching; 0: such students start at random",
                                        at_least=0, was="tsm_steps")
-    adversarial: AdversarialStage = option(AdversarialStage, "what follows the host's run")
+    adversarial: AdversarialStage = option(AdversarialStage, "second stage, after the host's run")
     host: Any = option(MISSING, "a one-step method with its settings")
 
     @classmethod

@@ -108,7 +108,7 @@ class RoutedStudent(Student):
     def forward(
         self, noise: Tensor, condition: Condition | None = None, guidance_scale: Tensor | float | None = None
     ) -> Tensor:
-        """As each student's own ``forward``, differentiable; one network call a row, one pass a student."""
+        """Call each student's own ``forward``, differentiable; one network call a row, one pass a student."""
         condition = self._needed(condition)
         route = self.route(condition)
         parts = route.unique().tolist()
@@ -134,7 +134,7 @@ class RoutedStudent(Student):
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
-        """As :meth:`Student.generate`, one student after the other: whole batches each, and each is placed once."""
+        """Generate as :meth:`Student.generate` does, one student after the other, each placed once."""
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
         route = torch.cat([self.route(self._needed(conditions(span))) for span in spans])

@@ -204,7 +204,7 @@ def register_family(cls: F) -> F:
 def convolutional_sizes(
     config: Mapping[str, Any], unit: int, heads: Callable[[list[int]], dict[str, Any]]
 ) -> Sizes:
-    """Of a UNet: widths in the ratios they have, each a multiple of ``unit``, and fewer layers a block.
+    """Sizes of a UNet: widths in the ratios they have, each a multiple of ``unit``, and fewer layers a block.
 
     Args:
         heads: widths of the blocks -> what follows from them for attention.
