@@ -70,7 +70,7 @@ def _warning(
     python: Callable[..., str] = warnings.formatwarning,
 ) -> str:
     """One line for a warning of this package; those of others as Python shows them."""
-    own = Path(filename).is_relative_to(Path(__file__).parent)
+    own = Path(filename).is_relative_to(Path(__file__).parents[1])
     return f"flowdistill: warning: {message}\n" if own else python(message, category, filename, lineno, line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ from torch import Tensor
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, cache_folder
+from flowdistill.utils.files import cache_folder, in_cache, write_cache
 from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.shipped import find_path
 
 ENCODED_AT_ONCE = 16
+ENCODING = 2
+"""Part of every cached file's name; 1 filled the gaps of incomplete text encoders with random weights."""
 
 
 class PromptList(NamedTuple):
@@ -159,16 +162,14 @@ class PromptConditions:
         wanted = None if prompts is None else list(prompts)
         # The versions count: a tokenizer's or an encoder's code may change what a text becomes.
         parts = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size, self.negative,
-                 wanted, negative, diffusers.__version__, transformers.__version__]
+                 wanted, negative, diffusers.__version__, transformers.__version__, ENCODING]
         file = cache_folder("prompts") / f"{json_sha256(parts)}.safetensors"
-        if file.is_file():
-            try:
+        if in_cache(file):
+            with contextlib.suppress(Exception):  # a damaged file is made again
                 return Condition(load_file(file))
-            except Exception:  # a damaged file is made again
-                file.unlink(missing_ok=True)
         made = self._encode(wanted, negative)
-        with atomic_write(file) as out:
-            out.write(save({name: tensor.contiguous() for name, tensor in made.tensors.items()}))
+        content = save({name: tensor.contiguous() for name, tensor in made.tensors.items()})
+        write_cache(file, content, "encoded prompts")
         return made
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from flowdistill.evaluation.collect import collect
 from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, cache_folder
+from flowdistill.utils.files import atomic_write, cache_folder, in_cache
 from flowdistill.utils.processes import Processes
 
 # Part of every cache key: raise it when the meaning of a stored number changes.
@@ -317,7 +317,7 @@ def _cache_path(images: ImageSet, extractor: FeatureExtractor, cache_dir: str | 
 
 def _read_cache(path: Path | None, images: ImageSet, extractor: FeatureExtractor) -> Reference | None:
     """The cached statistics, or None when there are none, they are damaged, or they are not what their name says."""
-    if path is None or not path.is_file():
+    if path is None or not in_cache(path):
         return None
     try:
         cached = read_npz(path)

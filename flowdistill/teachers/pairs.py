@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, cache_folder, disk_errors
+from flowdistill.utils.files import cache_folder, write_cache
 from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
@@ -86,15 +86,16 @@ def teacher_pairs(
     """
     file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
 
+    made: list[dict[str, Tensor]] = []
+
     def make() -> None:
         if _read(file) is None:
-            content = _generate(teacher, count, steps, guidance_scale, seed)
-            with disk_errors(f"the cache {file} (XDG_CACHE_HOME moves it)"), atomic_write(file) as output:
-                output.write(save(content, metadata={"format": "pt"}))
+            made.append(_generate(teacher, count, steps, guidance_scale, seed))
+            write_cache(file, save(made[0], metadata={"format": "pt"}), "teacher's pairs")
 
     Processes.current().on_main(make)
-    content = _read(file)
-    if content is None:  # another machine's main process wrote it to another disk
+    content = made[0] if made else _read(file)
+    if content is None:  # another machine's main process wrote it to another disk, or it could not be written
         content = _generate(teacher, count, steps, guidance_scale, seed)
     return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
 

@@ -6,11 +6,12 @@ import contextlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from flowdistill.utils.errors import UserError
 
@@ -19,6 +20,7 @@ _CLUTTER = frozenset(
     ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found",
      "@eadir", "#recycle", "@recycle", "@recently-snapshot")
 )
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PROBE = 2**16  # bytes: more than a report or a grid of small images
 
 
@@ -112,7 +114,33 @@ def _umask() -> int:
 def cache_folder(name: str) -> Path:
     """``$XDG_CACHE_HOME/flowdistill/<name>``, by default ``~/.cache/flowdistill/<name>``; not created here."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "flowdistill" / name
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "flowdistill" / name
+    except RuntimeError:  # a user without a home, as containers have them
+        return Path(tempfile.gettempdir()) / f"flowdistill-{os.getuid()}" / name
+
+
+def in_cache(path: Path) -> bool:
+    """Whether a cached file is there and may be looked for."""
+    try:
+        return path.is_file()
+    except OSError:  # a folder that this user may not enter
+        return False
+
+
+def write_cache(path: Path, content: bytes, what: str) -> None:
+    """Keep ``content``, complete or not at all; where that is not possible, a warning says so.
+
+    Args:
+        what: words for it, in the plural.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write(content)
+    except OSError as error:
+        # Python's default filter shows a warning of one place and text once, so a training run is not flooded.
+        warnings.warn(f"the {what} are not cached: {path.parent} cannot be written to ({error.strerror or error}); "
+                      "XDG_CACHE_HOME moves it", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -123,3 +151,33 @@ def disk_errors(what: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{what} could not be written: {reason}") from error
+
+
+def check_pointer(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that git-lfs has left in the place of a large one.
+
+    Raises:
+        UserError: so, or a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise UserError(f"the file {path} cannot be read: {error.strerror}") from error
+    if pointer:
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its repository")
+
+
+def check_weight_file(path: Path) -> None:
+    """Refuse a weight file that is a pointer of git-lfs, or a safetensors file that is damaged or ends too early.
+
+    Raises:
+        UserError: so.
+    """
+    check_pointer(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"the weight file {path} is damaged or truncated ({error}); copy it again") from error
