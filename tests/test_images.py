@@ -41,12 +41,29 @@ def test_grid_keeps_large_images_and_clips(tmp_path: Path) -> None:
 
 
 def test_grid_and_images_refuse_other_shapes(tmp_path: Path) -> None:
-    for images in (torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 4, 8, 8)):
+    for images in (torch.zeros(1, 8, 8), torch.zeros(0, 1, 8, 8), torch.zeros(1, 0, 8, 8)):
         with pytest.raises(ValueError, match="must have the shape"):
             save_grid(images, tmp_path / "grid.png")
         with pytest.raises(ValueError, match="must have the shape"):
             save_images(images, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_any_number_of_channels_is_shown_and_stored(tmp_path: Path, channels: int) -> None:
+    images = torch.linspace(0, 1, 2 * channels * 32 * 40).reshape(2, channels, 32, 40)
+    save_grid(images, tmp_path / "grid.png", columns=1)
+    shown = pil_to_tensor(Image.open(tmp_path / "grid.png"))[:, 2:34, 2:-2].float() / 255
+    parts = shown.split(40, dim=2)
+    assert len(parts) == {1: 1, 2: 2, 3: 1, 4: 2, 5: 5}[channels]
+    # Colour, then what is no colour in grey: nothing is lost, and nothing is taken for transparency.
+    found = torch.cat([part if part[0].ne(part[1]).any() else part[:1] for part in parts])
+    torch.testing.assert_close(found, images[0], atol=0.51 / 255, rtol=0)
+
+    path = save_images(images, tmp_path)[1]
+    stored = pil_to_tensor(Image.open(path)).float() / 255
+    assert Image.open(path).mode == {1: "L", 2: "LA", 3: "RGB", 4: "RGBA", 5: "L"}[channels]
+    torch.testing.assert_close(stored.reshape(images[1].shape), images[1], atol=0.51 / 255, rtol=0)
 
 
 def test_images_are_numbered_from_start(tmp_path: Path) -> None:

@@ -34,13 +34,14 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images as one picture, row by row.
 
     Args:
-        images: (N, C, H, W) in [0, 1], C 1 or 3, N at least 1; values outside are clipped, those that are not finite
-            are black, with a warning. Images whose shorter side is below 32 pixels are enlarged by a whole factor,
-            each pixel into a square.
+        images: (N, C, H, W) in [0, 1], N at least 1; values outside are clipped, those that are not finite are black,
+            with a warning. One channel is grey, three are colour, four are colour with the fourth in grey beside it,
+            and others are beside each other in grey. Images whose shorter side is below 32 pixels are enlarged by a
+            whole factor, each pixel into a square.
         columns: images in a row; default: the nearest to a square.
     """
     _check(images)
-    pixels = to_uint8(images.detach().cpu())
+    pixels = _visible(to_uint8(images.detach().cpu()))
     factor = math.ceil(CELL / min(pixels.shape[-2:]))
     enlarged = pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -68,11 +69,12 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
 
 
 def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) -> list[Path]:
-    """Write images as ``000000.png``, ``000001.png``, ... at their own size and channels; the folder is made.
+    """Write images as ``000000.png``, ``000001.png``, ... at their own size; the folder is made.
 
     Args:
-        images: (N, C, H, W) in [0, 1], C 1 or 3; values outside are clipped, those that are not finite are black,
-            with a warning.
+        images: (N, C, H, W) in [0, 1]; values outside are clipped, those that are not finite are black, with a warning.
+            PNG has one to four channels (the last of two and of four is transparency); of more, each is below the one
+            before, in grey: (C H, W).
         start: number of the first file.
 
     Returns:
@@ -81,14 +83,27 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) 
     _check(images)
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = [Path(folder) / f"{number:06d}.png" for number in range(start, start + len(images))]
-    for pixels, path in zip(to_uint8(images.detach().cpu()), paths, strict=True):
+    stored = to_uint8(images.detach().cpu())
+    if stored.shape[1] > 4:
+        stored = stored.flatten(1, 2)[:, None]
+    for pixels, path in zip(stored, paths, strict=True):
         to_pil_image(pixels).save(path)
     return paths
 
 
 def _check(images: Tensor) -> None:
-    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have the shape (N, 1 or 3, H, W) with N at least 1, not {tuple(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must have the shape (N, C, H, W) with N and C at least 1, not {tuple(images.shape)}")
+
+
+def _visible(pixels: Tensor) -> Tensor:
+    """Channels (N, C, H, W) as a screen shows them, none of them as transparency: (N, 1 or 3, H, W')."""
+    channels = pixels.shape[1]
+    if channels in (1, 3):
+        return pixels
+    if channels == 4:
+        return torch.cat([pixels[:, :3], pixels[:, 3:].expand(-1, 3, -1, -1)], dim=3)
+    return torch.cat(pixels.split(1, dim=1), dim=3)
 
 
 def to_uint8(images: Tensor) -> Tensor:
