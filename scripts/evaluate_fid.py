@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from flowdistill.evaluation import Evaluator, Report
 
+IMAGENET = 1000  # the null label that diffusers' DiTPipeline has, whatever its network was trained on
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; argparse itself exits with code 2 when it is wrong."""
@@ -42,10 +44,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-images", type=int, metavar="N", help="images to generate (default: 10000) or draw from a folder (all)")
     add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
     add("--batch-size", type=int, default=250, metavar="B", help="images of one call (default: 250)")
-    add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: its own)")
+    add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: as its "
+        "flowdistill.json says, else its own)")
     add("--guidance-scale", type=guidance, metavar="G", help="of a pipeline or student (default: its own)")
-    add("--num-classes", type=int, metavar="K", help="labels a pipeline is asked for: 0 to K-1 in turn (default: all)")
+    add("--num-classes", type=int, metavar="K", help="labels a pipeline is asked for: 0 to K-1 in turn (default: all, "
+        "but not the null label where a flowdistill.json beside it names one)")
     add("--prompts", metavar="FILE", help="one prompt a line, used in turn, for a text-to-image pipeline")
+    add("--variant", metavar="NAME", help="of a pipeline's weight files, such as fp16 (default: none, or the only one)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
     add("--device", help="default: the GPU of each process when there is one, else the CPU")
     add("--cache", metavar="DIR", help="where reference statistics are kept (default: ~/.cache/flowdistill/statistics)")
@@ -145,31 +150,40 @@ def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
         student = load_student(options.source).to(options.device)
         if options.prompts and student.prompts is not None:
             student.prompts.use(load_prompts(options.prompts))
+        restrict(evaluator, None if student.classes is None else student.classes.own)
         scale = student.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
         row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1,
                                 condition=prompt_conditions(student))
         return evaluator.report([row], **facts, guidance_scale=scale)
     if (Path(options.source) / "config.yaml").is_file():
         raise UserError(f"the run {options.source} has no student yet; let it reach a checkpoint first")
-    loaded = load_pipeline(options)
+    folder, loaded = load_pipeline(options)
     if labels_out_of_reach(loaded):
         # Stock DDPM and DDIM pipelines cannot pass labels on to the network that needs them.
         from flowdistill import load_teacher
 
-        teacher = load_teacher(options.source, dtype=options.dtype, device=options.device)
+        # Where K classes are asked for and the network has one label more, that one means "no class".
+        labels, count = loaded.unet.config.num_class_embeds, options.num_classes
+        null_label = count if count is not None and labels == count + 1 else None
+        teacher = load_teacher(folder, options.device, null_label=null_label, dtype=options.dtype,
+                               variant=options.variant)
+        classes = teacher.num_classes if count is None else count
         steps, scale = options.steps or 50, 1.0 if options.guidance_scale is None else options.guidance_scale
         sampler = teacher_sampler(teacher, steps, "euler", scale)
-        row = evaluator.measure(sampler, teacher.shape, teacher.num_classes, "pipeline", steps)
+        row = evaluator.measure(sampler, teacher.shape, classes, "pipeline", steps)
         how = f"{type(loaded).__name__} takes no labels: flowdistill's Euler steps"
-        return evaluator.report([row], **facts, sampler=how, guidance_scale=scale, dtype=options.dtype)
-    sampler = PipelineSampler(loaded, options)
+        return evaluator.report([row], **facts, sampler=how, guidance_scale=scale, dtype=options.dtype, classes=classes)
+    sampler = PipelineSampler(loaded, options, folder)
+    restrict(evaluator, sampler.own)
+    steps = sampler.arguments.get("num_inference_steps")
     condition = sampler.condition if sampler.prompts is None else PromptsInTurn(sampler.condition, sampler.prompts)
-    row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", options.steps, condition=condition)
+    row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", steps, condition=condition)
     facts |= {
         "sampler": f"{type(loaded).__name__} with {sampler.scheduler}",
         "arguments": json.dumps(sampler.arguments),
     }
     facts |= {"prompts": options.prompts, "classes": sampler.num_classes, "dtype": options.dtype}
+    facts |= {"classes_are": sampler.classes_are}
     return evaluator.report([row], **facts)
 
 
@@ -187,47 +201,74 @@ def call_arguments(pipeline: Any) -> set[str]:
 class PipelineSampler:
     """A diffusers pipeline as a sampler: it draws its own noise, so each image gets a generator of its own.
 
+    Args:
+        folder: of the pipeline, where a flowdistill.json may say which class labels are classes and how it is called.
+
     Raises:
         UserError: an argument that the pipeline does not take, or prompts that it needs and were not given.
     """
 
-    def __init__(self, pipeline: Any, options: argparse.Namespace) -> None:
+    def __init__(self, pipeline: Any, options: argparse.Namespace, folder: Path | None = None) -> None:
+        from flowdistill.teachers.loading import read_record
         from flowdistill.utils.errors import UserError
 
         self.pipeline, self.seed = pipeline, options.seed
         self.scheduler = type(getattr(pipeline, "scheduler", None)).__name__
         accepted, kind = call_arguments(pipeline), type(pipeline).__name__
         wanted = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-        self.arguments = {name: value for name, value in wanted.items() if value is not None}
+        recorded = {} if folder is None else read_record(folder).get("call", {})
+        self.arguments = recorded | {name: value for name, value in wanted.items() if value is not None}
         for name in ["generator", *self.arguments]:
             if name not in accepted:
                 raise UserError(
                     f"a {kind} takes no {name}" + ", so its images cannot be seeded" * (name == "generator")
                 )
+        labels = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
+        if kind == "DiTPipeline" and labels != IMAGENET and self.arguments.get("guidance_scale") != 1:
+            raise UserError(f"a DiTPipeline takes label {IMAGENET} for the one that means 'no class', and this network "
+                            f"has {labels} classes; give --guidance-scale 1")
         self.batched = "batch_size" in accepted
-        self.num_classes = self._classes(options) if "class_labels" in accepted else None
+        self.num_classes: int | None = None
+        self.classes_are: str | None = None
+        self.own: list[int] | None = None  # class labels that a student was trained for, where these are not all
+        if "class_labels" in accepted:
+            self.num_classes, self.classes_are = self._classes(options, folder)
         self.prompts: list[str] | None = None
         if "prompt" in accepted:
             if not options.prompts:
                 raise UserError(f"a {kind} needs prompts: give --prompts FILE")
             self.prompts = read_prompts(Path(options.prompts))
 
-    def _classes(self, options: argparse.Namespace) -> int | None:
-        """How many classes to draw from: as asked, else as the folder records, else as the network has."""
+    def _classes(self, options: argparse.Namespace, folder: Path | None) -> tuple[int | None, str | None]:
+        """How many classes to draw from, and how that is known: as asked, else as the folder records, else assumed."""
+        from flowdistill.teachers.loading import read_record
+
         if options.num_classes is not None:
-            return options.num_classes
-        record = Path(options.source) / "flowdistill.json"
-        if record.is_file() and (recorded := json.loads(record.read_text()).get("num_classes")):
-            return recorded
+            return options.num_classes, "--num-classes"
+        recorded = {} if folder is None else read_record(folder)
+        if recorded.get("num_classes") is not None:
+            self.own = recorded.get("labels")
+            return recorded["num_classes"], "flowdistill.json"
         network = getattr(self.pipeline, "transformer", None) or self.pipeline.unet
-        # A DiT counts its null label apart, a UNet with one has it among the embeddings: --num-classes leaves it out.
-        return network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
+        if (count := network.config.get("num_embeds_ada_norm")) is not None:
+            how = f"assumed: labels 0 to {count - 1}, a {type(network).__name__} has its null label beside them"
+        elif (count := network.config.get("num_class_embeds")) is None:
+            return None, None
+        elif recorded.get("null_label") == count - 1:
+            return count - 1, "flowdistill.json"
+        else:
+            how = (f"assumed: all {count} labels of the {type(network).__name__}; where the last one means 'no class', "
+                   f"give --num-classes {count - 1}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evaluate_fid: classes are {how}", file=sys.stderr)
+        return count, how
 
     def condition(self, indices: range) -> tuple[range, list | None]:
         """Indices with their prompts or labels."""
         if self.prompts is not None:
             return indices, [self.prompts[index % len(self.prompts)] for index in indices]
-        return indices, None if self.num_classes is None else [index % self.num_classes for index in indices]
+        labels = self.own or (None if self.num_classes is None else range(self.num_classes))
+        return indices, None if labels is None else [labels[index % len(labels)] for index in indices]
 
     def __call__(self, noise: Tensor, condition: tuple[range, list | None]) -> Tensor:
         import torch
@@ -240,26 +281,46 @@ class PipelineSampler:
             arguments["prompt" if self.prompts is not None else "class_labels"] = given
         if self.batched:
             arguments["batch_size"] = len(indices)
-        images = torch.from_numpy(self.pipeline(**arguments).images)
-        return images.permute(0, 3, 1, 2)
+        with float_arrays():
+            images = torch.from_numpy(self.pipeline(**arguments).images)
+        return images.permute(0, 3, 1, 2).float()
 
 
-def load_pipeline(options: argparse.Namespace) -> Any:
-    """The pipeline, quiet and on its device."""
+def float_arrays() -> Any:
+    """A context in which tensors of bfloat16, a type that numpy does not have, become arrays of float32.
+
+    Stock pipelines of pixel models make arrays of their images in the type of their network.
+    """
     import torch
-    from diffusers import DiffusionPipeline
+    from torch.overrides import TorchFunctionMode
+
+    class FloatArrays(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.numpy and args[0].dtype == torch.bfloat16:
+                args = (args[0].float(), *args[1:])
+            return func(*args, **(kwargs or {}))
+
+    return FloatArrays()
+
+
+def load_pipeline(options: argparse.Namespace) -> tuple[Path, Any]:
+    """The pipeline's folder, and the pipeline, quiet and on its device."""
+    import torch
     from diffusers.utils import logging
 
-    from flowdistill.utils.errors import UserError
+    from flowdistill.teachers.loading import load_pipeline, pipeline_folder
 
     logging.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(options.source, dtype=getattr(torch, options.dtype))
-    except (OSError, ValueError, RuntimeError, AttributeError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{options.source} could not be loaded as a diffusers pipeline: {reason}") from error
+    folder = pipeline_folder(options.source, options.variant, what="the pipeline")
+    pipeline = load_pipeline(folder, getattr(torch, options.dtype), options.variant)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(options.device)
+    return folder, pipeline.to(options.device)
+
+
+def restrict(evaluator: Evaluator, labels: list[int] | tuple[int, ...] | None) -> None:
+    """Measure these class labels only, of images and of the reference, where a model makes no others."""
+    if labels is not None:
+        evaluator.own, evaluator.reference = list(labels), evaluator.reference.of(labels)
 
 
 def read_prompts(path: Path) -> list[str]:

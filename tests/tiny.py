@@ -16,6 +16,10 @@ from diffusers import (
 )
 from torch import nn
 
+POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -40,13 +44,14 @@ def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
 
 
 def tiny_unet(
-    num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None, **settings: str
+    num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None, sample_size: Any = 8,
+    **settings: str,
 ) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=8, in_channels=channels, out_channels=out_channels or channels, block_out_channels=(8, 16),
-        layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8, **settings,
+        sample_size=sample_size, in_channels=channels, out_channels=out_channels or channels,
+        block_out_channels=(8, 16), layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8, **settings,
     ).eval()
 
 

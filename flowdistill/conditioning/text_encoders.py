@@ -17,8 +17,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from flowdistill.conditioning.components import (
+    LOADING_ERRORS,
+    chosen_variant,
+    component_class,
+    is_weight_file,
+    load_model,
+    weight_files,
+)
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.hashing import add_folder, add_module
+from flowdistill.utils.files import check_pointer
+from flowdistill.utils.hashing import add_files, add_folder, add_module, files_below
 from flowdistill.utils.logging import quiet_libraries
 
 INDEX = "model_index.json"
@@ -36,12 +45,16 @@ class TextEncoders:
         source: a pipeline folder (which may hold nothing else), or a live pipeline, whose own modules are used and stay
             where they are.
         dtype: of the encoders' weights; a live pipeline's stay as they are.
+        variant: of the weight files in a folder; see :func:`flowdistill.conditioning.components.chosen_variant`.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype, variant: str | None = None
+    ) -> None:
         self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
         self.live = cast(Any, source) if isinstance(source, DiffusionPipeline) else None
         self.dtype = dtype
+        self.variant = variant
         if self.live is not None:
             index = dict(self.live.config) | {"_class_name": type(self.live).__name__}
         else:
@@ -62,10 +75,18 @@ class TextEncoders:
             yield self.live
             return
         others = {name: None for name, value in self._index.items() if isinstance(value, list) and not is_text(name)}
+        loaded: dict[str, Any] = {}
+        for name in self.components:
+            kind = component_class(self._index[name])
+            if kind is not None and self.folder is not None and (self.folder / name).is_dir():
+                loaded[name] = load_model(self.folder / name, kind, self.dtype, self.variant)
+            else:
+                for file in self._files(name):
+                    check_pointer(file)
         try:
             with quiet_libraries():
-                pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **others)
-        except (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError) as error:
+                pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **loaded, **others)
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the text encoders in {self.folder} could not be loaded: {reason}") from error
         for name in self.components:
@@ -81,7 +102,7 @@ class TextEncoders:
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         if self.folder is not None:
             for name in self.components:
-                add_folder(digest, self.folder / name, name)
+                add_files(digest, self._files(name), self.folder / name, name)
         else:
             for name in self.components:
                 component = getattr(self.live, name)
@@ -98,10 +119,22 @@ class TextEncoders:
         target.mkdir(parents=True)
         for name in self.components:
             if self.folder is not None:
-                shutil.copytree(self.folder / name, target / name)
+                for file in self._files(name):
+                    copy = target / name / file.relative_to(self.folder / name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
             else:
                 getattr(self.live, name).save_pretrained(target / name)
         (target / INDEX).write_text(json.dumps(self._settings(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _files(self, name: str) -> list[Path]:
+        """The files of a component in the folder: of weights only those that are read."""
+        assert self.folder is not None
+        place = self.folder / name
+        if component_class(self._index[name]) is None or not place.is_dir():
+            return files_below(place)
+        read = weight_files(place)[chosen_variant(place, self.variant)]
+        return [file for file in files_below(place) if not is_weight_file(file) or file in read]
 
     def _settings(self) -> dict[str, Any]:
         """The pipeline's index without the components that have nothing to do with text."""

@@ -74,6 +74,8 @@ class TeacherConfig:
     offload: str = option("none", "frozen parts kept in CPU memory while they are not called: none, codec (the "
                                   "autoencoder) or all (the network too)", choices=("none", "codec", "all"))
     labels: list[int] | None = option(None, "class labels to draw from in training; null: all", at_least=0)
+    variant: str | None = option(None, "weight files such as fp16, where a model has them; null: those without a "
+                                       "variant, or a model's only one", pattern=r"[A-Za-z0-9_-]+")
     start: str | None = option(None, "student (run or folder) whose network students start as; null: the teacher's own")
 
 

@@ -72,6 +72,8 @@ def load_network(kind: type[Any], folder: str | os.PathLike[str], what: str) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from flowdistill.utils.files import check_pointer
+
     config_file, weights_file = (Path(folder) / name for name in ("config.json", "model.safetensors"))
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -80,6 +82,7 @@ def load_network(kind: type[Any], folder: str | os.PathLike[str], what: str) -> 
         model = kind(**json.loads(config_file.read_text(encoding="utf-8"))["architecture"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config_file} does not describe a {what}: {error!r}") from error
+    check_pointer(weights_file)
     try:
         model.load_state_dict(load_file(weights_file))
     except (SafetensorError, RuntimeError) as error:

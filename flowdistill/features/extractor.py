@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowdistill.features.digits_classifier import load_digits_classifier
 from flowdistill.features.shapes_networks import load_shapes_classifier
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import cache_folder
+from flowdistill.utils.files import cache_folder, check_pointer
 from flowdistill.utils.hashing import file_sha256, module_sha256
 from flowdistill.utils.objects import is_object, load_object
 
@@ -75,6 +75,15 @@ class FeatureExtractor:
         """Most likely class, int64 (B,), of each image; None when the extractor is no classifier."""
         return None if self.classifier is None else self._run(self.classifier, images).argmax(dim=1)
 
+    def check_channels(self, channels: int) -> None:
+        """Refuse images of this number of channels where the network does not read them; grey passes for colour.
+
+        Raises:
+            UserError: so.
+        """
+        if self.channels not in (None, channels) and (self.channels, channels) != (3, 1):
+            raise UserError(f"the features {self.name!r} read images of {self.channels} channel(s), not {channels}")
+
     def _run(self, network: Callable[[Tensor], Tensor], images: Tensor | Sequence[Tensor]) -> Tensor:
         ready = self._ready(images)
         # Mixed precision of the surrounding training and TF32 convolutions would change the figure with the machine.
@@ -94,12 +103,9 @@ class FeatureExtractor:
             raise UserError(
                 f"features are taken of uint8 images (B, C, H, W), not of {images.dtype} {tuple(images.shape)}"
             )
+        self.check_channels(images.shape[1])
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        elif self.channels is not None and images.shape[1] != self.channels:
-            raise UserError(
-                f"the features {self.name!r} read images of {self.channels} channel(s), not {images.shape[1]}"
-            )
         return images.to(self.device, non_blocking=True)
 
 
@@ -154,6 +160,7 @@ def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
         )
     if path.name == INCEPTION_FILE:
         return _inception(path, device)
+    check_pointer(path)
     try:
         with _old_formats():
             module = torch.jit.load(str(path), map_location=device).eval()
@@ -212,6 +219,7 @@ def _inception_file(weights: str | os.PathLike | None) -> Path:
 def _inception(path: Path, device: torch.device) -> FeatureExtractor:
     from cleanfid.inception_torchscript import InceptionV3W
 
+    check_pointer(path)
     digest = file_sha256(path)
     try:
         with _old_formats():

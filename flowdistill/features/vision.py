@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_pointer
 from flowdistill.utils.objects import is_object, load_object
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -134,6 +135,7 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
         hub = f"timm/{model}"
         raise UserError(f"'{setting}' names the weights {file}, which are not there; get them where there is a "
                         f"network with: hf download {hub} model.safetensors, and give that file")
+    check_pointer(file)
     try:
         network = timm.create_model(model, pretrained=False, checkpoint_path=file)
     except Exception as error:  # damaged or foreign weights raise many unrelated types
@@ -155,11 +157,19 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
         raise UserError(f"'{setting}' names the vision model {folder}, which is not there (no config.json); get one "
                         f"where there is a network, for example with: hf download facebook/dinov2-small --local-dir "
                         f"{folder}")
+    for file in folder.glob("*.safetensors"):
+        check_pointer(file)
     try:
-        network = AutoModel.from_pretrained(folder, local_files_only=True)
+        network, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers raises many unrelated types
         raise UserError(f"'{setting}': {folder} could not be loaded as a transformers model: "
                         f"{' '.join(str(error).split())[:200]}") from error
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(f"'{setting}': the weights in {folder} are incomplete; missing are {', '.join(missing[:5])}"
+                        f"{' and more' if len(missing) > 5 else ''}")
+    # Of a checkpoint for another task transformers would make a random pooler; the mean of the tokens is better.
+    pools = not report["missing_keys"]
     network = getattr(network, "vision_model", network)  # CLIP and SigLIP have a text side as well
     size = getattr(network.config, "image_size", None) or 224
     normal: Any = IMAGENET
@@ -170,7 +180,7 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
 
     def read(network: Any, x: Tensor) -> VisionFeatures:
         output = network(pixel_values=x)
-        seen, pooled = _seen(output.last_hidden_state), getattr(output, "pooler_output", None)
+        seen, pooled = _seen(output.last_hidden_state), getattr(output, "pooler_output", None) if pools else None
         return seen if pooled is None else VisionFeatures(pooled.flatten(1), seen.tokens)
 
     return Vision(name, network, read, size if isinstance(size, int) else size[0], normal)

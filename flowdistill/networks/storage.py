@@ -19,6 +19,7 @@ from flowdistill.networks.lora import LoraSettings, split
 from flowdistill.networks.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 from flowdistill.paths.schedulers import load_scheduler, path_from_scheduler
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_pointer
 
 FORMAT = 2
 """The newest known; 2 has adapters, which need the file BASE."""
@@ -123,9 +124,11 @@ def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVel
     backbone_class = family.backbone_type
     try:
         config = backbone_class.load_config(folder / "backbone")
-        weights = load_file(folder / WEIGHTS)
-        if description.get("lora") is not None:
-            weights |= load_file(folder / BASE)
+        weights = {}
+        for name in (WEIGHTS, BASE)[: 1 if description.get("lora") is None else 2]:
+            if (folder / name).is_file():
+                check_pointer(folder / name)
+            weights |= load_file(folder / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the student in {folder} is incomplete or damaged: {' '.join(str(error).split())}") from error
     backbone = backbone_class.from_config(config)

@@ -79,7 +79,7 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         UserError: the pipeline's configurations are not here, or the method refuses them.
     """
-    architecture = read_architecture(config.teacher.source)
+    architecture = read_architecture(config.teacher.source, config.teacher.variant)
     teacher = meta_teacher(config.teacher, architecture)
     precision = resolve_precision(config.train.precision, META)
     torch.manual_seed(config.seed)

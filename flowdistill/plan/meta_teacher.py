@@ -15,14 +15,14 @@ import diffusers
 import torch
 from torch import nn
 
+from flowdistill.conditioning.components import check_variant, chosen_variant, weight_files
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.backbones import BackboneFamily
-from flowdistill.networks.storage import SIDECAR
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
-from flowdistill.teachers.loading import DTYPES, Parts, assemble
+from flowdistill.teachers.loading import DTYPES, Parts, assemble, check_source, models_of, read_record
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
@@ -52,17 +52,24 @@ COMPONENTS = {"unet": "config.json", "transformer": "config.json", "vae": "confi
               "scheduler": "scheduler_config.json", "text_encoder": "config.json"}
 
 
-def read_architecture(source: str) -> Architecture:
+def read_architecture(source: str, variant: str | None = None) -> Architecture:
     """The configurations of a pipeline folder, of a hub id whose files are in the hub's cache, or of one of those that
     come with flowdistill. Nothing is downloaded and no weight is read.
 
+    Args:
+        variant: of the weight files that a run would read.
+
     Raises:
-        UserError: none of the three is there, or a file is damaged.
+        UserError: none of the three is there, a file is damaged, or the folder has its weights in other variants only.
     """
+    check_source(source, "teacher source")
     folder = find_path(source)
     if folder.exists():
-        if not (folder / INDEX).is_file():
-            raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
+        models = [name for name in models_of(folder) if weight_files(folder / name)]
+        for name in models:
+            chosen_variant(folder / name, variant)
+        if models:  # else the configurations alone are there
+            check_variant(folder, models, variant)
         return _of_folder(folder, f"the configurations in {folder}")
     cached = _in_cache(source)
     if cached is not None:
@@ -90,7 +97,10 @@ def _in_cache(source: str) -> Path | None:
 
     if source.count("/") != 1:
         return None
-    index = try_to_load_from_cache(source, INDEX)
+    try:
+        index = try_to_load_from_cache(source, INDEX)
+    except ValueError:  # what cannot be a hub id
+        return None
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -103,7 +113,7 @@ def _of_folder(folder: Path, origin: str) -> Architecture:
             if not (folder / name / file).is_file():
                 raise UserError(f"{folder / name} has no {file}, so the memory of its {name} is unknown")
             components[name] = {"_class_name": value[1]} | _json(folder / name / file)
-    recorded = _json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    recorded = read_record(folder)
     return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flowdistill.conditioning import ClassLabels
+from flowdistill.conditioning.components import load_model
 from flowdistill.conditioning.prompts import PromptConditions, PromptList
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.networks.storage import SIDECAR, find_stored, read_network, write_network
@@ -120,4 +121,4 @@ def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
 
 def _read_vae(folder: Path) -> VaeCodec:
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    return VaeCodec(getattr(diffusers, name).from_pretrained(folder))
+    return VaeCodec(load_model(folder, getattr(diffusers, name)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.teachers.offload import OffloadHook
+from flowdistill.utils.errors import UserError
 
 AT_ONCE = 4 * 1024**2  # pixels of one pass through an autoencoder
 WHOLE = 2048**2  # pixels of an image that still fits in one
@@ -18,6 +20,10 @@ class PixelCodec(nn.Module):
     """The identity codec: latents are pixels in [-1, 1], images are in [0, 1]."""
 
     factor = 1
+
+    def image_channels(self, channels: int) -> int:
+        """Channels of the images that latents of ``channels`` become."""
+        return channels
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, C, H, W) in [0, 1]; NaN where a latent is not finite."""
@@ -40,6 +46,9 @@ class VaeCodec(nn.Module):
 
     Attributes:
         factor: pixels along one side of a latent's element.
+
+    Raises:
+        UserError: an autoencoder that takes more than latents, or whose configuration does not say how much it shrinks.
     """
 
     mean: Tensor
@@ -54,6 +63,12 @@ class VaeCodec(nn.Module):
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        needs = [name for name, parameter in list(inspect.signature(vae.decode).parameters.items())[1:]
+                 if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if needs or not blocks and not config.get("temperal_downsample"):
+            raise UserError(f"the autoencoder {type(vae).__name__} is not supported: "
+                            + (f"its decode() also needs {', '.join(needs)}" if needs else
+                               "its configuration does not say how much smaller than images latents are"))
         self.factor = 2 ** (len(blocks) - 1 if blocks else len(config.temperal_downsample))
         self.channels = int(config.get("latent_channels") or config.z_dim)
         # Of video autoencoders, which images pass as one frame.
@@ -71,6 +86,10 @@ class VaeCodec(nn.Module):
             self._offload_hook.remove()
         self._offload_hook = OffloadHook(self.vae, device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def image_channels(self, channels: int) -> int:
+        """Channels of the images that latents of ``channels`` become."""
+        return int(self.vae.config.get("out_channels") or 3)
 
     def _release(self) -> None:
         if self._offload_hook is not None:
@@ -114,7 +133,8 @@ class VaeCodec(nn.Module):
         dtype = next(self.vae.parameters()).dtype
         pixels = (images * 2 - 1).to(dtype)
         out = self.vae.encode(pixels[:, :, None] if self.frames else pixels)
-        native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent).float()
+        # The others' outputs have the latents under several names, and nothing else.
+        native = (out.latent_dist.mean if hasattr(out, "latent_dist") else out[0]).float()
         native = native[:, :, 0] if self.frames else native
         return (native - self.mean - self.shift) * (self.scale / self.std)
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from flowdistill.conditioning.components import (
+    LOADING_ERRORS,
+    adapter_file,
+    check_variant,
+    component_class,
+    load_model,
+    variants_of,
+    weight_files,
+)
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig
@@ -29,9 +38,11 @@ from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.files import check_pointer
+from flowdistill.utils.logging import log_once, quiet_libraries
 from flowdistill.utils.shipped import find_path
 
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,8 +62,8 @@ def load_teacher(
             ``negative_prompt``, ``image_size``, ``attention``, ``offload``, ``labels``, ``start`` and so on.
 
     Raises:
-        UserError: no pipeline there, a damaged weight file, an unsupported backbone, scheduler or prediction type, or
-            settings that this pipeline has no use for.
+        UserError: no pipeline there, weights that are damaged or missing, an unsupported backbone, scheduler or
+            prediction type, or settings that this pipeline has no use for.
         TypeError: a setting that does not exist.
     """
     live = source if isinstance(source, DiffusionPipeline) else None
@@ -69,16 +80,19 @@ def load_teacher(
         folder: Path | None = None
     else:
         name = config.source
-        folder = _folder_of(name)
-        pipeline, scheduler, recorded = _load_pipeline(name, folder, weights)
+        folder = pipeline_folder(name, config.variant)
+        pipeline, scheduler, recorded = _load_pipeline(folder, weights, config.variant)
 
     def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
-        return _prompts(pipeline, folder, family, pixels, config.negative_prompt, weights)
+        return _prompts(pipeline, folder, family, pixels, config.negative_prompt, weights, config.variant)
 
+    known = config.null_label is not None or "null_label" in recorded
     if config.null_label is None:
         config = replace(config, null_label=recorded.get("null_label"))
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
     teacher = assemble(parts, config, name, device)
+    if not known and teacher.classes is not None and teacher.classes.null_label is None:
+        _say_assumed(name, teacher.classes.num_classes)
     if config.labels is not None:
         if teacher.classes is None:
             raise UserError(f"teacher.labels is {list(config.labels)}, but {name} takes no class labels; set it to "
@@ -90,6 +104,12 @@ def load_teacher(
     if config.start is not None:
         teacher.start = _start(config.start, teacher)
     return teacher if device is None else teacher.to(device)
+
+
+@cache
+def _say_assumed(name: str, count: int) -> None:
+    log_once(f"{name}: all {count} class labels are taken for classes; where the last one means 'no class', set "
+             f"teacher.null_label to {count - 1}")
 
 
 class Parts(NamedTuple):
@@ -125,6 +145,7 @@ def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch
     elif prompts is not None or config.negative_prompt is not None or config.image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
+    family.check_size(backbone, shape)
     if path.kind == "flow" and path.scheduler_name in FLOW_SCHEDULERS and (family.pipelines or _placed(scheduler)):
         path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
     if texts is not None and prompts is not None:
@@ -174,12 +195,13 @@ def _prompts(
     image_size: tuple[int, int],
     negative: str | None,
     dtype: torch.dtype,
+    variant: str | None,
 ) -> PromptConditions:
     kind = type(pipeline).__name__
     if kind not in family.pipelines:
         raise UserError(f"the pipeline {kind} is not supported; supported with a {family.backbone_class} are "
                         f"{', '.join(family.pipelines)}")
-    text = TextEncoders(folder or pipeline, dtype)
+    text = TextEncoders(folder or pipeline, dtype, variant)
     if not text.components:
         raise UserError(f"the pipeline {kind} has no text encoder, so no prompt can be encoded")
     return PromptConditions(text, family, image_size, negative)
@@ -205,45 +227,131 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError)
+def pipeline_folder(source: str, variant: str | None = None, what: str = "teacher source") -> Path:
+    """The folder that ``source`` is, or into which the hub's files of it go.
 
+    Args:
+        variant: of the weight files; None: those without one, or the only variant that there is.
+        what: words for the source, for messages.
 
-def _folder_of(source: str) -> Path:
-    """The folder that ``source`` is, or into which the hub's files of it go."""
+    Raises:
+        UserError: there is neither a pipeline folder nor such a pipeline on the hub.
+    """
+    check_source(source, what)
     folder = find_path(source)
     if folder.exists():
-        if not (folder / INDEX).is_file():
-            raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
         return folder
-    if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"teacher source {source} does not exist; give a pipeline folder or a hub id (owner/name)")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"{what} {source} does not exist; give a pipeline folder or a hub id (owner/name)")
+    folder = _fetched(source, variant, what)
+    bare = [name for name in models_of(folder) if not weight_files(folder / name)]
+    if variant is None and bare:
+        # Only files without a variant were asked for, and there are none.
+        offered = _offered(source, bare)
+        if len(offered) == 1:
+            return _fetched(source, offered.pop(), what)
+    return folder
+
+
+def check_source(source: str, what: str) -> None:
+    """Refuse a single file of weights, and a folder that holds no pipeline.
+
+    Raises:
+        UserError: so, with what makes a pipeline folder of it.
+    """
+    place = find_path(source)
+    if place.suffix.lower() in SINGLE_FILES and not place.exists():
+        raise UserError(f"{what} {source} does not exist; give a pipeline folder or a hub id (owner/name)")
+    if place.is_file():
+        raise UserError(f"{what} {source} is a file, not a pipeline folder{_from_file(source)}")
+    if not place.exists() or (place / INDEX).is_file():
+        return
+    adapter = adapter_file(place)
+    single = next((file for file in sorted(place.iterdir()) if file.suffix.lower() in SINGLE_FILES[:2]), None)
+    hint = ""
+    if (place.parent / INDEX).is_file():
+        hint = f"; it is a part of the one in {place.parent}"
+    elif adapter is not None:
+        hint = (f", but an adapter ({adapter}); fuse first: load its base model, call load_lora_weights(\"{source}\"), "
+                "fuse_lora() and unload_lora_weights(), and save_pretrained(\"a new folder\")")
+    elif single is not None:
+        hint = _from_file(str(single))
+    raise UserError(f"{source} is not a diffusers pipeline folder: it has no model_index.json{hint}")
+
+
+def _from_file(file: str) -> str:
+    if Path(file).suffix.lower() not in SINGLE_FILES:
+        return ""
+    return (f"; of a single-file checkpoint diffusers makes one: StableDiffusionPipeline.from_single_file(\"{file}\")"
+            ".save_pretrained(\"a new folder\"), with the class of its pipeline")
+
+
+def _fetched(source: str, variant: str | None, what: str) -> Path:
     try:
-        return Path(DiffusionPipeline.download(source))
+        return Path(DiffusionPipeline.download(source, **({} if variant is None else {"variant": variant})))
     except LOADING_ERRORS as error:
         # Offline the error is about the cache; why the hub did not answer is what it came from.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"teacher source {source} is no folder here and could not be fetched from the hub: {reason}"
+        raise UserError(f"{what} {source} is no folder here and could not be fetched from the hub: {reason}"
                         ) from error
 
 
+def _offered(source: str, models: Sequence[str]) -> set[str]:
+    """The variants in which the hub has every one of these models; none where it does not answer."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(source)
+    except LOADING_ERRORS:
+        return set()
+    each = [variants_of(file[len(name) + 1 :] for file in files if file.startswith(f"{name}/")) for name in models]
+    return {variant for variant in set.intersection(*each) if variant is not None}
+
+
+def models_of(folder: Path, without: Container[str] = UNUSED) -> dict[str, type[nn.Module]]:
+    """Name -> class of the models that a pipeline folder holds, ``without`` some."""
+    index = _read_json(folder / INDEX)
+    kinds = {name: component_class(entry) for name, entry in index.items() if name not in without}
+    return {name: kind for name, kind in kinds.items() if kind is not None and (folder / name).is_dir()}
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None, **given: Any) -> Any:
+    """The diffusers pipeline in ``folder``, with every weight from its files.
+
+    Args:
+        variant: see :func:`pipeline_folder`.
+        given: components that are not loaded, or None for those that are left out.
+
+    Raises:
+        UserError: weights that are damaged or missing, or what diffusers refuses.
+    """
+    models = models_of(folder, without=given)
+    for name, entry in _read_json(folder / INDEX).items():  # tokenizers and the like
+        if isinstance(entry, list) and entry[0] is not None and name not in models and name not in given:
+            for file in filter(Path.is_file, (folder / name).glob("*")):
+                check_pointer(file)
+    check_variant(folder, models_of(folder), variant)
+    loaded = {name: load_model(folder / name, kind, dtype, variant) for name, kind in models.items()}
+    try:
+        with quiet_libraries():
+            return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **loaded, **given)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} could not be loaded as a diffusers pipeline: {reason}") from error
+
+
 def _load_pipeline(
-    source: str, folder: Path, dtype: torch.dtype
+    folder: Path, dtype: torch.dtype, variant: str | None
 ) -> tuple[DiffusionPipeline, Any, dict[str, Any]]:
     index = _read_json(folder / INDEX)
-    check_weights(folder)
     # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
     scheduler = load_scheduler(folder / "scheduler")
-    recorded = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    recorded = read_record(folder)
     # What encodes texts is loaded when there is a text; what looks at finished images is not needed at all.
     absent = {name: None for name, value in index.items()
               if isinstance(value, list) and (is_text(name) or name in UNUSED)}
-    try:
-        with quiet_libraries():
-            # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
-            pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, scheduler=scheduler, **absent)
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"teacher source {source} could not be loaded as a diffusers pipeline: {reason}") from error
+    # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
+    pipeline = load_pipeline(folder, dtype, variant, scheduler=scheduler, **absent)
     return pipeline, _of_pipeline(scheduler, pipeline), recorded
 
 
@@ -255,14 +363,13 @@ def _of_pipeline(scheduler: Any, pipeline: Any) -> Any:
     return own if same and not scheduler.config.get("use_flow_sigmas") else scheduler
 
 
-def check_weights(folder: Path) -> None:
-    """Raise a :class:`UserError` naming the first damaged ``.safetensors`` file below ``folder``."""
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"the weight file {file} is damaged or truncated ({error}); copy it again") from error
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the ``flowdistill.json`` in a folder says; nothing where there is none.
+
+    Of pipelines with class labels: ``num_classes``, ``null_label`` (None: there is none), and ``labels``, those that a
+    student was trained for (None: all). Of exports: ``call``, the arguments of the pipeline's call.
+    """
+    return _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

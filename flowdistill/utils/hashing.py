@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def add_file(digest: hashlib._Hash, path: str | os.PathLike[str]) -> None:
 
 def add_folder(digest: hashlib._Hash, folder: Path, name: str) -> None:
     """Hash the files below ``folder``, with their paths there behind ``name``, on top of what ``digest`` has seen."""
-    for file in files_below(folder):
+    add_files(digest, files_below(folder), folder, name)
+
+
+def add_files(digest: hashlib._Hash, files: Iterable[Path], folder: Path, name: str) -> None:
+    """The same for some ``files`` below it."""
+    for file in files:
         digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0".encode())
         add_file(digest, file)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowdistill.conditioning.components import LOADING_ERRORS
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
 from flowdistill.methods.echodistill.adaptation import adapted_tensors
@@ -25,10 +26,10 @@ from flowdistill.networks.storage import SIDECAR
 from flowdistill.networks.velocity import ExtendedVelocity
 from flowdistill.students.generator import Generator, generated
 from flowdistill.students.student import Student, StudentInfo
-from flowdistill.teachers.loading import LOADING_ERRORS, check_weights, load_teacher
+from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_folder
+from flowdistill.utils.files import atomic_folder, check_weight_file
 from flowdistill.utils.logging import quiet_libraries
 
 EMBEDDINGS = "learned_embeds.safetensors"
@@ -109,12 +110,12 @@ def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.fl
     """
     if not Path(base).exists() and (base.count("/") != 1 or base.startswith(".")):
         raise UserError(f"{folder} holds changes to the model {base}, which is not there; run this where it is")
-    check_weights(folder)
+    for file in folder.glob("*.safetensors"):
+        check_weight_file(file)
+    pipeline = load_pipeline(pipeline_folder(base), dtype, safety_checker=None, feature_extractor=None,
+                             requires_safety_checker=False)
     try:
         with quiet_libraries():
-            pipeline = DiffusionPipeline.from_pretrained(
-                base, torch_dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
             pipeline.load_lora_weights(folder)
             pipeline.load_textual_inversion(folder / EMBEDDINGS)
     except LOADING_ERRORS as error:

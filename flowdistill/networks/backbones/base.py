@@ -80,6 +80,26 @@ class BackboneFamily(ABC):
         height, width = (size, size) if isinstance(size, int) else size
         return network.config.in_channels, height, width
 
+    def divisor(self, network: Backbone) -> tuple[int, str]:
+        """What the sides of a sample must be multiples of, and why, in words."""
+        size = network.config.get("patch_size")
+        return (size, f"cuts its samples into patches of {size} x {size}") if isinstance(size, int) else (1, "")
+
+    def check_size(self, network: Backbone, shape: Sequence[int]) -> None:
+        """Refuse samples (C, H, W) of a size at which the network would fail.
+
+        Raises:
+            UserError: a side is no multiple of :meth:`divisor`, or there are more patches than position embeddings.
+        """
+        (height, width), (divisor, reason) = shape[-2:], self.divisor(network)
+        if height % divisor or width % divisor:
+            raise UserError(f"the {self.backbone_class} {reason}, so the sides of its samples must be multiples of "
+                            f"{divisor}, and they are {height} x {width}")
+        most = network.config.get("pos_embed_max_size")
+        if most is not None and max(height, width) // divisor > most:
+            raise UserError(f"the {self.backbone_class} has position embeddings for samples of up to "
+                            f"{most * divisor} x {most * divisor}, and these are {height} x {width}")
+
     def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         """The class labels the network takes; None when it takes none.
 

@@ -29,6 +29,10 @@ class UNet2DFamily(BackboneFamily):
         out = network(x, timestep, class_labels=labels, return_dict=False)[0]
         return out[:, : x.shape[1]]
 
+    def divisor(self, network: Backbone) -> tuple[int, str]:
+        times = len(network.config.down_block_types) - 1  # every block but the last
+        return 2**times, f"halves its samples {times} time{'s' if times > 1 else ''}"
+
     def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         config = network.config
         if config.time_embedding_type not in ("fourier", "positional"):
