@@ -1,5 +1,6 @@
 """scripts/convert_sit.py against a network with SiT's layers and names, written out here."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
-from tests.tiny import lively, vae
+from tests.tiny import POINTER, lively, vae
 
 WIDTH, HEADS, CLASSES, SIZE, PATCH = 16, 2, 5, 8, 2
 spec = importlib.util.spec_from_file_location(
@@ -86,17 +87,30 @@ def autoencoder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("time, learn_sigma", [("data", True), ("noise", False)])
-def test_the_velocity_is_that_of_the_checkpoint(tmp_path, autoencoder, time, learn_sigma):
+def trained(learn_sigma, variance=False):
+    """A network with weights everywhere but, unless ``variance``, in the channels that SiT's loss does not see."""
     torch.manual_seed(0)
     network = SiT(learn_sigma)
     position = network.pos_embed.clone()
     lively(network)
     network.pos_embed.data.copy_(position)
+    if learn_sigma and not variance:
+        for values in network.final_layer.linear.parameters():
+            values.data.reshape(PATCH * PATCH, 8, *values.shape[1:])[:, 4:] = 0
+    return network
+
+
+def run(tmp_path, autoencoder, content, *options):
+    torch.save(content, tmp_path / "c.pt")
+    arguments = [str(tmp_path / "c.pt"), "--vae", str(autoencoder), "--out", str(tmp_path / "out"), "--heads", "2"]
+    return script.main([*arguments, *options])
+
+
+@pytest.mark.parametrize("time, learn_sigma", [("data", True), ("noise", False)])
+def test_the_velocity_is_that_of_the_checkpoint(tmp_path, autoencoder, time, learn_sigma):
+    network = trained(learn_sigma)
     state = network.state_dict() | ({"projectors.0.0.weight": torch.zeros(2, 2)} if time == "noise" else {})
-    torch.save({"ema": state, "opt": {}}, tmp_path / "c.pt")
-    arguments = [str(tmp_path / "c.pt"), "--vae", str(autoencoder), "--out", str(tmp_path / "out"), "--time", time]
-    assert script.main([*arguments, "--heads", "2"]) == 0
+    assert run(tmp_path, autoencoder, {"ema": state, "opt": {}}) == 0  # REPA's direction is known by its projectors
     teacher = load_teacher(tmp_path / "out")
     assert (teacher.path.kind, teacher.num_classes, teacher.null_label) == ("flow", CLASSES, CLASSES)
     x, labels = torch.randn(4, 4, SIZE, SIZE), torch.tensor([0, 1, 2, 4])
@@ -120,6 +134,57 @@ def test_the_sinusoids_are_interpolated_to_nine_digits():
         assert (got - features(1 - t if reverse else t, 128)).abs().max() < 1e-8
 
 
+def args(**settings):
+    return {"args": argparse.Namespace(**settings)}
+
+
+SIT, REPA = {"model": "SiT-XL/2"}, {"model": "SiT-XL/2", "path_type": "linear", "prediction": "v"}
+DIT = {"model": "DiT-XL/2"}
+
+
+@pytest.mark.parametrize(
+    ("learn_sigma", "variance", "settings", "options", "message"),
+    [
+        (True, False, {}, [], None),
+        (True, True, {}, [], "is a DiT, a diffusion model: its variance channels are trained"),
+        (True, True, {}, ["--flow-matching"], None),
+        (True, True, args(**DIT), [], "is a DiT, a diffusion model: it is the model DiT-XL/2"),
+        (False, False, {}, [], "does not show whether it is a SiT"),
+        (False, False, {}, ["--flow-matching"], None),
+        (False, False, args(**SIT), [], None),
+        (False, False, args(**DIT), [], "is a DiT"),
+        (False, False, args(**REPA), [], None),
+        (True, False, args(**REPA | {"path_type": "GVP"}), ["--flow-matching"], "on the path 'GVP'"),
+        (True, False, args(**REPA | {"prediction": "noise"}), [], "to predict 'noise'"),
+    ],
+)
+def test_a_network_trained_otherwise_is_refused(
+    tmp_path, autoencoder, capsys, learn_sigma, variance, settings, options, message
+):
+    state = trained(learn_sigma, variance).state_dict()
+    assert run(tmp_path, autoencoder, {"ema": state} | settings, *options) == (0 if message is None else 2)
+    assert (message or "a pipeline folder") in "".join(capsys.readouterr())
+    assert (tmp_path / "out").exists() == (message is None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "it has blocks.0.attn.q_norm.weight"),
+        ({"decoder_embed.weight": torch.ones(8)}, "it has decoder_embed.weight"),
+        ({"blocks.1.mlp.fc2.weight": None}, "it has no blocks.1.mlp.fc2.weight"),
+        ({"final_layer.linear.weight": None}, "it has no final_layer.linear.weight"),
+        ({"final_layer.linear.weight": torch.zeros(48, WIDTH)}, "returns 48 numbers a patch"),
+        ({"pos_embed": torch.zeros(1, 16, WIDTH)}, "pos_embed is not the sinusoidal one"),
+        ({"pos_embed": torch.zeros(1, 15, WIDTH)}, "pos_embed is not the sinusoidal one"),
+    ],
+)
+def test_layers_that_do_not_fit_are_named(tmp_path, autoencoder, capsys, change, message):
+    state = trained(True).state_dict() | change
+    assert run(tmp_path, autoencoder, {name: value for name, value in state.items() if value is not None}) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_bad_checkpoints(tmp_path, autoencoder, capsys):
     rest = ["--vae", str(autoencoder), "--out", str(tmp_path / "out")]
     assert script.main([str(tmp_path / "none.pt"), *rest]) == 2
@@ -130,7 +195,9 @@ def test_bad_checkpoints(tmp_path, autoencoder, capsys):
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert script.main([str(tmp_path / "text.pt"), *rest]) == 2
     assert "no readable checkpoint" in capsys.readouterr().err
-    state = SiT(False).state_dict()
-    torch.save(state, tmp_path / "s.pt")
-    assert script.main([str(tmp_path / "s.pt"), *rest]) == 2
+    (tmp_path / "pointer.pt").write_text(POINTER)
+    assert script.main([str(tmp_path / "pointer.pt"), *rest]) == 2
+    assert "git lfs pull" in capsys.readouterr().err
+    torch.save(SiT(True).state_dict(), tmp_path / "s.pt")
+    assert script.main([str(tmp_path / "s.pt"), *rest, "--flow-matching"]) == 2
     assert "give --heads" in capsys.readouterr().err
