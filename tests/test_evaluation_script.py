@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from flowdistill import load_teacher
@@ -20,6 +22,9 @@ from flowdistill.export import export
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images, to_uint8
+from tests.families import FAMILIES
+from tests.pixel_families import ddim
+from tests.tiny import lively, tiny_dit_pipeline, tiny_unet, tiny_unet_pipeline
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "evaluate_fid.py"
 
@@ -136,6 +141,110 @@ def test_a_stock_pipeline_does_not_depend_on_the_batch_size(made):
     assert measure(made, *common, "--seed", 1).rows[0].fid != pytest.approx(whole.rows[0].fid, rel=1e-3)
 
 
+def test_the_null_label_of_an_export_is_no_class(made, capsys):
+    """Eleven labels, ten classes: the eleventh means "no class", and drawing it costs accuracy."""
+    common = (made / "export", "--reference", "digits", "--num-images", 110, "--steps", 1)
+    report = measure(made, *common)
+    assert (report.protocol["classes"], report.protocol["classes_are"]) == (10, "flowdistill.json")
+    assert "assumed" not in capsys.readouterr().err
+    assert report.rows[0].accuracy == measure(made, *common, "--num-classes", 10).rows[0].accuracy
+    # The same pipeline without the record: all labels are taken for classes, which is said.
+    shutil.copytree(made / "export", made / "bare")
+    (made / "bare" / "flowdistill.json").unlink()
+    bare = measure(made, made / "bare", *common[1:])
+    assert bare.protocol["classes"] == 11 and "give --num-classes 10" in bare.protocol["classes_are"]
+    assert "classes are assumed: all 11 labels of the UNet2DModel" in capsys.readouterr().err
+    assert bare.rows[0].accuracy < report.rows[0].accuracy - 0.03
+    (made / "bare" / "flowdistill.json").write_text('{"null_label": 10}')
+    assert measure(made, made / "bare", *common[1:]).rows[0].accuracy == report.rows[0].accuracy
+
+
+@pytest.mark.parametrize("kind", ["student", "export"])
+def test_a_student_of_some_labels_is_asked_for_these_only(made, tmp_path, kind):
+    source = str(asset_path("digits-flow"))
+    student = FlowMap.from_teacher(load_teacher(source, labels=[3, 8]), StudentInfo(base_model=source))
+    student.save(tmp_path / "student")
+    export(student, tmp_path / "export")
+    report = measure(made, tmp_path / kind, "--reference", "digits", "--num-images", 60)
+    assert report.reference == "digits, labels 3, 8" and report.rows[0].accuracy > 0.8
+
+
+def test_labels_that_the_stock_pipeline_cannot_pass_on(made, tmp_path, capsys):
+    """DDPMPipeline with a network of eleven labels: as its flowdistill.json says, as asked, or as assumed."""
+    common = ("--reference", "digits", "--num-images", 110, "--steps", 4)
+    known = measure(made, asset_path("digits-flow"), *common)
+    assert known.protocol["classes"] == 10
+    shutil.copytree(asset_path("digits-flow"), tmp_path / "bare")
+    (tmp_path / "bare" / "flowdistill.json").unlink()
+    asked = measure(made, tmp_path / "bare", *common, "--num-classes", 10)
+    assert asked.rows[0].fid == pytest.approx(known.rows[0].fid, rel=1e-5)
+    capsys.readouterr()
+    assumed = measure(made, tmp_path / "bare", *common)
+    assert assumed.protocol["classes"] == 11 and assumed.rows[0].accuracy < known.rows[0].accuracy
+
+
+def test_a_dits_null_label_is_beside_its_classes(tmp_path, capsys):
+    tiny_dit_pipeline().save_pretrained(tmp_path)
+    given = [str(tmp_path), "--reference", "x", "--device", "cpu"]
+    options = evaluate_fid.parse([*given, "--guidance-scale", "1"])
+    folder, pipeline = evaluate_fid.load_pipeline(options)
+    sampler = evaluate_fid.PipelineSampler(pipeline, options, folder)
+    assert sampler.num_classes == 4 and "has its null label beside them" in sampler.classes_are
+    assert "assumed: labels 0 to 3" in capsys.readouterr().err
+    with pytest.raises(UserError, match="takes label 1000 for the one that means 'no class'.*give --guidance-scale 1"):
+        evaluate_fid.PipelineSampler(pipeline, evaluate_fid.parse(given), folder)
+
+
+@pytest.mark.parametrize("make", ["unet", "rectangle", "dit", "sd", "z-image"])
+def test_an_export_is_called_as_it_says(tmp_path, make):
+    """Its one step and the guidance in its weights, which are not the pipelines' defaults."""
+    if make in ("unet", "rectangle"):
+        network = tiny_unet(None, sample_size=8 if make == "unet" else (8, 16))
+        pipeline, size = DDPMPipeline(network, DDPMScheduler(clip_sample=False)), None
+    else:
+        pipeline = tiny_dit_pipeline() if make == "dit" else FAMILIES[make].make()
+        size = FAMILIES[make].image_size if make in FAMILIES else None
+    export(FlowMap.from_teacher(load_teacher(pipeline, image_size=size), StudentInfo()), tmp_path / "export")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    options = evaluate_fid.parse([str(tmp_path / "export"), "--reference", "x", "--device", "cpu",
+                                  "--prompts", str(tmp_path / "prompts.txt")])
+    folder, loaded = evaluate_fid.load_pipeline(options)
+    sampler = evaluate_fid.PipelineSampler(loaded, options, folder)
+    expected = {"num_inference_steps": 1}
+    expected |= {"dit": {"guidance_scale": 1}, "sd": {"guidance_scale": 1, "height": 16, "width": 16},
+                 "z-image": {"guidance_scale": 0, "height": 16, "width": 16}}.get(make, {})
+    assert sampler.arguments == expected
+    calls = []
+    network = getattr(loaded, "unet", None) or loaded.transformer
+    network.register_forward_hook(lambda *given: calls.append(1))
+    assert len(sampler(torch.zeros(2, 1), sampler.condition(range(2)))) == 2 and len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["consistency", "rectangle", "ddpm", "ddim", "dit"])
+def test_every_pipeline_is_drawn_in_half_precision(tmp_path, kind, dtype):
+    """Most stock pipelines of pixel models turn their images into arrays in their network's own type."""
+    torch.manual_seed(0)
+    if kind in ("consistency", "rectangle"):
+        network = lively(tiny_unet(None, sample_size=8 if kind == "consistency" else (8, 16)))
+        teacher = load_teacher(DDPMPipeline(network, DDIMScheduler(prediction_type="v_prediction", clip_sample=False)))
+        export(FlowMap.from_teacher(teacher, StudentInfo()), tmp_path / "pipeline")
+    else:
+        made = {"ddpm": lambda: tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=None), "ddim": ddim,
+                "dit": tiny_dit_pipeline}[kind]()
+        made.save_pretrained(tmp_path / "pipeline")
+    drawn = {}
+    for kind_of_number in ("float32", dtype):
+        options = evaluate_fid.parse([str(tmp_path / "pipeline"), "--reference", "x", "--steps", "1", "--device", "cpu",
+                                      "--dtype", kind_of_number, *(["--guidance-scale", "1"] if kind == "dit" else [])])
+        folder, pipeline = evaluate_fid.load_pipeline(options)
+        assert pipeline.dtype == getattr(torch, kind_of_number)
+        sampler = evaluate_fid.PipelineSampler(pipeline, options, folder)
+        drawn[kind_of_number] = sampler(torch.zeros(3, 1), sampler.condition(range(3)))
+    assert drawn[dtype].dtype == torch.float32 and drawn[dtype].isfinite().all()
+    assert drawn[dtype].shape == drawn["float32"].shape and len(drawn[dtype]) == 3
+
+
 def test_prompts_go_to_a_text_to_image_pipeline(tmp_path):
     calls = []
 
@@ -179,7 +288,7 @@ def test_two_processes_give_the_figures_of_one(made):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at/all", "--reference", "digits"], "nowhere/at/all could not be loaded"),
+        (["nowhere/at/all", "--reference", "digits"], "the pipeline nowhere/at/all does not exist"),
         (["{made}/student", "--reference", "digit"], "did you mean 'digits'"),
         (["{made}/student", "--reference", "digits", "--num-images", "0"], "at least 1, not 0"),
         (["{made}/digits", "--reference", "digits", "--num-images", "301"], "holds 300 images"),

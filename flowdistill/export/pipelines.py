@@ -10,7 +10,9 @@ the first and the last layer, and a stock scheduler's single step supplies ``k_n
 
 from __future__ import annotations
 
+import ast
 import functools
+import json
 import math
 import os
 from pathlib import Path
@@ -21,32 +23,45 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMScheduler,
+    DDPMPipeline,
     DiTPipeline,
     FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 from torch import nn
 
-from flowdistill.export.folding import fold_scales
+from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
-from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.networks.storage import SIDECAR
+from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
+from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import portable_path
+from flowdistill.utils.logging import log_once
+
+MOST_OF_PIL = 4
+"""Channels of a picture; what has more is an array."""
+SMALLEST_ALPHA = 3e-3
+"""Of one timestep of an exported DDIM schedule: float32 has 1 - alpha to a relative 2e-5."""
+ROUNDED = 0.02
+"""Rounding errors below this, a hundredth of the pixels' range, are not worth a word."""
 
 
 @functools.singledispatch
 def export(student: Student, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
     """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
 
-    ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with
-    ``guidance_scale=1``), a text-to-image student a pipeline of its teacher's class; all sample with
-    ``num_inference_steps=1``. The folder's README.md says how to call it. Adapters are merged into the weights; where
-    the teacher's pipeline takes LoRA files, the folder has one too (:mod:`flowdistill.export.lora`).
-    ``export.register`` adds what another kind of student becomes.
+    ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, or a ``DDPMPipeline`` where it draws rectangles,
+    ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with ``guidance_scale=1``), and a text-to-image student a
+    pipeline of its teacher's class; all sample with ``num_inference_steps=1``. The folder's README.md says how to call
+    it; its flowdistill.json has the arguments of that call, and says which class labels there are and which one means
+    "no class". Adapters are merged into the weights; where the teacher's pipeline takes LoRA files, the folder has one
+    too (:mod:`flowdistill.export.lora`). ``export.register`` adds what another kind of student becomes.
 
     Args:
         student: on a diffusers backbone.
@@ -61,9 +76,8 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
-    if student.network.velocity.path.kind == "ve":
-        raise UserError("students of KarrasVe teachers cannot be exported: their network takes pixels in [0, 1], and "
-                        "no stock pipeline moves the input of its single step there")
+    if (problem := export_problem(student, student.network.velocity)) is not None:
+        raise UserError(problem)
     backbone = _with_constant_time(student, guidance_scale)
     c = student.network.velocity.path.coefficients(torch.tensor([student.t_start], dtype=torch.float64))
     t, state, output = student.t_start, c.state.item(), c.output.item()
@@ -71,17 +85,81 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     if student.prompts is not None:
         pipeline, call = prompt_pipeline(student, backbone, k_input, k_noise, k_output)
     elif student.network.velocity.family.student_pipeline == "ConsistencyModelPipeline":
-        pipeline = _consistency_pipeline(student, backbone, k_input, k_noise, k_output)
-        call = "pipe(batch_size=4, num_inference_steps=1)"
-        if student.num_classes is not None:
-            call = "pipe(batch_size=4, num_inference_steps=1, class_labels=[0, 1, 2, 3])"
+        make = _consistency_pipeline if student.shape[1] == student.shape[2] else _rectangle_pipeline
+        pipeline = make(student, backbone, k_input, k_noise, k_output)
+        arguments = "batch_size=4, num_inference_steps=1"
+        if student.classes is not None:
+            arguments += f", class_labels={four_labels(student)}"
+        if student.shape[0] > MOST_OF_PIL:
+            arguments += ', output_type="np"'
+        call = f"pipe({arguments})"
     else:
         pipeline = _dit_pipeline(student, backbone, k_input, k_noise, k_output)
-        call = "pipe(class_labels=[0, 1, 2, 3], num_inference_steps=1, guidance_scale=1)"
+        call = f"pipe(class_labels={four_labels(student)}, num_inference_steps=1, guidance_scale=1)"
     pipeline.save_pretrained(target)
-    card = _card(student, call, guidance_scale) + (save_lora(student, target, guidance_scale) or "")
+    record: dict[str, Any] = {"call": constant_arguments(call)}
+    if student.classes is not None:
+        record |= {"num_classes": student.num_classes, "null_label": student.classes.null_label,
+                   "labels": student.classes.own}
+    (target / SIDECAR).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    card = _card(student, call, guidance_scale, k_noise) + (save_lora(student, target, guidance_scale) or "")
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def check_exportable(teacher: Teacher) -> None:
+    """Before a student of ``teacher`` trains: say that it will have no stock pipeline.
+
+    Raises:
+        UserError: it draws rectangles of classes, which not even the teacher's own pipeline does. Of others there is a
+            warning: they are of use in flowdistill.
+    """
+    velocity = teacher.network
+    problem = export_problem(teacher, velocity) if isinstance(velocity, VelocityNetwork) else None
+    if problem is None:
+        return
+    if _draws_rectangles_of_classes(teacher, velocity):
+        raise UserError(f"{problem}, so nothing was trained")
+    log_once(f"this run's student will have no stock pipeline: {problem}")
+
+
+def _draws_rectangles_of_classes(model: Teacher | Student, velocity: VelocityNetwork) -> bool:
+    pixels = velocity.family.student_pipeline == "ConsistencyModelPipeline"
+    return pixels and model.classes is not None and model.shape[1] != model.shape[2]
+
+
+def export_problem(model: Teacher | Student, velocity: VelocityNetwork) -> str | None:
+    """Why no stock pipeline can make what a student of this kind makes; None where one can, as far as is known early.
+
+    Args:
+        model: a teacher, before its student trains, or the student.
+        velocity: its network.
+    """
+    if velocity.path.kind == "ve":
+        return ("students of KarrasVe teachers cannot be exported: their network takes pixels in [0, 1], and no stock "
+                "pipeline moves the input of its single step there")
+    pixels = velocity.family.student_pipeline == "ConsistencyModelPipeline"
+    if pixels and isinstance(model.codec, VaeCodec):
+        return "students of a UNet2DModel beside an autoencoder cannot be exported: no stock pipeline has both"
+    if _draws_rectangles_of_classes(model, velocity):
+        return (f"students that draw rectangles ({model.shape[1]} x {model.shape[2]}) of classes cannot be exported: "
+                "no stock pipeline gives class labels to a UNet2DModel whose two sizes differ; squares of classes and "
+                "rectangles without classes can be")
+    return folding_problem(velocity.backbone)
+
+
+def constant_arguments(call: str) -> dict[str, Any]:
+    """The arguments of a call, as Python writes it, that are the same for all images: steps, guidance and size."""
+    written = ast.parse(call, mode="eval").body
+    assert isinstance(written, ast.Call)
+    return {word.arg: ast.literal_eval(word.value) for word in written.keywords
+            if word.arg is not None and word.arg not in ("batch_size", "class_labels", "output_type")}
+
+
+def four_labels(student: Student) -> list[int]:
+    """Class labels for an example, of those that the student was trained for."""
+    assert student.classes is not None
+    return [student.classes.shown[i % len(student.classes.shown)] for i in range(4)]
 
 
 @torch.no_grad()
@@ -134,6 +212,15 @@ def _consistency_pipeline(
     return ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)
 
 
+def _rectangle_pipeline(
+    student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+) -> DDPMPipeline:
+    if abs(k_noise - 1) < 1e-9:  # flow matching: n - network
+        fold_scales(student, backbone, k_input, -k_output)
+        return DDPMPipeline(unet=backbone, scheduler=FlowMatchEulerDiscreteScheduler())
+    return DDPMPipeline(unet=backbone, scheduler=_one_step_ddim(student, backbone, k_input, k_noise, k_output))
+
+
 def _dit_pipeline(
     student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
 ) -> DiTPipeline:
@@ -144,22 +231,51 @@ def _dit_pipeline(
         scheduler = FlowMapEulerDiscreteScheduler()
         fold_scales(student, backbone, k_input, -k_output)
     else:
-        # A one-entry DDIM schedule: x_0 = (n - sigma network) / alpha (epsilon) for k_noise > 1, and
-        # x_0 = alpha n - sigma network (v_prediction) below.
-        alpha = 1 / k_noise if k_noise > 1 else k_noise
-        sigma = (1 - alpha**2) ** 0.5
-        scheduler = DDIMScheduler(
-            num_train_timesteps=1,
-            trained_betas=[1 - alpha**2],
-            prediction_type="epsilon" if k_noise > 1 else "v_prediction",
-            clip_sample=False,
-        )
-        gain = sigma / alpha if k_noise > 1 else sigma
-        fold_scales(student, backbone, k_input, -k_output / gain)
+        scheduler = _one_step_ddim(student, backbone, k_input, k_noise, k_output)
     return DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
 
 
-def _card(student: Student, call: str, guidance_scale: float | None) -> str:
+def _one_step_ddim(
+    student: Student, backbone: nn.Module, k_input: float, k_noise: float, k_output: float
+) -> DDIMScheduler:
+    """DDIM from its last time to the data: x_0 = (n - sigma network) / alpha (epsilon) for k_noise > 1, and
+    x_0 = alpha n - sigma network (v_prediction) below; the remaining scales are folded into ``backbone``."""
+    alpha = 1 / k_noise if k_noise > 1 else k_noise
+    sigma = (1 - alpha**2) ** 0.5
+    gain = sigma / alpha if k_noise > 1 else sigma
+    fold_scales(student, backbone, k_input, -k_output / gain)
+    betas = _betas(alpha**2)
+    return DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas,
+        timestep_spacing="trailing",
+        prediction_type="epsilon" if k_noise > 1 else "v_prediction",
+        clip_sample=False,
+    )
+
+
+def _betas(wanted: float) -> list[float]:
+    """Two betas or more, whose float32 product of 1 - beta is ``wanted`` (0 to 1) to float32's last digits.
+
+    One beta near 1 cannot do it: 1 - beta goes in steps of 6e-8, so that the noise's share wanted^-1/2 would be off by
+    up to 3e-8 wanted^-3/2 / 2: by 0.06 times the noise from the last timestep of a DDPM with linear betas.
+    """
+    if wanted == 0:
+        return [0.0, 1.0]
+    count = max(2, math.ceil(math.log(wanted) / math.log(SMALLEST_ALPHA)))
+    root = wanted ** (1 / count)
+    betas = [torch.tensor(1 - root, dtype=torch.float32)] * (count - 2)
+    made = torch.ones(())
+    for beta in betas:  # all in float32, one after the other, as the scheduler computes
+        made = made * (1 - beta)
+    rest = wanted / made.item()
+    first = 1 - torch.linspace(max(root / 2, rest), root, 2**14)
+    second = 1 - (rest / (1 - first.double())).float()
+    best = (made * (1 - first) * (1 - second) - wanted).abs().argmin()
+    return [beta.item() for beta in (*betas, first[best], second[best])]
+
+
+def _card(student: Student, call: str, guidance_scale: float | None, k_noise: float) -> str:
     info = student.info
     scale = info.guidance_scale if guidance_scale is None else guidance_scale
     base = portable_path(info.base_model) or "a diffusers pipeline"
@@ -169,4 +285,37 @@ def _card(student: Student, call: str, guidance_scale: float | None) -> str:
         f"One network call an image; guidance scale {scale} is part of the weights.\n\n"
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\nimages = {call}.images\n```\n'
+        + _about_labels(student) + _about_types(student, k_noise)
+    )
+
+
+def _about_labels(student: Student) -> str:
+    classes = student.classes
+    if classes is None:
+        return ""
+    shown = f"0 to {classes.num_classes - 1}" if classes.own is None else ", ".join(map(str, classes.own))
+    null = "" if classes.null_label is None else (f"; label {classes.null_label} means \"no class\" and is none of "
+                                                  "them, which flowdistill.json says too")
+    return f"\nClass labels are {shown}{null}.\n"
+
+
+def rounding(k_noise: float, dtype: torch.dtype) -> float:
+    """About how far a student in ``dtype`` is from itself in float32: a standard deviation, where latents have about 1.
+
+    Its one step takes the difference of the noise and of what the network returns, each rounded, k_noise times. The
+    factor 2 beside one rounding of unit noise is what networks were seen to have (1.9 to 2.6).
+    """
+    noise = torch.randn(2**14, generator=torch.Generator().manual_seed(0))
+    return 2 * k_noise * (noise.to(dtype).float() - noise).std().item()
+
+
+def _about_types(student: Student, k_noise: float) -> str:
+    half, brain = (rounding(k_noise, dtype) for dtype in (torch.float16, torch.bfloat16))
+    if brain < ROUNDED:
+        return ""
+    what = "latents" if isinstance(student.codec, VaeCodec) else "pixels from -1 to 1"
+    good = "float32 or float16" if half < ROUNDED else "float32"
+    return (
+        f"\nLoad it in {good}, not in bfloat16: its one step multiplies what its network rounds by {k_noise:.3g}. In "
+        f"bfloat16 its {what} are off by about {brain:.2g} (standard deviation), in float16 by about {half:.2g}.\n"
     )

@@ -28,6 +28,8 @@ from flowdistill.config import (
 )
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.export.pipelines import check_exportable
+from flowdistill.features import load_features
 from flowdistill.students import describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
@@ -115,6 +117,11 @@ def distill_one(config: RunConfig) -> Run:
         teacher = load_teacher(settings, device=accelerator.device)
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
+    check_exportable(teacher)
+    if config.evaluation.measures and (config.evaluation.at_end or config.train.evaluate_every):
+        # Else it shows when the first images are measured, which may be after the training.
+        features = load_features(config.evaluation.features, "cpu")
+        features.check_channels(teacher.codec.image_channels(teacher.shape[0]))
     problem = teacher.disagreement()
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
