@@ -15,8 +15,8 @@ The network becomes a stock ``DiTTransformer2DModel`` beside a flow-matching sch
 - The channels of a learned variance, which SiT drops, are left out.
 
 A DiT checkpoint has the same names and shapes, and is a diffusion model: read as a flow it makes noise. SiT never
-trains its variance channels, whose weights are still the zeros that they begin as; DiT's are not. Where there are no such
-channels, the training's settings in the checkpoint or REPA's projectors say what it is; else the user must
+trains its variance channels, whose weights are still the zeros that they begin as; DiT's are not. Where there are no
+such channels, the training's settings in the checkpoint or REPA's projectors say what it is; else the user must
 (``--flow-matching``).
 """
 

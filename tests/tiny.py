@@ -51,7 +51,8 @@ def tiny_unet(
     return UNet2DModel(
         sample_size=sample_size, in_channels=channels, out_channels=out_channels or channels,
         block_out_channels=(8, 16), layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8, **settings,
+        up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4, num_class_embeds=num_class_embeds,
+        attention_head_dim=8, **settings,
     ).eval()
 
 
