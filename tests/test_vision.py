@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from flowdistill.features.vision import load_vision
 from flowdistill.utils.errors import UserError
 from tests.families import lively
+from tests.tiny import POINTER
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -95,6 +97,23 @@ def test_what_is_missing_is_named_with_where_to_get_it(tmp_path):
     assert "not a torch module" in refused("python:os:getcwd")
     if importlib.util.find_spec("timm") is None:
         assert "pip install timm" in refused("timm:vit_small_patch16_224.dino=/x")
+
+
+def test_weights_that_are_missing_are_named_and_not_made_up(tmp_path):
+    model = lively(ViTModel(ViTConfig(image_size=16, patch_size=8, **TINY)))
+    model.save_pretrained(tmp_path)
+    file, images = tmp_path / "model.safetensors", pictures(16)
+    weights = load_file(file)
+    # Of a checkpoint for another task, which has no pooler, the tokens' mean is what it sees.
+    save_file({name: value for name, value in weights.items() if "pooler" not in name}, file, {"format": "pt"})
+    seen = load_vision(f"transformers:{tmp_path}", "x")(images)
+    torch.testing.assert_close(seen.pooled, seen.tokens.mean(1))
+    gone = [name for name in weights if name.endswith("attention.q_proj.weight") or "query.weight" in name]
+    save_file({name: value for name, value in weights.items() if name not in gone}, file, {"format": "pt"})
+    assert len(gone) == 2 and "incomplete; missing are layers.0.attention." in refused(f"transformers:{tmp_path}")
+    file.write_text(POINTER)
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_vision(f"transformers:{tmp_path}", "x")
 
 
 def test_timm_models_come_from_a_file(tmp_path):
