@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,22 @@ def test_a_run_takes_the_variant(pipeline: Path, tmp_path: Path, cli: Callable[.
     for command in ("distill", "plan"):
         result = cli(command, tmp_path / "a.yaml", *settings)
         assert result.code == 2 and "only those of fp16" in result.err, result.err
+
+
+def test_the_commands_take_it_of_pipelines_only(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    pipeline = tiny_unet_pipeline(num_class_embeds=None)
+    for variant in ("ema", "fp16"):
+        pipeline.save_pretrained(tmp_path / "pipeline", variant=variant)
+    FlowMap.from_teacher(load_teacher(pipeline), StudentInfo()).save(tmp_path / "student")
+    given = {"inspect": [], "sample": ["--num-images", 2, "--steps", 1, "--out", tmp_path / "grid.png"],
+             "evaluate": ["--features", "digits", "--reference", "digits", "--num-images", 4, "--teacher-steps", "1"]}
+    for command, options in given.items():
+        result = cli(command, tmp_path / "pipeline", *options)
+        assert result.code == 2 and "in the variants ema, fp16 only" in result.err
+        assert cli(command, tmp_path / "pipeline", *options, "--variant", "ema").code == 0
+        options = [option for option in options if option not in ("--steps", 1)]
+        result = cli(command, tmp_path / "student", *options, "--variant", "ema")
+        assert result.code == 2 and f"--variant is for pipelines, and {tmp_path / 'student'} is a student" in result.err
 
 
 # --- the hub

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+VARIANT = "of a pipeline's weight files, such as fp16 (default: none, or the only one)"
 WIDEST_ROW = 20  # a grid gets a column a label up to this many
 
 # What a full, read-only or mistyped place gives: a user's problem, not a bug.
@@ -194,11 +195,12 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
     if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
         if args.steps is not None:
             raise UserError(f"--steps is for pipelines, and {args.model} is a student, which takes one call an image")
+        _only_for_pipelines(args, "variant")
         student = load_student(args.model, device=device)
         model: Teacher | Student = student
         sampler = student_sampler(student, args.guidance_scale)
     else:
-        model = load_teacher(args.model, device=device)
+        model = load_teacher(args.model, device=device, variant=args.variant)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
     asked = "--prompts" if args.prompts is not None else "--prompt" if args.prompt is not None else None
@@ -208,11 +210,27 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
     return model, sampler
 
 
+def _only_for_pipelines(args: argparse.Namespace, *names: str) -> None:
+    """UserError where an option that is for pipelines was given for a run or a student."""
+    for name in names:
+        if getattr(args, name) is not None:
+            kind = "run" if (Path(args.model) / "config.yaml").is_file() else "student"
+            raise UserError(f"--{name.replace('_', '-')} is for pipelines, and {args.model} is a {kind}")
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     from flowdistill.evaluation import evaluate
 
+    model: Any = args.model
+    if args.variant is not None:
+        from flowdistill.students import is_student_folder
+        from flowdistill.teachers import load_teacher
+
+        if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
+            _only_for_pipelines(args, "variant")
+        model = load_teacher(args.model, device=_device(args.device), variant=args.variant)
     report = evaluate(
-        args.model,
+        model,
         num_images=args.num_images,
         reference=args.reference,
         features=args.features,
@@ -279,8 +297,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     is_run = (Path(args.model) / "config.yaml").is_file()
     if is_run or is_student_folder(args.model):
-        if args.null_label is not None:
-            raise UserError(f"--null-label is for pipelines, and {args.model} is a {'run' if is_run else 'student'}")
+        _only_for_pipelines(args, "null_label", "variant")
         if not is_run:
             print(describe(load_student(args.model)))
             return 0
@@ -290,7 +307,7 @@ def _inspect(args: argparse.Namespace) -> int:
         return 0
     from flowdistill.teachers import load_teacher
 
-    print(load_teacher(args.model, null_label=args.null_label).describe())
+    print(load_teacher(args.model, null_label=args.null_label, variant=args.variant).describe())
     return 0
 
 
@@ -374,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
     sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
+    sample.add_argument("--variant", metavar="NAME", help=VARIANT)
     sample.add_argument("--device", help="default: the GPU when there is one")
 
     evaluate = command(
@@ -400,6 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
+    evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
 
@@ -421,4 +440,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("model", metavar="MODEL", help="pipeline (folder, hub id), run or student folder")
     inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
+    inspect.add_argument("--variant", metavar="NAME", help=VARIANT)
     return parser
