@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flowdistill.networks.backbones import FAMILIES
 from flowdistill.networks.lora import LoraSettings, split
@@ -124,7 +125,7 @@ def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVel
     backbone_class = family.backbone_type
     try:
         config = backbone_class.load_config(folder / "backbone")
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name in (WEIGHTS, BASE)[: 1 if description.get("lora") is None else 2]:
             if (folder / name).is_file():
                 check_pointer(folder / name)

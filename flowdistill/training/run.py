@@ -118,10 +118,10 @@ def distill_one(config: RunConfig) -> Run:
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     check_exportable(teacher)
-    if config.evaluation.measures and (config.evaluation.at_end or config.train.evaluate_every):
+    features = config.evaluation.features if config.evaluation.measures else None
+    if features is not None and (config.evaluation.at_end or config.train.evaluate_every):
         # Else it shows when the first images are measured, which may be after the training.
-        features = load_features(config.evaluation.features, "cpu")
-        features.check_channels(teacher.codec.image_channels(teacher.shape[0]))
+        load_features(features, "cpu").check_channels(teacher.codec.image_channels(teacher.shape[0]))
     problem = teacher.disagreement()
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
