@@ -182,7 +182,7 @@ def test_a_warning_of_this_package_is_one_line() -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = (
         "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"
-        "class Run: output_dir, steps, interrupted, report, holds = 'x' * 100_000, 1, 0, None, ''\n"
+        "class Run: output_dir, steps, interrupted, report, contents = 'x' * 100_000, 1, 0, None, ''\n"
         "fake.distill = lambda *a: Run; sys.modules['flowdistill.training.run'] = fake\n"
         "from flowdistill.cli.commands import main; sys.exit(main(['distill', 'a.yaml']))"
     )
@@ -198,7 +198,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def outcome(**values: object) -> types.SimpleNamespace:
-    defaults = {"output_dir": Path("runs/a"), "steps": 7, "interrupted": 0, "report": None, "holds": "student/"}
+    defaults = {"output_dir": Path("runs/a"), "steps": 7, "interrupted": 0, "report": None, "contents": "student/"}
     return types.SimpleNamespace(**defaults | values)
 
 
@@ -331,7 +331,8 @@ def test_evaluate_accepts_the_real_arguments(cli, run: Path, tmp_path: Path) -> 
     from flowdistill.evaluation import Report
 
     report = tmp_path / "report.json"
-    result = cli("evaluate", run, "--num-images", 40, "--teacher-steps", 1, "--json", report, "--device", "cpu")
+    given = ("--features", "digits", "--reference", "digits", "--num-images", 40, "--teacher-steps", 1)
+    result = cli("evaluate", run, *given, "--json", report, "--device", "cpu")
     assert result.code == 0
     rows = Report.read_json(report).rows
     assert [(row.model, row.calls) for row in rows] == [("teacher", 1), ("student", 1)]
