@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 
 STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
 SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", default="configs/digits/freeflow.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=40, metavar="N", help="default: 40")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args(arguments)
     from flowdistill.config import load_config
 

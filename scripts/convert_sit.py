@@ -66,19 +66,22 @@ def convert(options: argparse.Namespace) -> None:
 
     from flowdistill.conditioning.components import load_model
     from flowdistill.utils.errors import UserError
+    from flowdistill.utils.files import local_path
+    from flowdistill.utils.text import without_marks
 
-    out = Path(options.out)
+    out = local_path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give a new folder")
-    state, settings = load(Path(options.checkpoint), options.weights)
+    state, settings = load(local_path(options.checkpoint), options.weights)
     check_kind(state, settings, options.flow_matching)
     time = options.time or ("noise" if any(name.startswith(PROJECTORS) for name in state) else "data")
     try:
         transformer = converted(state, time, options.heads)
     except KeyError as error:
         raise UserError(f"{options.checkpoint} holds no SiT: it has no {error.args[0]}") from error
-    if Path(options.vae).is_dir():
-        vae = load_model(Path(options.vae), AutoencoderKL)
+    place = local_path(options.vae)
+    if place.is_dir():
+        vae = load_model(without_marks(place), AutoencoderKL)
     else:
         try:
             vae = AutoencoderKL.from_pretrained(options.vae)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from flowdistill.cli.arguments import seed_number
 from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.pictures import read_picture
@@ -37,8 +38,10 @@ from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.images import save_grid
 from flowdistill.utils.randomness import Draw, indexed_noise
+from flowdistill.utils.text import read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
 IMAGES = 96  # of the concept alone, and as many in its contexts
@@ -269,14 +272,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/echodistill-experiment"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/echodistill-experiment"))
     parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS)[:2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=seed_number(), default=[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=MAIN)
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every run")
     parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
-    parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="put the tables between their markers in PAGE")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="the students' pictures of the first of --seeds")
+    add, path = parser.add_argument, local_path
+    add("--write-docs", type=path, metavar="PAGE", help="put the tables between their markers in PAGE")
+    add("--picture", type=path, metavar="PNG", help="the students' pictures of the first of --seeds")
     args = parser.parse_args(arguments)
     try:
         run(args)
@@ -289,10 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_measured(file: Path) -> list[dict[str, Any]]:
     """What has been measured; a line that a crash cut short is not there."""
     found = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for text in read_lines(file, strict=False) if file.is_file() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(text))
     return found
@@ -304,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
     from run_experiment import append_line
 
     file = args.out / "results.jsonl"
-    lines = read_lines(file)
+    lines = read_measured(file)
     for concept in () if args.table else args.concepts:
         for seed in args.seeds:
             case = Case(concept, seed, args.out, args.set)

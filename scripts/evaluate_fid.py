@@ -31,6 +31,8 @@ IMAGENET = 1000  # the null label that diffusers' DiTPipeline has, whatever its 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; argparse itself exits with code 2 when it is wrong."""
+    from flowdistill.cli.arguments import seed_number
+
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="Nothing is downloaded but a pipeline named by its hub id.",
         allow_abbrev=False,
@@ -42,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--features", default="digits", help="digits, shapes, inception, or a TorchScript file (default: digits)")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
     add("--num-images", type=int, metavar="N", help="images to generate (default: 10000) or draw from a folder (all)")
-    add("--seed", type=int, default=0, help="image i depends on the seed and i only (default: 0)")
+    add("--seed", type=seed_number(), default=0, help="image i depends on the seed and i only (default: 0)")
     add("--batch-size", type=int, default=250, metavar="B", help="images of one call (default: 250)")
     add("--steps", type=int, metavar="S", help="num_inference_steps of a pipeline (default: as its "
         "flowdistill.json says, else its own)")
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> Report | None:
 
     from flowdistill.evaluation import Evaluator
     from flowdistill.utils.errors import UserError
-    from flowdistill.utils.files import check_writable
+    from flowdistill.utils.files import check_writable, local_path
     from flowdistill.utils.processes import Processes
 
     num_images = 10_000 if options.num_images is None else options.num_images
@@ -108,7 +110,7 @@ def run(options: argparse.Namespace) -> Report | None:
     )
     if options.save_reference:
         processes.on_main(lambda: evaluator.reference.save(options.save_reference))
-    source = Path(options.source)
+    source = local_path(options.source)
     described = any((source / name).is_file() for name in ("config.yaml", "flowdistill.json", "model_index.json"))
     if source.is_dir() and not described:
         report = of_folder(evaluator, options)
@@ -140,22 +142,23 @@ def of_folder(evaluator: Evaluator, options: argparse.Namespace) -> Report:
 
 def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
     """Generated images against the reference."""
-    from flowdistill.conditioning.prompts import read_prompts as load_prompts
+    from flowdistill.conditioning.prompts import read_prompts
     from flowdistill.evaluation import PromptsInTurn, prompt_conditions, student_sampler, teacher_sampler
     from flowdistill.students import is_student_folder, load_student
     from flowdistill.utils.errors import UserError
+    from flowdistill.utils.files import local_path
 
     facts: dict[str, Any] = {"model": options.source, "device": options.device}
     if is_student_folder(options.source):
         student = load_student(options.source).to(options.device)
         if options.prompts and student.prompts is not None:
-            student.prompts.use(load_prompts(options.prompts))
+            student.prompts.use(read_prompts(options.prompts))
         restrict(evaluator, None if student.classes is None else student.classes.own)
         scale = student.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
         row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1,
                                 condition=prompt_conditions(student))
         return evaluator.report([row], **facts, guidance_scale=scale)
-    if (Path(options.source) / "config.yaml").is_file():
+    if (local_path(options.source) / "config.yaml").is_file():
         raise UserError(f"the run {options.source} has no student yet; let it reach a checkpoint first")
     folder, loaded = load_pipeline(options)
     if labels_out_of_reach(loaded):
@@ -209,6 +212,7 @@ class PipelineSampler:
     """
 
     def __init__(self, pipeline: Any, options: argparse.Namespace, folder: Path | None = None) -> None:
+        from flowdistill.conditioning.prompts import read_prompts
         from flowdistill.teachers.loading import read_record
         from flowdistill.utils.errors import UserError
 
@@ -237,7 +241,7 @@ class PipelineSampler:
         if "prompt" in accepted:
             if not options.prompts:
                 raise UserError(f"a {kind} needs prompts: give --prompts FILE")
-            self.prompts = read_prompts(Path(options.prompts))
+            self.prompts = read_prompts(options.prompts).prompts
 
     def _classes(self, options: argparse.Namespace, folder: Path | None) -> tuple[int | None, str | None]:
         """How many classes to draw from, and how that is known: as asked, else as the folder records, else assumed."""
@@ -321,18 +325,6 @@ def restrict(evaluator: Evaluator, labels: list[int] | tuple[int, ...] | None) -
     """Measure these class labels only, of images and of the reference, where a model makes no others."""
     if labels is not None:
         evaluator.own, evaluator.reference = list(labels), evaluator.reference.of(labels)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty."""
-    from flowdistill.utils.errors import UserError
-
-    if not path.is_file():
-        raise UserError(f"the prompt file {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} holds no prompt")
-    return prompts
 
 
 if __name__ == "__main__":

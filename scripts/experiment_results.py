@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.text import read_json_object, read_text
 
 PAIRS, PAIR_STEPS, PAIR_SEED = 256, 50, 1  # the seed differs from the evaluation's
 Line = dict[str, Any]
@@ -27,15 +27,16 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     import torch
 
     from flowdistill import load_student
-    from flowdistill.config import load_config
+    from flowdistill.config import found_again, load_config
     from flowdistill.evaluation import Evaluator, student_sampler
     from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors
 
     torch.set_num_threads(threads)
     config, student = load_config(folder / "config.yaml", []), load_student(folder)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_json_object(folder / "report.json")
     saved = checkpoints(folder / "checkpoints")
-    pairs = _pairs(tuple(dataclasses.asdict(config.teacher).items()), student.info.guidance_scale)
+    teacher = dataclasses.replace(config.teacher, source=found_again(config.teacher.source, folder))
+    pairs = _pairs(tuple(dataclasses.asdict(teacher).items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],
         "fid_floor": report["fid_floor"],
@@ -213,7 +214,7 @@ def write_docs(page: Path, name: str, text: str) -> None:
     """
     if not page.is_file():
         raise UserError(f"{page} does not exist")
-    before = page.read_text(encoding="utf-8")
+    before = read_text(page)
     start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(before):

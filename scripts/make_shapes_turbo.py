@@ -22,6 +22,7 @@ from flowdistill import load_student
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.students.generator import Generator
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.randomness import indexed_noise
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", help="run folder or student folder")
-    parser.add_argument("--out", type=Path, default=Path("assets/shapes/turbo"), help="pipeline folder to write")
+    parser.add_argument("--out", type=local_path, default=Path("assets/shapes/turbo"), help="pipeline folder to write")
     args = parser.parse_args(arguments)
     try:
         student = load_student(args.run)

@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.print:
         print(made)
         return 0
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    from flowdistill.utils.text import read_text
+
+    before, _, rest = read_text(PAGE).partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(f"the table of {len(CONFIGS)} configurations is in {PAGE.relative_to(ROOT)}")
     return 0

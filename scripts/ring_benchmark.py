@@ -41,6 +41,7 @@ from flowdistill.paths.native_path import NativePath, path_from_scheduler
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.exact import MixtureVelocity
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 
 MODES, RADIUS, STD = 8, 0.7, 0.05
 WIDTH, TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 128, 4000, 512, 2e-3
@@ -256,11 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("experiment", type=Path, nargs="?", default=Path("configs/experiments/ring.yaml"))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
+    parser.add_argument("experiment", type=local_path, nargs="?", default=Path("configs/experiments/ring.yaml"))
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="default: runs/experiments/NAME")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="start runs of these labels only")
     parser.add_argument("--seed", type=int, metavar="S", help="start runs of this seed only")
-    parser.add_argument("--write-docs", type=Path, metavar="PAGE.md", help="as of run_experiment.py")
+    parser.add_argument("--write-docs", type=local_path, metavar="PAGE.md", help="as of run_experiment.py")
     options = parser.parse_args(arguments)
     from experiment_results import write_docs
     from run_experiment import RESULTS, append_line, read_experiment, read_results

@@ -37,7 +37,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.files import local_path
+from flowdistill.utils.seeds import check_seed
+from flowdistill.utils.text import parse_yaml, read_lines, read_text
 
 RESULTS = "results.jsonl"
 KEEP_ALL = 1_000_000
@@ -78,26 +81,26 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         UserError: not readable, an unknown or missing key, a value of the wrong kind, or a run that cannot be.
     """
-    import yaml
-
     from flowdistill.config import load_config
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    text = read_text(path)
+    values, texts = (parse_yaml(text, str(path), as_written) for as_written in (False, True))
     known = list(Experiment.__dataclass_fields__)
     if not isinstance(values, dict) or set(values) - set(known) or {"name", "base", "seeds"} - set(values):
         raise UserError(f"{path} must have the keys name, base and seeds, and no others than {', '.join(known)}")
-    experiment = Experiment(**values)
+    # What is a text stays as it is written, whatever YAML would make of it.
+    experiment = Experiment(**texts | {key: values[key] for key in ("seeds", "curve") if key in values})
     experiment.runs = experiment.runs or {experiment.name: []}
     seeds, curve = experiment.seeds, experiment.curve
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"{path}: seeds must be a list of integers, such as [0, 1, 2]")
+    for seed in seeds:
+        check_seed(seed, f"{path}: a seed")
     texts = {"overrides": experiment.overrides, **experiment.runs}
     for label, items in texts.items():
         if not re.fullmatch(r"[\w.-]+", str(label)):
-            raise UserError(f"{path}: the label {label!r} must be letters, digits, '.', '_' and '-': it names a folder")
+            raise UserError(f"{path}: the label {shown(label)} must be letters, digits, '.', '_' and '-': it names a "
+                            "folder")
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{path}: {label} must be a list of key=value texts")
     if not isinstance(experiment.bases, dict) or set(experiment.bases) - set(experiment.runs):
@@ -116,7 +119,7 @@ def read_results(experiment: Experiment, out: Path, left: str = "report.json") -
     """
     found: dict[tuple[str, int], Line] = {}
     file = out / RESULTS
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for text in read_lines(file, strict=False) if file.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:  # cut short by a crash: that run is measured again
@@ -165,7 +168,7 @@ class Runner:
                 process.terminate()
             code = process.wait()
         if code:
-            last = (log.read_text(errors="replace").splitlines() or [""])[-1]
+            last = (read_lines(log, strict=False) or [""])[-1]
             raise UserError(f"exit code {code}, see {log}: {last}")
         from experiment_results import measure
 
@@ -192,13 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("experiment", type=local_path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/experiments/NAME")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="default: runs/experiments/NAME")
     parser.add_argument("--only", metavar="LABEL", help="start runs of this label only")
     parser.add_argument("--seed", type=int, metavar="S", help="start runs of this seed only")
     parser.add_argument(
-        "--write-docs", type=Path, metavar="PAGE.md",
+        "--write-docs", type=local_path, metavar="PAGE.md",
         help="also put the table between <!-- table:NAME --> and <!-- /table:NAME --> in this page",
     )  # fmt: skip
     options = parser.parse_args(arguments)

@@ -14,10 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("students", nargs="+", type=Path, metavar="RUN", help="run or student folders")
+    parser.add_argument("students", nargs="+", type=local_path, metavar="RUN", help="run or student folders")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="of the second column (default 64)")
     parser.add_argument("--repetitions", type=int, default=30, metavar="N", help="calls of each kind (default 30)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")

@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.print:
         print(made)
         return 0
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    from flowdistill.utils.text import read_text
+
+    before, _, rest = read_text(PAGE).partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
     print(f"the table of {len(FAMILIES)} pipelines is in {PAGE.relative_to(ROOT)}")

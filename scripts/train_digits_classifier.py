@@ -13,18 +13,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from flowdistill.cli.arguments import seed_number
 from flowdistill.data import balanced_split, load_digits
 from flowdistill.features.digits_classifier import classifier_accuracy, train_digits_classifier
+from flowdistill.utils.files import local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("assets/digits-classifier"), help="folder to write")
+    parser.add_argument("--out", type=local_path, default=Path("assets/digits-classifier"), help="folder to write")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number(2**32), default=0)
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

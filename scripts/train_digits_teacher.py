@@ -21,7 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from flowdistill.cli.arguments import seed_number
 from flowdistill.data import load_digits
+from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import say
 
 NUM_CLASSES = 10
@@ -129,11 +131,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--path", choices=("flow", "ddpm"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="pipeline folder to write")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number(2**32), default=0)
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
     parser.add_argument("--save-every", type=int, default=0, help="save the average so often (steps; 0: never)")
     args = parser.parse_args()

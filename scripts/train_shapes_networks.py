@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from flowdistill import load_teacher
+from flowdistill.cli.arguments import seed_number
 from flowdistill.features import shapes_networks as networks
+from flowdistill.utils.files import local_path
 
 TEST_IMAGES = 4320
 
@@ -24,12 +26,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("which", choices=("classifier", "judge"))
-    parser.add_argument("--out", type=Path, help="folder to write (default: assets/shapes/WHICH)")
-    parser.add_argument("--teacher", type=Path, help="pipeline whose autoencoder half of the images pass through")
+    parser.add_argument("--out", type=local_path, help="folder to write (default: assets/shapes/WHICH)")
+    parser.add_argument("--teacher", type=local_path, help="pipeline whose autoencoder half of the images pass through")
     parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, help="default: 3 for the classifier, 5 for the judge")
+    parser.add_argument("--seed", type=seed_number(2**32), help="default: 3 for the classifier, 5 for the judge")
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

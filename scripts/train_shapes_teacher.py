@@ -24,7 +24,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from flowdistill.cli.arguments import seed_number
 from flowdistill.data import shapes
+from flowdistill.utils.files import local_path
 
 MAX_TOKENS = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -263,15 +265,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("assets/shapes/teacher"), help="pipeline folder to write")
-    parser.add_argument("--work", type=Path, default=Path("runs/shapes-teacher"), help="folder of its state, to go on")
+    out, work = Path("assets/shapes/teacher"), Path("runs/shapes-teacher")
+    parser.add_argument("--out", type=local_path, default=out, help="pipeline folder to write")
+    parser.add_argument("--work", type=local_path, default=work, help="folder of its state, to go on")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--vae-batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number(2**32), default=0)
     parser.add_argument("--threads", type=int, default=2, help="fixed, because sums depend on it in the last bit")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowdistill.data.shapes import NUM_CLASSES, make_shapes, prompt_list
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, references, write_concepts
+from flowdistill.utils.files import local_path
 from flowdistill.utils.images import save_grid
 
 
@@ -23,8 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("assets/shapes"), help="folder to write to")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/shapes.png"), help="PNG file to write")
+    parser.add_argument("--out", type=local_path, default=Path("assets/shapes"), help="folder to write to")
+    parser.add_argument("--picture", type=local_path, default=Path("docs/images/shapes.png"), help="PNG file to write")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = prompt_list()

@@ -328,7 +328,7 @@ def test_mandatory_values(tmp_path: Path, missing: str, text: str) -> None:
         (b"3\n", "must hold sections"),
         (b"\xff\xfe\x00", "not text in UTF-8"),
         (b"seed: ${\n", "not valid"),
-        (b"defaults_from: 3\n", "'defaults_from' must be the path of one YAML file, not 3"),
+        (b"defaults_from: [3]\n", "'defaults_from' must be the path of one YAML file, not ['3']"),
         (b"defaults_from: nowhere.yaml\n", "nowhere.yaml ('defaults_from') does not exist"),
     ],
 )

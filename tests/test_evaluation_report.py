@@ -237,7 +237,7 @@ def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="not a diffusers pipeline"):
         evaluate(tmp_path, 10)
     (tmp_path / "config.yaml").write_text("teacher: [")
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
         evaluate(tmp_path, 10)
 
 

@@ -56,9 +56,22 @@ def test_overrides_of_a_run_win_over_those_of_all(tmp_path):
     assert config.train.checkpoint_every == 2 and config.train.keep_checkpoints > 1000
 
 
+def test_names_and_labels_are_texts(tmp_path):
+    from run_experiment import read_experiment
+
+    text = (f"name: 0010\nbase: {BASE}\nseeds: [0]\noverrides: [train.steps=5]\n"
+            "runs: {no: [seed=1], 1e3: [], 2024-11-25: []}\n")
+    (tmp_path / "a.yaml").write_text(text + f"bases: {{1e3: {BASE}}}\n")
+    experiment = read_experiment(tmp_path / "a.yaml")
+    assert experiment.name == "0010" and list(experiment.runs) == ["no", "1e3", "2024-11-25"]
+    assert list(experiment.bases) == ["1e3"] and experiment.settings("no", 0) == ["train.steps=5", "seed=1", "seed=0"]
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
+        ("seeds: [-1]\n", "a seed must be an integer from 0 to 2**64 - 1"),
+        ("seeds: [0, 18446744073709551616]\n", "a seed must be an integer from 0 to 2**64 - 1"),
         ("seeds: [0]\nseed: 3\n", "no others than"),
         ("seeds: 3\n", "seeds must be a list"),
         ("seeds: [0]\nruns: {one: train.steps=3}\n", "must be a list of key=value"),
@@ -67,7 +80,7 @@ def test_overrides_of_a_run_win_over_those_of_all(tmp_path):
         ("seeds: [0]\ncurve: {every: 0, num_images: 5}\n", "curve must be"),
         ("seeds: [0]\nruns: {one: []}\nbases: {tow: configs/digits/boot.yaml}\n", "the runs are one"),
         ("seeds: [0]\nruns: {one: [method.solver=heun]}\nbases: {}\n", "method.solver"),  # BOOT's, and the base is not
-        ("seeds: [0]\nruns: [\n", "cannot be read"),
+        ("seeds: [0]\nruns: [\n", "is not valid YAML: line"),
     ],
 )
 def test_bad_files_are_refused_before_anything_runs(tmp_path, capsys, text, part):

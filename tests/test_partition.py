@@ -56,7 +56,7 @@ def test_class_rules_are_what_they_are_called(tmp_path):
         ("[[0, 1, 2, 3], []]", "must be a list of lists of class labels"),
         ("[[0, 1], [2, true]]", "must be a list of lists of class labels"),
         ("0: [1]", "must be a list of lists of class labels"),
-        ("[[0", "cannot be read"),
+        ("[[0", "is not valid YAML: line"),
         (None, "method.partition_file must name a file"),
     ],
 )

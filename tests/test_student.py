@@ -120,7 +120,7 @@ def test_damaged_students(tmp_path):
         load_student(tmp_path / "s")
     weights.write_bytes(content)
     (tmp_path / "s" / "flowdistill.json").write_text("{")
-    with pytest.raises(UserError, match="flowdistill.json is damaged"):
+    with pytest.raises(UserError, match="flowdistill.json is not valid JSON"):
         load_student(tmp_path / "s")
     with pytest.raises(UserError, match="does not exist"):
         load_student(tmp_path / "no" / "such")

@@ -1,6 +1,7 @@
 """``distill``: a whole run folder, its resume, and the folders and devices it refuses."""
 
 import json
+import math
 import signal
 import warnings
 from pathlib import Path
@@ -12,11 +13,12 @@ from accelerate.utils import DistributedType
 
 import flowdistill
 from flowdistill import UserError
-from flowdistill.config import METHODS, TrainConfig, load_config, save_config
+from flowdistill.config import METHODS, OptimizerConfig, TrainConfig, load_config, save_config
 from flowdistill.evaluation import Report, Row
 from flowdistill.methods.echodistill.method import EchoDistill
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.optimizer import rate_changes
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
@@ -142,6 +144,50 @@ def test_what_does_not_decide_what_is_learned_may_change(tmp_path, measured):
     config.evaluation.num_images = 50
     assert distill(config).steps == 6
     assert load_config(tmp_path / "config.yaml").train.log_every == 1
+
+
+RATES = {
+    "cosine": (0.0, 1e-3 * (0.5 + 0.5 * math.cos(math.pi * 4 / 6))),
+    "linear": (0.0, 1e-3 * 2 / 6),
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_a_resume_under_a_schedule_says_the_old_and_the_new_rate(tmp_path, measured, schedule):
+    def config(steps):
+        made = make_config(tmp_path, steps=steps, log_every=1)
+        made.method.optimizer = OptimizerConfig(lr=1e-3, schedule=schedule)
+        return made
+
+    distill(config(4))
+    old, new = RATES[schedule]
+    with pytest.warns(UserWarning) as said:
+        distill(config(6))
+    (text,) = [str(one.message) for one in said if "train.steps" in str(one.message)]
+    assert text.startswith("train.steps was 4 and is 6, so after step 4 the scheduled learning rate goes on elsewhere")
+    assert f"student ({schedule}) from {old:.3g} to {new:.3g}" in text and "\n" not in text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[4]["lr/student"] == pytest.approx(new)  # what was said is what came
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(config(6))  # the same again: nothing to say
+
+
+def test_a_resume_whose_rate_stays_says_nothing(tmp_path, measured):
+    distill(make_config(tmp_path, steps=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(make_config(tmp_path, steps=6))
+    state = tmp_path / "checkpoints" / "step-000006" / "state.json"
+    older = {key: value for key, value in json.loads(state.read_text()).items() if key != "planned_steps"}
+    state.write_text(json.dumps(older))
+    assert distill(make_config(tmp_path, steps=7)).steps == 7  # a checkpoint of an older version
+
+
+def test_rates_that_differ_are_named_by_role():
+    cosine, warm = OptimizerConfig(lr=1.0, schedule="cosine"), OptimizerConfig(schedule="linear", warmup_steps=5)
+    assert rate_changes({"a": cosine, "b": OptimizerConfig(), "c": warm}, 4, 8, 16) == "a (cosine) from 0.5 to 0.854"
+    assert rate_changes({"a": cosine}, 4, 8, 8) == "" == rate_changes({"b": OptimizerConfig(), "c": warm}, 4, 8, 16)
 
 
 def test_a_run_that_never_saved_may_be_replaced(tmp_path, measured):

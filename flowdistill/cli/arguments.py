@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from flowdistill.utils.errors import sentence_of, shown
+from flowdistill.utils.seeds import SEEDS
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with this command's own form of an error, without the usage text before it, and without abbreviations:
@@ -15,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"flowdistill: error: {message} (see '{self.prog} --help')\n")
+        self.exit(2, f"flowdistill: error: {sentence_of(message)} (see '{self.prog} --help')\n")
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -25,9 +28,25 @@ def at_least(low: int) -> Callable[[str], int]:
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be an integer, not {shown(text)}") from None
         if number < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {number}")
+        return number
+
+    return convert
+
+
+def seed_number(below: int = SEEDS) -> Callable[[str], int]:
+    """Of a seed: an integer from 0 on, below 2^64 or a smaller number."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = -1
+        if not 0 <= number < below:
+            largest = f"2**{below.bit_length() - 1} - 1 ({below - 1})"
+            raise argparse.ArgumentTypeError(f"must be an integer from 0 to {largest}, not {shown(text, quoted=False)}")
         return number
 
     return convert
@@ -40,7 +59,7 @@ def positive(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, not {shown(text)}")
     return number
 
 
@@ -61,7 +80,7 @@ def integers(low: int) -> Callable[[str], list[int]]:
     def convert(text: str) -> list[int]:
         parts = text.split(",")
         if not all(part.strip().isdecimal() and int(part) >= low for part in parts):
-            raise argparse.ArgumentTypeError(f"must be integers of at least {low} such as 1,2,4, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be integers of at least {low} such as 1,2,4, not {shown(text)}")
         return [int(part) for part in parts]
 
     return convert

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive
-from flowdistill.utils.errors import UserError
+from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, seed_number
+from flowdistill.utils.errors import UserError, sentence_of
 from flowdistill.utils.exit import exit_process
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _warning(
 
 
 def _fail(sentence: str) -> int:
-    print(f"flowdistill: error: {sentence}", file=sys.stderr)
+    print(f"flowdistill: error: {sentence_of(sentence)}", file=sys.stderr)
     return 2
 
 
@@ -121,7 +121,9 @@ def _output_dir(args: argparse.Namespace) -> str:
 
 
 def _sample(args: argparse.Namespace) -> int:
-    out = Path(args.out)
+    from flowdistill.utils.files import local_path
+
+    out = local_path(args.out)
     is_grid = out.suffix.lower() == ".png"
     if is_grid and out.is_dir() or not is_grid and (_names_a_file(out) or out.exists() and not out.is_dir()):
         raise UserError(f"--out {out} must be a .png file for one grid, or a folder for one file an image")
@@ -189,10 +191,11 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
     from flowdistill.evaluation import student_sampler, teacher_sampler
     from flowdistill.students import is_student_folder, load_student
     from flowdistill.teachers import load_teacher
+    from flowdistill.utils.files import local_path
 
     device = _device(args.device)
     # A run folder without a student is a run all the same: load_student says what is the matter with it.
-    if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
+    if is_student_folder(args.model) or (local_path(args.model) / "config.yaml").is_file():
         if args.steps is not None:
             raise UserError(f"--steps is for pipelines, and {args.model} is a student, which takes one call an image")
         _only_for_pipelines(args, "variant")
@@ -254,7 +257,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     import shutil
 
-    target = Path(args.out_dir)
+    from flowdistill.utils.files import local_path
+
+    target = local_path(args.out_dir)
     occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
     if occupied and not args.overwrite:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
@@ -288,14 +293,17 @@ def _export(args: argparse.Namespace) -> int:
 
 def _usage(pipeline: Path) -> str:
     """The lines of Python by which the card of an exported pipeline loads and calls it, for the folder it is in."""
-    card = (pipeline / "README.md").read_text(encoding="utf-8")
+    from flowdistill.utils.text import read_text
+
+    card = read_text(pipeline / "README.md")
     return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(pipeline)).strip()
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from flowdistill.students import describe, is_student_folder, load_student
+    from flowdistill.utils.files import local_path
 
-    is_run = (Path(args.model) / "config.yaml").is_file()
+    is_run = (local_path(args.model) / "config.yaml").is_file()
     if is_run or is_student_folder(args.model):
         _only_for_pipelines(args, "null_label", "variant")
         if not is_run:
@@ -387,7 +395,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
     what.add_argument("--prompt", metavar="TEXT", action="append", help="text-to-image models; may come several times")
     what.add_argument("--prompts", metavar="FILE", help="the same from a file: a prompt a line, or .jsonl")
-    sample.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    sample.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
     sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
@@ -416,7 +424,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="also measure the pipeline's own scheduler, with the noise that it adds (default: none)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
-    evaluate.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default: 0)")
+    evaluate.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.randomness import Draw
 
 
@@ -99,7 +99,7 @@ class ClassLabels:
             UserError: no label, one out of range, or one that is there twice.
         """
         if not labels or len(set(labels)) < len(labels):
-            raise UserError(f"teacher.labels is {list(labels)}; it must be a list of different class labels")
+            raise UserError(f"teacher.labels is {shown(list(labels))}; it must be a list of different class labels")
         self.encode(labels)
         return replace(self, own=tuple(labels))
 

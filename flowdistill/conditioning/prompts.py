@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import diffusers
@@ -23,6 +21,7 @@ from flowdistill.utils.files import cache_folder, in_cache, write_cache
 from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import read_json_lines, read_lines, text_of
 
 ENCODED_AT_ONCE = 16
 ENCODING = 2
@@ -39,38 +38,28 @@ class PromptList(NamedTuple):
 def read_prompts(path: str | os.PathLike[str]) -> PromptList:
     """A text file with a prompt a line, or ``.jsonl`` with ``{"prompt": ..., "weight": ...}`` (weight 1 if absent).
 
-    Empty lines are left out.
+    UTF-8 with or without a byte-order mark; lines end in LF, CR LF or CR only. Empty lines are left out.
 
     Raises:
         UserError: no such file, no prompt in it, or a line that is not as it should be.
     """
     file = find_path(path)
-    if not file.is_file():
-        raise UserError(f"the prompts file {file} does not exist")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompts file {file} is not UTF-8 text: {error}") from error
-    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    name = f"the prompts file {file}"
     if file.suffix.lower() == ".jsonl":
-        pairs = [_record(file, number, line) for number, line in found]
+        form = '{"prompt": "a cat", "weight": 2}, with a weight of at least 0'
+        pairs = [pair for _, pair in read_json_lines(file, _record, form, name)]
     else:
-        pairs = [(line, 1.0) for _, line in found]
+        pairs = [(line.strip(), 1.0) for line in read_lines(file, name) if line.strip()]
     total = sum(weight for _, weight in pairs)
     if total <= 0:
         raise UserError(f"the prompts file {file} has no prompt" + (" with a weight above 0" if pairs else ""))
     return PromptList([prompt for prompt, _ in pairs], [weight / total for _, weight in pairs])
 
 
-def _record(file: Path, number: int, line: str) -> tuple[str, float]:
-    try:
-        record = json.loads(line)
-        prompt, weight = record["prompt"], float(record.get("weight", 1.0))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        prompt, weight = None, 0.0
-    if not isinstance(prompt, str) or not 0 <= weight < float("inf"):
-        raise UserError(f'line {number} of {file} must be like {{"prompt": "a cat", "weight": 2}}, with a weight of at '
-                        f"least 0, not {line[:80]}")
+def _record(record: Any) -> tuple[str, float]:
+    prompt, weight = text_of(record["prompt"]), float(record.get("weight", 1.0))
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{weight} is no weight")
     return prompt, weight
 
 

@@ -29,6 +29,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.hashing import add_files, add_folder, add_module, files_below
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.text import read_json_object
 
 INDEX = "model_index.json"
 
@@ -59,7 +60,7 @@ class TextEncoders:
             index = dict(self.live.config) | {"_class_name": type(self.live).__name__}
         else:
             assert self.folder is not None
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json_object(self.folder / INDEX)
         self._index = {name: value for name, value in index.items() if name != "_name_or_path"}
         self.pipeline_class = str(index["_class_name"])
         self.components = sorted(name for name, value in index.items() if is_text(name) and _is_there(value))

@@ -10,6 +10,7 @@ Importing this package costs neither torch nor OmegaConf.
 from flowdistill.config.checks import validate
 from flowdistill.config.loading import accept_former_names, load_config, method_config_class, save_config
 from flowdistill.config.registry import METHODS, register_method
+from flowdistill.config.run_folder import found_again, run_settings
 from flowdistill.config.schema import (
     MISSING,
     NOTHING_TO_MEASURE,
@@ -33,10 +34,12 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "accept_former_names",
+    "found_again",
     "load_config",
     "method_config_class",
     "option",
     "register_method",
+    "run_settings",
     "save_config",
     "validate",
 ]

@@ -12,14 +12,24 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from flowdistill.config.schema import MISSING, RunConfig
-from flowdistill.utils.errors import UserError
+from flowdistill.utils import errors
+from flowdistill.utils.errors import NAMES, UserError, listed, shortened
 
 
 class Layer(NamedTuple):
-    """Raw values from one file or override, and the words that name this place in an error."""
+    """Raw values from one file or override.
+
+    Attributes:
+        origin: the words that name this place in an error.
+        values: as YAML takes them.
+        texts: the same as they are written: a tree of texts (and of null), for the settings that are texts.
+        group: layers of one group were written together; an upper group has a higher number.
+    """
 
     origin: str
     values: dict[str, Any]
+    texts: dict[str, Any]
+    group: int
 
 
 def check_keys(layer: Layer, method: type) -> None:
@@ -30,6 +40,9 @@ def check_keys(layer: Layer, method: type) -> None:
 def rename_former_keys(layer: Layer, method: type) -> None:
     """Give settings under a name of an older version their present one, in place, with a warning for each."""
     _rename(layer.values, RunConfig, "", layer.origin, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _rename(layer.texts, RunConfig, "", layer.origin, method)
 
 
 def _rename(values: dict[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
@@ -79,6 +92,21 @@ def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", hint
 
 
+def is_text(hint: Any) -> bool:
+    """Whether a setting of this type is a text or null."""
+    return set(_alternatives(hint)) <= {str, type(None)}
+
+
+def is_textual(hint: Any) -> bool:
+    """Whether a setting of this type holds texts and nothing else: one, a list of them, or a mapping to them."""
+    if get_origin(hint) in (list, tuple):
+        return all(is_textual(part) for part in get_args(hint) if part is not Ellipsis)
+    if get_origin(hint) is dict:
+        return is_textual(get_args(hint)[1])
+    parts = _alternatives(hint)
+    return is_text(hint) or (len(parts) > 1 and all(part is type(None) or is_textual(part) for part in parts))
+
+
 def in_words(hint: Any) -> str:
     """A type in words: ``list[int] | None`` is 'a list of integers or null'."""
     if get_origin(hint) in (list, tuple):
@@ -89,6 +117,25 @@ def in_words(hint: Any) -> str:
         return " or ".join(in_words(part) for part in _alternatives(hint))
     one = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return one.get(hint, "a mapping" if get_origin(hint) is dict else f"a {getattr(hint, '__name__', hint)}")
+
+
+def with_texts(values: Mapping[str, Any], texts: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``values`` in which the settings that are texts are as ``texts`` has them, the same tree as written."""
+    result = dict(values)
+    for key, hint in hints.items():
+        if is_textual(hint) and (text := raw_value(texts, key)) != MISSING:
+            result = replaced(result, key.split("."), text)
+    return result
+
+
+def replaced(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of nested mappings with another value at ``path``, which is there already."""
+    return {**values, path[0]: replaced(values[path[0]], path[1:], value) if len(path) > 1 else value}
+
+
+def section_type(schema: type, name: str) -> type:
+    """The dataclass of a section of ``schema``."""
+    return dict(_sections(schema, schema))[name][0]
 
 
 def raw_value(values: Mapping[str, Any], key: str) -> Any:
@@ -112,8 +159,37 @@ def closest(name: Any, valid: Iterable[str], prefix: str = "") -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML users write it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    """A value as YAML users write it, shortened."""
+    text = errors.shown(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+def pruned(values: Mapping[Any, Any], schema: type, prefix: str) -> tuple[dict[Any, Any], list[str]]:
+    """What of ``values`` the section ``schema`` has a place for, and the keys of the rest.
+
+    A value goes as well where the section wants another kind of value (keys below it or none) or does not list it among
+    the choices.
+    """
+    kept: dict[Any, Any] = {}
+    dropped: list[str] = []
+    sections, hints = dict(_sections(schema, schema)), get_type_hints(schema)
+    limits = {item.name: item.metadata for item in fields(schema)}
+    for name, value in values.items():
+        if name in sections and isinstance(value, Mapping):
+            kept[name], below = pruned(value, sections[name][0], f"{prefix}{name}.")
+            dropped += below
+        elif name not in limits or not _has_place(value, name in sections, hints[name], limits[name]):
+            dropped.append(f"{prefix}{name}")
+        else:
+            kept[name] = value
+    return kept, dropped
+
+
+def _has_place(value: Any, is_section: bool, hint: Any, limits: Mapping[str, Any]) -> bool:
+    if is_section or isinstance(value, Mapping):
+        return value is None if is_section else hint is Any or get_origin(hint) is dict
+    elements = value if isinstance(value, list) else [value]
+    return all(element is None or element in limits.get("choices", elements) for element in elements)
 
 
 def _check_keys(values: Mapping[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
@@ -126,12 +202,16 @@ def _check_keys(values: Mapping[Any, Any], schema: type, prefix: str, origin: st
             if schema is method:
                 owner += f" with the name {schema().name!r}"
             hint = closest(name, names, prefix)
-            raise UserError(f"unknown key '{key}' ({origin}){hint or ';'} allowed in {owner}: {', '.join(names)}")
+            allowed = f" allowed in {owner}: {listed(names)}" if not hint or len(names) <= NAMES else ""
+            raise UserError(f"unknown key '{shortened(key)}' ({origin}){hint or ';'}{allowed}")
         if name not in sections:
             if isinstance(value, Mapping) and hints[name] is not Any and get_origin(hints[name]) is not dict:
                 raise UserError(f"'{key}' must be {in_words(hints[name])}, not keys below it ({origin})")
+            nested = isinstance(value, list) and any(isinstance(element, (list, Mapping)) for element in value)
+            if nested and is_textual(hints[name]):
+                raise UserError(f"'{key}' must be {in_words(hints[name])}, not {shown(value)} ({origin})")
             if isinstance(value, list) and _is_fixed(hints[name]) and len(value) != len(get_args(hints[name])):
-                raise UserError(f"'{key}' must be {in_words(hints[name])}, not {value} ({origin})")
+                raise UserError(f"'{key}' must be {in_words(hints[name])}, not {shown(value)} ({origin})")
             continue
         section, nullable = sections[name]
         if isinstance(value, Mapping):
@@ -161,7 +241,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _violation(value: Any, limits: Mapping[str, Any]) -> str:
     """What would be allowed, in words, when ``value`` is not; else an empty string."""
     if "choices" in limits and value not in limits["choices"]:
-        return f"one of {', '.join(limits['choices'])}"
+        return f"one of {listed(limits['choices'])}"
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
         return str(limits["help"])
     if isinstance(value, float) and not math.isfinite(value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
@@ -17,17 +16,24 @@ from flowdistill.config.checks import (
     closest,
     found,
     in_words,
+    is_text,
     leaf_types,
+    pruned,
     raw_value,
     rename_former_keys,
+    replaced,
+    section_type,
     shown,
     validate,
+    with_texts,
 )
 from flowdistill.config.registry import METHODS
 from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed, shortened
+from flowdistill.utils.files import local_path
 from flowdistill.utils.objects import is_object, load_object
 from flowdistill.utils.shipped import find_config
+from flowdistill.utils.text import dump_yaml, parse_yaml, read_text
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,28 +41,41 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     The file is a path, or the name of a shipped one: ``digits/freeflow`` is ``configs/digits/freeflow.yaml``.
 
-    The result's ``method`` is an instance of the selected method's own ``Config`` dataclass. Relative paths inside stay
-    relative to the working directory; only ``defaults_from`` is relative to its file. Raises UserError for a missing or
-    malformed file, an unknown key, a wrong type, an impossible value and a missing mandatory value.
+    The result's ``method`` is an instance of the selected method's own ``Config`` dataclass. A setting that is a text
+    keeps the text that was written, whatever YAML would make of it (``0010``, ``no``, ``12:30``); on the command line
+    nothing in it needs quotes. Relative paths inside stay relative to the working directory; only ``defaults_from`` is
+    relative to its file. Where an upper file or an override names another method than the files below it, settings of
+    theirs that it does not have are left out, with a warning that names them.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a wrong type, an impossible value, or a mandatory value
+            that is missing.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    layers = _file_layers(find_config(path)) + [_override_layer(text) for text in overrides]
-    method = method_config_class(_name(layers, "method", path))
+    files = [layer._replace(group=group) for group, layer in enumerate(_file_layers(find_config(path)))]
+    method = method_config_class(_name(files, overrides, "method", path))
+    named = {"method": method}
     if issubclass(method, HostingConfig):  # the settings of the other method are a section of its own
-        method = method.hosted(_name(layers, "method.host", path))
+        method = method.hosted(_name(files, overrides, "method.host", path))
+        named = {"method": method, "method.host": section_type(method, "host")}
+    hints = dict(leaf_types(RunConfig, method))
+    layers = files + [_override_layer(text, hints)._replace(group=len(files)) for text in overrides]
     for layer in layers:
         rename_former_keys(layer, method)
+    layers = [layer._replace(values=with_texts(layer.values, layer.texts, hints)) for layer in layers]
+    for section, schema in named.items():
+        layers = _without_former(_with_present_names(layers, section), section, schema)
+    for layer in layers:
         check_keys(layer, method)
     try:
-        schema = OmegaConf.structured(RunConfig(method=method()))
-        merged = OmegaConf.merge(schema, *(layer.values for layer in layers))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig(method=method())), *(layer.values for layer in layers))
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise UserError(f"'{key}' is missing: set it in {path} or add {key}=... to the command")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _value_error(error, layers, dict(leaf_types(RunConfig, method))) from error
+        raise _value_error(error, layers, hints) from error
     assert isinstance(config, RunConfig)
     validate(config, layers)
     return config
@@ -66,10 +85,10 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the configuration as YAML that :func:`load_config` reads back; the file is complete or absent."""
     from omegaconf import OmegaConf
 
-    target = Path(path)
+    target = local_path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        partial.write_text(dump_yaml(OmegaConf.to_container(OmegaConf.structured(config))), encoding="utf-8")
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -84,7 +103,7 @@ def method_config_class(name: str, key: str = "method.name", barred: Sequence[st
         return _config_of(load_object(name, key), name, key)
     if name in barred or name not in METHODS:
         known = [each for each in METHODS if each not in barred]
-        raise UserError(f"'{key}' must be one of {', '.join(known)}, not {name!r}{closest(name, known)}")
+        raise UserError(f"'{key}' must be one of {listed(known)}, not {shown(name)}{closest(name, known)}")
     config: type = METHODS.get(name).Config
     return config
 
@@ -103,7 +122,7 @@ def accept_former_names(values: dict[Any, Any], method: type) -> None:
     """Give the method and the settings in a saved configuration their present names, in place and without a word."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rename_former_keys(Layer("saved", values), method)
+        rename_former_keys(Layer("saved", values, {}, 0), method)
         for section in (values.get("method"), (values.get("method") or {}).get("host")):
             if isinstance(section, dict) and isinstance(section.get("name"), str):
                 section["name"] = METHODS.current_name(section["name"])
@@ -114,76 +133,121 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     if path.resolve() in above:
         circle = " -> ".join(entry.name for entry in (*above, path))
         raise UserError(f"'defaults_from' goes round in a circle: {circle}")
-    values = _read_yaml(path, f"the configuration file {path}" if not above else f"{path} ('defaults_from')")
-    base = values.pop("defaults_from", None)
+    values, texts = _read(path, f"the configuration file {path}" if not above else f"{path} ('defaults_from')")
+    values.pop("defaults_from", None)
+    base = texts.pop("defaults_from", None)
+    own = Layer(f"in {path}", values, texts, 0)
     if base is None:
-        return [Layer(f"in {path}", values)]
+        return [own]
     if not isinstance(base, str):
-        raise UserError(f"'defaults_from' must be the path of one YAML file, not {base!r} (in {path})")
-    return [*_file_layers(path.parent / base, (*above, path.resolve())), Layer(f"in {path}", values)]
+        raise UserError(f"'defaults_from' must be the path of one YAML file, not {shown(base)} (in {path})")
+    return [*_file_layers(path.parent / local_path(base), (*above, path.resolve())), own]
 
 
-def _read_yaml(path: Path, name: str) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"{name} does not exist{closest(path.name, siblings)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not text in UTF-8, as a YAML file is") from None
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from error
-    return _parse(text, name)
+def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values and the texts of a file; see :class:`Layer`."""
+    if path.parent.is_dir() and not path.exists():
+        siblings = [entry.name for entry in path.parent.glob("*.y*ml")]
+        raise UserError(f"{name} does not exist{closest(path.name, siblings)}")
+    text = read_text(path, name)
+    values, texts = (parse_yaml(text, name, as_written) for as_written in (False, True))
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise UserError(f"{name} must hold sections such as 'teacher:' and 'train:' with 'key: value' lines")
+    _check_interpolations(values, name)
+    return values, texts
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _check_interpolations(values: dict[str, Any], name: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    expectation = f"{name} must hold sections such as 'teacher:' and 'train:' with 'key: value' lines"
     try:
-        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {_yaml_problem(error)}") from error
+        OmegaConf.create(values)
     except OmegaConfBaseException as error:
         raise UserError(f"{name} is not valid: {_first_line(error)}") from error
-    except OSError as error:  # how OmegaConf refuses a document that is a bare number or the like
-        raise UserError(expectation) from error
-    if not isinstance(values, dict):
-        raise UserError(expectation)
-    return {str(name): value for name, value in values.items()}
+    except RecursionError:
+        raise UserError(f"{name} is not valid: it contains itself") from None
 
 
-def _override_layer(text: str) -> Layer:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    key, equals, _ = text.partition("=")
+def _override_layer(text: str, hints: Mapping[str, Any]) -> Layer:
+    """A ``key=value`` text; the value of a setting that is a text is taken as it stands, that of others is YAML."""
+    key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
-        raise UserError(f"the override {text!r} must have the form key=value, for example train.steps=500")
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except YAMLError as error:
-        raise UserError(f"the override {text!r} has a value that is not valid YAML: {_yaml_problem(error)}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"the override {text!r} is not valid: {_first_line(error)}") from error
-    return Layer(f"in the override {text!r}", values)
+        raise UserError(f"the override {shown(text)} must have the form key=value, for example train.steps=500")
+    name, written = f"the override {shown(text)}", value.strip()
+    if key not in hints or not is_text(hints[key]) or written in NULLS:
+        typed, as_text = (parse_yaml(value, f"{name} has a value that", as_written) for as_written in (False, True))
+    else:
+        as_text = parse_yaml(value, f"{name} has a value that", True) if written[0] in "'\"" else written
+        typed = as_text
+    values, texts = typed, as_text
+    for part in reversed(key.split(".")):
+        values, texts = {part: values}, {part: texts}
+    _check_interpolations(values, name)
+    return Layer(f"in the override {shown(text)}", values, texts, 0)
 
 
-def _name(layers: Sequence[Layer], section: str, path: str | os.PathLike[str]) -> str:
+NULLS = ("", "~", "null", "Null", "NULL")
+
+
+def _name(files: Sequence[Layer], overrides: Sequence[str], section: str, path: str | os.PathLike[str]) -> str:
     """The last name in a method's section; read before the rest, because it decides what else is allowed."""
-    for layer in reversed(layers):
-        values = raw_value(layer.values, section)
+    key = f"{section}.name"
+    sections = [".".join(section.split(".")[: end + 1]) for end in range(section.count(".") + 1)]
+    texts = [text for text in overrides if text.partition("=")[0] in (*sections, key)]
+    for layer in reversed([*files, *(_override_layer(text, {key: str}) for text in texts)]):
+        values = raw_value(layer.texts, section)
         if values == MISSING:
             continue
-        if not isinstance(values, dict):
-            raise UserError(f"'{section}' must be a section with a 'name', not {shown(values)} ({layer.origin})")
+        if not isinstance(values, Mapping):
+            where = f"'{section}' must be a section with a 'name'"
+            raise UserError(f"{where}, not {shown(raw_value(layer.values, section))} ({layer.origin})")
         if values.get("name", MISSING) != MISSING:
-            values["name"] = METHODS.current_name(str(values["name"]))
-            return str(values["name"])
-    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {', '.join(METHODS)}")
+            return METHODS.current_name(str(values["name"]))
+    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {listed(METHODS)}")
+
+
+def _with_present_names(layers: Sequence[Layer], section: str) -> list[Layer]:
+    """The layers with the present name of a method in ``section`` where they have one that it had before."""
+    key, made = f"{section}.name", []
+    for layer in layers:
+        if isinstance(name := raw_value(layer.texts, key), str) and name != MISSING:
+            now, path = METHODS.current_name(name), key.split(".")
+            layer = layer._replace(values=replaced(layer.values, path, now), texts=replaced(layer.texts, path, now))
+        made.append(layer)
+    return made
+
+
+def _without_former(layers: Sequence[Layer], section: str, schema: type) -> list[Layer]:
+    """The layers without those settings of methods that an upper layer replaces by another one, and which that one does
+    not have; says which these are.
+
+    Args:
+        section: ``method``, or ``method.host`` of a method over another one.
+        schema: the settings of the method that is named last.
+    """
+    names = [raw_value(layer.texts, f"{section}.name") for layer in layers]
+    by_group = {layer.group: name for layer, name in zip(layers, names, strict=True) if name != MISSING}
+    if len(set(by_group.values())) < 2:
+        return list(layers)
+    final = by_group[max(by_group)]
+    place = next(layer.origin for layer, name in reversed(list(zip(layers, names, strict=True))) if name != MISSING)
+    kept, former, dropped = [], [], []
+    for layer in layers:
+        name = next((by_group[group] for group in range(layer.group, -1, -1) if group in by_group), final)
+        values = raw_value(layer.values, section)
+        if name != final and isinstance(values, Mapping):
+            left, gone = pruned(values, schema, f"{section}.")
+            layer = layer._replace(values=replaced(layer.values, section.split("."), left))
+            former += [name] if gone else []
+            dropped += gone
+        kept.append(layer)
+    if dropped and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"{section}.name is {final} ({place}), no longer {' or '.join(dict.fromkeys(former))}; left out, "
+                      f"because {final} has none: {', '.join(dict.fromkeys(dropped))}", stacklevel=1)
+    return kept
 
 
 def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, Any]) -> UserError:
@@ -198,11 +262,5 @@ def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, 
     return UserError((f"'{key}': " if key else "") + _first_line(error) + found(layers, key))
 
 
-def _yaml_problem(error: Any) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = str(getattr(error, "problem", None) or _first_line(error))
-    return f"line {mark.line + 1}, {problem}" if mark is not None else problem
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return shortened(str(error).split("\n")[0], 300)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.seeds import SEEDS
 
 MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
 
@@ -168,11 +169,12 @@ class RunConfig:
     """Everything that decides a run; ``config.yaml`` of a run folder holds it resolved."""
 
     output_dir: str = option(MISSING, "run folder; training resumes when it already holds this run")
-    seed: int = option(0, "seed of every random draw", at_least=0, below=2**63)
+    seed: int = option(0, "seed of every random draw", at_least=0, below=SEEDS)
     teacher: TeacherConfig = option(TeacherConfig, "the frozen model")
     method: Any = option(MISSING, "settings of the method that 'method.name' selects: an instance of its Config")
     train: TrainConfig = option(TrainConfig, "the training loop")
     evaluation: EvaluationConfig = option(EvaluationConfig, "FID and its companions")
+    started_in: str | None = option(None, "written by distill: the folder that the run's relative paths begin in")
 
     def validate(self) -> None:
         """UserError for measurements during training without anything to measure with."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.files import local_path
 from flowdistill.utils.shipped import shipped_folder
+from flowdistill.utils.text import read_json_object
 
 ASSETS = shipped_folder("assets")
 
@@ -50,7 +51,7 @@ def asset_path(name: str) -> Path:
         UserError: unknown name, or the folder is not complete; says what is missing and the command that makes it.
     """
     if name not in _KNOWN:
-        raise UserError(f"unknown asset {name!r}; the shipped assets are {', '.join(sorted(_KNOWN))}")
+        raise UserError(f"unknown asset {shown(name)}; the shipped assets are {', '.join(sorted(_KNOWN))}")
     files, command = _KNOWN[name]
     folder = ASSETS / name
     missing = [file for file in files if not (folder / file).is_file()]
@@ -74,12 +75,14 @@ def load_network(kind: type[Any], folder: str | os.PathLike[str], what: str) -> 
 
     from flowdistill.utils.files import check_pointer
 
-    config_file, weights_file = (Path(folder) / name for name in ("config.json", "model.safetensors"))
+    config_file, weights_file = (local_path(folder) / name for name in ("config.json", "model.safetensors"))
     for file in (config_file, weights_file):
         if not file.is_file():
             raise UserError(f"{folder} is no {what}: {file.name} is missing")
     try:
-        model = kind(**json.loads(config_file.read_text(encoding="utf-8"))["architecture"])
+        model = kind(**read_json_object(config_file)["architecture"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config_file} does not describe a {what}: {error!r}") from error
     check_pointer(weights_file)

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from flowdistill.data.named_sets import load_images
 from flowdistill.data.pictures import find_pictures, read_picture
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.randomness import mixed_seed
 
@@ -77,7 +77,7 @@ class FolderImages:
     sampled: str | None = None
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         self.name = str(folder)
         found = find_pictures(self.folder)
         self.paths, self.left_out = found.pictures, found.summary()

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowdistill.data.digits import load_digits
 from flowdistill.data.mnist import load_mnist5k
 from flowdistill.data.shapes import load_shapes
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed, shown
 
 IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "digits": load_digits, "mnist5k": load_mnist5k, "shapes": load_shapes,
@@ -32,5 +32,5 @@ def load_images(name: str) -> tuple[Tensor, Tensor]:
     if name not in IMAGE_SETS:
         near = difflib.get_close_matches(str(name), IMAGE_SETS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"unknown image set {name!r}{hint}; the named sets are {', '.join(sorted(IMAGE_SETS))}")
+        raise UserError(f"unknown image set {shown(name)}{hint}; the named sets are {listed(sorted(IMAGE_SETS))}")
     return IMAGE_SETS[name]()

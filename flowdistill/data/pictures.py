@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import is_clutter
+from flowdistill.utils.files import is_clutter, local_path
 
 # Formats that the first bytes of a file give away: a file with one of their endings is taken for a picture without a
 # look into it, and a file with any other ending is one if it starts like one of these.
@@ -83,7 +83,7 @@ def find_pictures(folder: str | os.PathLike[str], recursive: bool = True) -> Fou
     Raises:
         UserError: ``folder`` or one below it is no folder or cannot be read.
     """
-    root = Path(folder)
+    root = local_path(folder)
     if not root.is_dir():
         raise UserError(f"the image folder {root} does not exist")
     found: dict[bool, list[Path]] = {True: [], False: []}
@@ -160,7 +160,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         UserError: the file is missing, damaged or no picture, or its range of values is not known.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         with Image.open(path) as image:
             stored = image.tile[0][3] if image.format == "PNG" and image.tile else None

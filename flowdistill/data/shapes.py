@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from flowdistill.utils.randomness import generator_of
+
 SIZE = 32
 SAMPLES = 4  # along each side of a pixel, averaged: antialiasing
 
@@ -160,7 +162,7 @@ def tint(colours: Tensor, generator: torch.Generator) -> Tensor:
 
 def place(shape: Tensor, pattern: Tensor, first: Tensor, second: Tensor, ground: Tensor, seed: int) -> Scenes:
     """Scenes of objects (N,) in colours (N, 3; 255ths), near the middle, in slightly different sizes and turns."""
-    generator, rows = torch.Generator().manual_seed(seed), len(shape)
+    generator, rows = generator_of(seed), len(shape)
 
     def centre() -> Tensor:
         return SIZE / 2.0 + uniform(generator, rows, -2.0, 2.0)
@@ -196,7 +198,7 @@ def draw_shapes(classes: Tensor, seed: int) -> Tensor:
 
 def make_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """``count`` images, in random order, and their classes int64 (count,): each as often, the first ones once more."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=generator_of(seed))
     classes = (torch.arange(count) % NUM_CLASSES)[order]
     return draw_shapes(classes, seed + 1_000_003), classes
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from flowdistill.data import shapes
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.files import local_path
 
 REFERENCES = 5
 DESCRIPTION = "concept.json"
@@ -51,10 +52,10 @@ def draw_concept(name: str, backgrounds: list[str], seed: int) -> Tensor:
         UserError: unknown concept or background.
     """
     if name not in CONCEPTS:
-        raise UserError(f"unknown concept {name!r}; the concepts are {', '.join(CONCEPTS)}")
+        raise UserError(f"unknown concept {shown(name)}; the concepts are {', '.join(CONCEPTS)}")
     for background in backgrounds:
         if background not in shapes.BACKGROUNDS:
-            raise UserError(f"unknown background {background!r}; there are {', '.join(shapes.BACKGROUNDS)}")
+            raise UserError(f"unknown background {shown(background)}; there are {', '.join(shapes.BACKGROUNDS)}")
     concept, rows = CONCEPTS[name], len(backgrounds)
     ground = torch.tensor([shapes.BACKGROUNDS[background] for background in backgrounds], dtype=torch.float32)
 
@@ -81,7 +82,7 @@ def write_concepts(folder: str | os.PathLike[str]) -> list[Path]:
     """Write each concept's references as PNG files into a folder of its own, with ``concept.json`` and captions."""
     written = []
     for name, concept in CONCEPTS.items():
-        target = Path(folder) / name
+        target = local_path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
         images, backgrounds = references(name)
         for i, image in enumerate(images):

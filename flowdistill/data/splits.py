@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import generator_of
 
 
 def balanced_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def balanced_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
         raise UserError(f"labels must have the shape (N,), not {tuple(labels.shape)}")
     if not 0.0 < fraction < 1.0:
         raise UserError(f"the fraction of a split must lie between 0 and 1, not {fraction}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     first: list[Tensor] = []
     second: list[Tensor] = []
     seen = taken = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +12,22 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList, read_prompts
-from flowdistill.config import TeacherConfig
+from flowdistill.config import TeacherConfig, found_again, run_settings
+from flowdistill.config.run_folder import CONFIG
+from flowdistill.data import IMAGE_SETS
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
-from flowdistill.features.extractor import FeatureExtractor
-from flowdistill.students import Student, is_student_folder, load_student
+from flowdistill.features.extractor import FEATURES, FeatureExtractor
+from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import check_writable
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.seeds import check_seed
 
 DEFAULTS: dict[str, Any] = {
     "num_images": 10_000,
@@ -83,7 +85,7 @@ def evaluate(
             what the run's ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", (),
             and the student's own guidance scale (1.0 for a teacher alone); reference and features must then be given.
             ``pipeline_steps`` are rows of the pipeline's own scheduler, with the noise that it adds.
-        seed: of the noise; image i depends on (seed, i) only.
+        seed: of the noise, 0 to 2^64 - 1; image i depends on (seed, i) only.
         json: file to write the report to.
         teacher_rows: False measures the student only.
         teacher: of a live student or of a student folder whose teacher is not where it was.
@@ -99,6 +101,7 @@ def evaluate(
         UserError: num_images or a step count below 1, nothing to evaluate at the path, nothing to measure, or ``json``
             cannot be written (said before anything is measured).
     """
+    check_seed(seed)
     processes = Processes.start()
     if json is not None:
         processes.on_main(lambda: check_writable(json))
@@ -298,20 +301,28 @@ def _solver_note(report: Report) -> str | None:
 def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
     if not isinstance(source, (str, os.PathLike)):
         return _open_live(source, device)
-    folder = Path(source)
+    from flowdistill import load_student
+
+    folder = local_path(source)
     name = str(source)
-    if (folder / "config.yaml").is_file():
-        config = _read_config(folder / "config.yaml")
+    if (folder / CONFIG).is_file():
+        config = run_settings(folder)
         student = load_student(folder).to(device) if is_student_folder(folder) else None
         settings = {key: value for key, value in (config.get("evaluation") or {}).items() if key in DEFAULTS}
-        section = config.get("teacher") or {}
+        for key, names in (("reference", IMAGE_SETS), ("features", FEATURES)):
+            if isinstance(settings.get(key), str) and settings[key] not in names:
+                settings[key] = found_again(settings[key], folder)
+        section = dict(config.get("teacher") or {})
+        for key in ("source", "prompts", "start"):
+            if isinstance(section.get(key), str):
+                section[key] = found_again(section[key], folder)
         teacher = _load_teacher(section, device) if with_teacher else None
         return _Subject(name, teacher, student, settings)
     if folder.is_dir() and is_student_folder(folder):
         student = load_student(folder).to(device)
-        base = getattr(getattr(student, "info", None), "base_model", "")
+        base = found_again(getattr(getattr(student, "info", None), "base_model", "") or "", folder)
         # A student is complete without its teacher: when that has moved, its rows are left out.
-        found = with_teacher and base and Path(base).is_dir()
+        found = with_teacher and base and local_path(base).is_dir()
         return _Subject(name, _load_teacher({"source": base}, device) if found else None, student)
     return _Subject(name, _load_teacher({"source": name}, device))
 
@@ -334,17 +345,3 @@ def _load_teacher(section: dict[str, Any], device: torch.device) -> Teacher:
     settings = {key: value for key, value in section.items() if key in known and value is not None}
     # What decides how students are trained says nothing about the teacher.
     return load_teacher(TeacherConfig(**settings | {"start": None}), device=device)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not the configuration of a run")
-    return {str(key): value for key, value in config.items()}

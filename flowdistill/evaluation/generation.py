@@ -15,7 +15,8 @@ from flowdistill.conditioning import Condition
 from flowdistill.data.image_sets import batches_of
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
-from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.randomness import generator_of, indexed_noise
+from flowdistill.utils.seeds import check_seed
 
 # (noise, labels or condition) -> images in [0, 1]
 Sampler = Callable[[Tensor, Tensor | Condition | None], Tensor]
@@ -38,8 +39,10 @@ def sample_generators(indices: Sequence[int], seed: int) -> list[torch.Generator
     """One CPU generator a sample, for samplers that draw their own noise (diffusers pipelines).
 
     torch's CPU generator keeps 32 bits of its seed: an offset and the index never meet within a set, where a hash of
-    (seed, index) would give some of 50,000 images the same noise.
+    (seed, index) would give some of 50,000 images the same noise. Seeds of 2^32 and more get all bits of the state.
     """
+    if check_seed(seed) >= 2**32:
+        return [generator_of(seed, index) for index in indices]
     offset = int.from_bytes(hashlib.sha256(f"flowdistill generators {seed}".encode()).digest()[:4], "little")
     return [torch.Generator().manual_seed((offset + index) & 0xFFFFFFFF) for index in indices]
 
@@ -97,15 +100,17 @@ def generate(
             (B, C, H, W) in [0, 1] on any device.
         shape: of one sample's noise.
         num_images: of the whole set, over all processes, at least 1.
+        seed: 0 to 2^64 - 1; each gives other noise.
         rank, world: which share; default: this process of torch.distributed.
         num_classes, own: see :func:`balanced_labels`.
         condition: what the sampler gets as its second argument for a range of indices, instead of labels.
         progress: a progress bar on rank 0 (of its own share), on a terminal.
 
     Raises:
-        UserError: num_images or batch_size below 1.
+        UserError: num_images or batch_size below 1, or a seed out of range.
     """
     check_num_images(num_images)
+    check_seed(seed)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     here = Processes.current()

@@ -23,8 +23,8 @@ from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect
 from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.features.extractor import FeatureExtractor
-from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, cache_folder, in_cache
+from flowdistill.utils.errors import WORD, UserError, listed, shown
+from flowdistill.utils.files import atomic_write, cache_folder, in_cache, local_path
 from flowdistill.utils.processes import Processes
 
 # Part of every cache key: raise it when the meaning of a stored number changes.
@@ -72,13 +72,13 @@ class Reference:
         """
         if self.labelled is None:
             raise UserError(f"the reference {self.name!r} has no labels, so it has no part for a model that makes the "
-                            f"labels {', '.join(map(str, labels))} only; measure all students together, or name a set "
+                            f"labels {listed(labels)} only; measure all students together, or name a set "
                             "with labels")
         mine = torch.isin(self.labelled[1], torch.tensor(labels))
         features = self.labelled[0][mine]
         if len(features) < 2:
             raise UserError(f"the reference {self.name!r} has {len(features)} images of the labels "
-                            f"{', '.join(map(str, labels))}; it needs at least 2")
+                            f"{listed(labels)}; it needs at least 2")
         moments = moments_of(features)
         name = f"{self.name}, labels {', '.join(map(str, labels))}"
         return replace(self, name=name, mean=moments.mean, covariance=moments.covariance, count=len(features),
@@ -194,25 +194,25 @@ def open_images(source: str | os.PathLike) -> ImageSet:
     """
     if source in IMAGE_SETS:
         return NamedImages(str(source))
-    if Path(source).is_dir():
+    if local_path(source).is_dir():
         return FolderImages(source)
     near = difflib.get_close_matches(str(source), IMAGE_SETS, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise UserError(
-        f"the reference {str(source)!r} is neither a named set ({', '.join(sorted(IMAGE_SETS))}) nor a folder of "
-        f"images nor an .npz file{hint}"
+        f"the reference {shown(str(source), WORD)} is neither a named set ({listed(sorted(IMAGE_SETS))}) nor a folder "
+        f"of images nor an .npz file{hint}"
     )
 
 
 def _statistics_file(reference: str | os.PathLike, extractor: FeatureExtractor) -> tuple[Path, str | None] | None:
     """The file that ``reference`` names and the mode before its colon; None for a named set or a folder."""
     text = os.fspath(reference)
-    whole = Path(text)
+    whole = local_path(text)
     if text in IMAGE_SETS or whole.is_dir():
         return None
     mode, colon, rest = text.partition(":")
     if colon and not whole.exists():
-        path = Path(rest).expanduser()
+        path = local_path(rest)
         modes = dict.fromkeys((extractor.mode, extractor.name, *INCEPTION_MODES))
         if mode in modes:
             return path, mode
@@ -312,7 +312,7 @@ def _cache_path(images: ImageSet, extractor: FeatureExtractor, cache_dir: str | 
     makers = f"{VERSION}\0{extractor.hash}\0{extractor.resize}\0{extractor.channels}\0{images.hash()}"
     key = hashlib.sha256(makers.encode()).hexdigest()[:24]
     stem = re.sub(r"[^A-Za-z0-9]+", "-", f"{Path(images.name).name}-{extractor.name}").strip("-")[:60]
-    return Path(cache_dir or cache_folder("statistics")) / f"{stem}-{key}.npz"
+    return local_path(cache_dir or cache_folder("statistics")) / f"{stem}-{key}.npz"
 
 
 def _read_cache(path: Path | None, images: ImageSet, extractor: FeatureExtractor) -> Reference | None:

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flowdistill.evaluation.metrics import all_metrics
 from flowdistill.utils.files import atomic_write
+from flowdistill.utils.text import read_json_object
 
 
 @dataclass(init=False)
@@ -95,7 +95,7 @@ class Report:
     @classmethod
     def read_json(cls, path: str | os.PathLike) -> Report:
         """Read what ``write_json`` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(read_json_object(path))
 
     def table(self) -> str:
         """The rows as aligned text, one line a row, ``-`` for what was not measured, then the floor."""

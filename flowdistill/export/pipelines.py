@@ -41,7 +41,7 @@ from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import portable_path
+from flowdistill.utils.files import local_path, portable_path
 from flowdistill.utils.logging import log_once
 
 MOST_OF_PIL = 4
@@ -71,7 +71,7 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     Raises:
         UserError: the folder is not empty, or this student cannot be folded (the message says why).
     """
-    target = Path(folder)
+    target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
     if not isinstance(student.network, ExtendedVelocity):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from flowdistill.data.assets import asset_path, load_network
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
+from flowdistill.utils.randomness import generator_of, seed_torch
 
 
 class DigitsClassifier(nn.Module):
@@ -72,9 +74,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_digits_classifier(images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int) -> DigitsClassifier:
     """Train a classifier on images (N, 1, 8, 8) in [0, 1] and labels (N,); AdamW, one-cycle rate, augmented."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         model = DigitsClassifier(num_classes=int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -103,5 +105,5 @@ def load_digits_classifier(path: str | Path | None = None) -> DigitsClassifier:
     Raises:
         UserError: a file is missing, damaged, or does not fit the network its config describes.
     """
-    folder = asset_path("digits-classifier") if path is None else Path(path)
+    folder = asset_path("digits-classifier") if path is None else local_path(path)
     return load_network(DigitsClassifier, folder, "digit classifier")

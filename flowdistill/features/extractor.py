@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flowdistill.features.digits_classifier import load_digits_classifier
 from flowdistill.features.shapes_networks import load_shapes_classifier
-from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import cache_folder, check_pointer
+from flowdistill.utils.errors import WORD, UserError, shown
+from flowdistill.utils.files import cache_folder, check_pointer, local_path
 from flowdistill.utils.hashing import file_sha256, module_sha256
 from flowdistill.utils.objects import is_object, load_object
 
@@ -28,6 +28,8 @@ INCEPTION_SIZE = 299
 WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
 
 NO_RESIZE = "none"
+FEATURES = ("digits", "shapes", "inception")
+"""Names of feature extractors; every other text is a path."""
 
 
 @dataclass
@@ -147,7 +149,7 @@ def load_features(
     if callable(features):
         name = getattr(features, "__qualname__", type(features).__name__)
         return FeatureExtractor(name, None, features, _to_unit, device=place)
-    return _from_path(Path(features), place)
+    return _from_path(local_path(features), place)
 
 
 def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
@@ -155,8 +157,8 @@ def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
         return _from_module(str(path), load_digits_classifier(path), device, channels=1)
     if not path.is_file():
         raise UserError(
-            f"unknown features {str(path)!r}: neither 'digits' nor 'shapes' nor 'inception' nor the path of a "
-            "TorchScript file"
+            f"unknown features {shown(str(path), WORD)}: neither 'digits' nor 'shapes' nor 'inception' nor the path of "
+            "a TorchScript file"
         )
     if path.name == INCEPTION_FILE:
         return _inception(path, device)
@@ -204,7 +206,7 @@ def _to_unit(images: Tensor) -> Tensor:
 def _inception_file(weights: str | os.PathLike | None) -> Path:
     """The local weight file, without looking at what is in it."""
     named = weights or os.environ.get(WEIGHTS_VARIABLE)
-    place = Path(named) if named else cache_folder("weights")
+    place = local_path(named) if named else cache_folder("weights")
     path = place if place.suffix == ".pt" else place / INCEPTION_FILE
     if path.name != INCEPTION_FILE:
         raise UserError(f"the Inception weights must be a file named {INCEPTION_FILE}, not {path.name}")

@@ -18,6 +18,7 @@ from flowdistill.data import shapes
 from flowdistill.data.assets import asset_path, load_network
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import generator_of
 
 CLASSIFIER_HEADS = {
     "shape": list(shapes.SHAPES), "colour": list(shapes.COLOURS), "background": list(shapes.BACKGROUNDS),
@@ -107,7 +108,7 @@ def judge_data(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
     The others are near a concept, one of its properties being another; a careless judge would accept them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     third, names, grounds = count // 3, list(CONCEPTS), list(shapes.BACKGROUNDS)
     plain, classes = shapes.make_shapes(count - 2 * third, seed)
     shape, _, ground = shapes.split_class(classes)
@@ -157,7 +158,7 @@ def train_network(
     model: ShapesNet, images: Tensor, answers: dict[str, Tensor], steps: int, batch_size: int, seed: int
 ) -> ShapesNet:
     """Train on images (N, 3, 32, 32), spoilt, and the answers (N,); AdamW, one-cycle rate, questions weigh alike."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for _ in range(steps):

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import check_pointer
+from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.files import check_pointer, local_path
 from flowdistill.utils.objects import is_object, load_object
+from flowdistill.utils.randomness import generator_of
+from flowdistill.utils.seeds import check_seed
+from flowdistill.utils.text import read_json_object, without_marks
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -78,7 +80,7 @@ class SmallVision(nn.Module):
         ins = (3, *widths)
         convolutions = [nn.Conv2d(ins[i], width, 3, 2, 1) for i, width in enumerate(widths)]
         self.layers = nn.ModuleList(convolutions)
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         with torch.no_grad():
             for layer in convolutions:
                 layer.weight.normal_(std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)
@@ -103,16 +105,17 @@ def load_vision(name: str, setting: str) -> Vision:
     """
     kind, _, rest = name.partition(":")
     if kind == "small" and (not rest or rest.isdecimal()):
-        return Vision(name, SmallVision(int(rest or 0)), lambda network, x: network(x), None)
+        seed = check_seed(int(rest[:30] or 0), f"the seed in '{setting}'")
+        return Vision(name, SmallVision(seed), lambda network, x: network(x), None)
     if kind == "timm" and "=" in rest:
         model, file = rest.split("=", 1)
         return _timm(name, model, file, setting)
     if kind == "transformers" and rest:
-        return _transformers(name, Path(rest), setting)
+        return _transformers(name, local_path(rest), setting)
     if is_object(name):
         return _of_object(name, setting)
-    raise UserError(f"'{setting}' is {name!r}; it must be small, small:SEED, timm:NAME=FILE, transformers:FOLDER or "
-                    "package.module:function")
+    raise UserError(f"'{setting}' is {shown(name)}; it must be small, small:SEED, timm:NAME=FILE, transformers:FOLDER "
+                    "or package.module:function")
 
 
 def _seen(features: Tensor) -> VisionFeatures:
@@ -130,14 +133,14 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
     except ImportError as error:
         raise UserError(f"'{setting}' names {name}, which needs the package timm: pip install timm") from error
     if not timm.is_model(model):
-        raise UserError(f"'{setting}' names the timm model {model!r}, which timm {timm.__version__} does not have")
-    if not Path(file).is_file():
+        raise UserError(f"'{setting}' names the timm model {shown(model)}, which timm {timm.__version__} does not have")
+    if not local_path(file).is_file():
         hub = f"timm/{model}"
         raise UserError(f"'{setting}' names the weights {file}, which are not there; get them where there is a "
                         f"network with: hf download {hub} model.safetensors, and give that file")
     check_pointer(file)
     try:
-        network = timm.create_model(model, pretrained=False, checkpoint_path=file)
+        network = timm.create_model(model, pretrained=False, checkpoint_path=str(local_path(file)))
     except Exception as error:  # damaged or foreign weights raise many unrelated types
         raise UserError(f"'{setting}': the weights {file} do not fit the timm model {model}: "
                         f"{' '.join(str(error).split())[:200]}") from error
@@ -160,7 +163,8 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
     for file in folder.glob("*.safetensors"):
         check_pointer(file)
     try:
-        network, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        place = without_marks(folder)
+        network, report = AutoModel.from_pretrained(place, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers raises many unrelated types
         raise UserError(f"'{setting}': {folder} could not be loaded as a transformers model: "
                         f"{' '.join(str(error).split())[:200]}") from error
@@ -175,7 +179,7 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
     normal: Any = IMAGENET
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        values = json.loads(processor.read_text(encoding="utf-8"))
+        values = read_json_object(processor)
         normal = values.get("image_mean", IMAGENET[0]), values.get("image_std", IMAGENET[1])
 
     def read(network: Any, x: Tensor) -> VisionFeatures:

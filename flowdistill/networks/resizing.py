@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flowdistill.networks.backbones import family_of
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import WORD, UserError, shown
 
 NEAR = 0.9
 """A network with this share of its budget is near it."""
@@ -60,14 +60,18 @@ def reshaped(backbone: Any, changes: Mapping[str, Any]) -> nn.Module:
     kind = type(backbone)
     unknown = sorted(set(changes) - set(backbone.config))
     if unknown:
-        raise UserError(f"method.student_shape has {unknown[0]}, which is no setting of a {kind.__name__}; see its "
-                        "config.json")
+        raise UserError(f"method.student_shape has {shown(unknown[0], quoted=False)}, which is no setting of a "
+                        f"{kind.__name__}; see its config.json")
+    for key, value in changes.items():
+        if isinstance(backbone.config[key], str) and not isinstance(value, (str, type(None))):
+            raise UserError(f"method.student_shape has {key}: {shown(value)}; it must be a text such as the teacher's "
+                            f"'{backbone.config[key]}' (in YAML, texts such as no and 1e3 need quotes there)")
     config = {**backbone.config, **changes}
     try:
         return kind.from_config(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no {kind.__name__} can be built with method.student_shape {dict(changes)}: "
+        raise UserError(f"no {kind.__name__} can be built with method.student_shape {shown(dict(changes), WORD)}: "
                         f"{reason}") from error
 
 

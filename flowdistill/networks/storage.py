@@ -5,7 +5,6 @@ A stored network is a folder with ``flowdistill.json``; a student is one with mo
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,8 @@ from flowdistill.networks.lora import LoraSettings, split
 from flowdistill.networks.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
 from flowdistill.paths.schedulers import load_scheduler, path_from_scheduler
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import check_pointer
+from flowdistill.utils.files import check_pointer, local_path
+from flowdistill.utils.text import read_json_object, without_marks
 
 FORMAT = 2
 """The newest known; 2 has adapters, which need the file BASE."""
@@ -31,13 +31,13 @@ BASE = "base.safetensors"
 
 def find_stored(path: str | os.PathLike[str]) -> Path | None:
     """The folder that ``path`` is (a stored network or student) or holds (a run); None when there is none."""
-    for folder in (Path(path) / "student", Path(path)):
+    for folder in (local_path(path) / "student", local_path(path)):
         file = folder / SIDECAR
         if file.is_file():
             try:
-                if "kind" in json.loads(file.read_text(encoding="utf-8")):
+                if "kind" in read_json_object(file):
                     return folder
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except UserError:
                 return folder  # a damaged description is for the loader to report, not to overlook
     return None
 
@@ -49,13 +49,13 @@ def locate(path: str | os.PathLike[str]) -> Path:
         UserError: nothing there.
     """
     source = os.fspath(path)
-    folder = find_stored(source)
-    if folder is None and not Path(source).exists() and source.count("/") == 1 and not source.startswith("."):
+    folder, place = find_stored(source), local_path(source)
+    if folder is None and not place.exists() and source.count("/") == 1 and not source.startswith((".", "~")):
         folder = _download(source)
     if folder is None:
-        if not Path(source).exists():
+        if not place.exists():
             raise UserError(f"{source} does not exist; give a run folder or a student folder")
-        hint = "its training has not finished yet" if (Path(source) / "config.yaml").is_file() else (
+        hint = "its training has not finished yet" if (place / "config.yaml").is_file() else (
             "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
     return folder
@@ -77,11 +77,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    try:
-        description: dict[str, Any] = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        _ = description["kind"], description["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / SIDECAR} is damaged: {error!r}") from error
+    description = read_json_object(folder / SIDECAR)
+    for key in ("kind", "format"):
+        if key not in description:
+            raise UserError(f"{folder / SIDECAR} is damaged: it has no '{key}'")
     return description
 
 
@@ -115,6 +114,7 @@ def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVel
     Raises:
         UserError: a newer format, a backbone that is not supported, or files that are missing, damaged or do not fit.
     """
+    folder = without_marks(folder)
     kind, version = description["kind"], description["format"]
     if version > FORMAT:
         raise UserError(f"{folder} holds a '{kind}' student of format {version}; this version loads students up to "

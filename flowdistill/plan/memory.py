@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flowdistill.config import RunConfig
@@ -18,7 +17,7 @@ from flowdistill.training.method import Method
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.randomness import Draw
+from flowdistill.utils.randomness import Draw, seed_torch
 
 STEP_BYTES = 4
 """AdamW's count of a weight tensor: a float32."""
@@ -82,7 +81,7 @@ def make_plan(config: RunConfig) -> Plan:
     architecture = read_architecture(config.teacher.source, config.teacher.variant)
     teacher = meta_teacher(config.teacher, architecture)
     precision = resolve_precision(config.train.precision, META)
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed)
     try:
         method = method_class(config.method.name)(config.method, teacher).to(META)
     except (RuntimeError, NotImplementedError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,8 +23,10 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import DTYPES, Parts, assemble, check_source, models_of, read_record
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import read_json_object
 
 META = torch.device("meta")
 CLIP_TOKENS = 77
@@ -87,7 +87,8 @@ def shipped_architectures() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for file in resources.files("flowdistill.plan").joinpath("architectures").iterdir():
         if file.name.endswith(".json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
+            with resources.as_file(file) as path:
+                content = read_json_object(path)
             found |= dict.fromkeys(content["sources"], content)
     return found
 
@@ -105,23 +106,16 @@ def _in_cache(source: str) -> Path | None:
 
 
 def _of_folder(folder: Path, origin: str) -> Architecture:
-    index = _json(folder / INDEX)
+    index = read_json_object(folder / INDEX)
     components = {}
     for name, file in COMPONENTS.items():
         value = index.get(name)
         if isinstance(value, list) and value[0] is not None:
             if not (folder / name / file).is_file():
                 raise UserError(f"{folder / name} has no {file}, so the memory of its {name} is unknown")
-            components[name] = {"_class_name": value[1]} | _json(folder / name / file)
+            components[name] = {"_class_name": value[1]} | read_json_object(folder / name / file)
     recorded = read_record(folder)
     return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
 
 
 def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
@@ -184,7 +178,7 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 def _listed(prompts: str | None) -> PromptList:
     """The file's prompts; one that stands for any where there is no such file."""
-    if prompts is not None and os.path.isfile(prompts):
+    if prompts is not None and local_path(prompts).is_file():
         return read_prompts(prompts)
     return PromptList([""], [1.0])
 

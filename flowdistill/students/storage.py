@@ -21,6 +21,7 @@ from flowdistill.students.info import StudentInfo
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder
+from flowdistill.utils.text import read_json_object, without_marks
 
 if TYPE_CHECKING:
     from flowdistill.students.student import Student
@@ -43,7 +44,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
     if not isinstance(network, ExtendedVelocity):
         raise UserError(f"a student around a {type(network).__name__} cannot be saved; only students of a diffusers "
                         "backbone can")
-    with atomic_folder(Path(folder)) as partial:
+    with atomic_folder(folder) as partial:
         description = write_network(network, student.scheduler, partial)
         if isinstance(student.codec, VaeCodec):
             student.codec.vae.save_pretrained(partial / "vae")
@@ -85,6 +86,7 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
     Raises:
         UserError: see :func:`flowdistill.networks.storage.read_network`.
     """
+    folder = without_marks(folder)
     network, scheduler = read_network(folder, description)
     family, backbone = network.velocity.family, network.velocity.backbone
     guidance = description["guidance_range"]
@@ -120,5 +122,5 @@ def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
 
 
 def _read_vae(folder: Path) -> VaeCodec:
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    name = read_json_object(folder / "config.json")["_class_name"]
     return VaeCodec(load_model(folder, getattr(diffusers, name)))

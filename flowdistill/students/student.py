@@ -20,7 +20,7 @@ from flowdistill.students.info import StudentInfo
 from flowdistill.students.storage import read_student, save_student
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.teacher import Teacher
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.registry import Registry
 
@@ -157,7 +157,7 @@ class Student(nn.Module, ABC):
         if condition is not None and self.classes is not None and self.classes.own is not None:
             strange = set(condition.tensors["class_labels"].tolist()) - set(self.classes.own)
             if strange:
-                own = ", ".join(map(str, self.classes.own))
+                own = listed(self.classes.own)
                 raise UserError(f"label {min(strange)} is none of those that this student was trained for: {own}")
         return None if condition is None else condition.to(self.device)
 
@@ -188,7 +188,7 @@ class Student(nn.Module, ABC):
         Args:
             labels: one an image; None cycles through the classes of a conditional student.
             num_images: N; may be omitted when labels or prompts are given, which are cycled to N.
-            seed: any integer.
+            seed: 0 to 2^64 - 1; each gives other images.
             batch_size: images in one network call.
             guidance_scale: see :meth:`forward`.
             prompts: one an image; None cycles through those a text-to-image student was trained on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
@@ -37,10 +36,11 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.logging import log_once, quiet_libraries
 from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import read_json_object, without_marks
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -95,7 +95,7 @@ def load_teacher(
         _say_assumed(name, teacher.classes.num_classes)
     if config.labels is not None:
         if teacher.classes is None:
-            raise UserError(f"teacher.labels is {list(config.labels)}, but {name} takes no class labels; set it to "
+            raise UserError(f"teacher.labels is {shown(config.labels)}, but {name} takes no class labels; set it to "
                             "null")
         teacher.classes = teacher.classes.restricted(config.labels)
     if config.offload not in PARTS:
@@ -240,7 +240,7 @@ def pipeline_folder(source: str, variant: str | None = None, what: str = "teache
     check_source(source, what)
     folder = find_path(source)
     if folder.exists():
-        return folder
+        return without_marks(folder)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{what} {source} does not exist; give a pipeline folder or a hub id (owner/name)")
     folder = _fetched(source, variant, what)
@@ -249,8 +249,8 @@ def pipeline_folder(source: str, variant: str | None = None, what: str = "teache
         # Only files without a variant were asked for, and there are none.
         offered = _offered(source, bare)
         if len(offered) == 1:
-            return _fetched(source, offered.pop(), what)
-    return folder
+            return without_marks(_fetched(source, offered.pop(), what))
+    return without_marks(folder)
 
 
 def check_source(source: str, what: str) -> None:
@@ -310,7 +310,7 @@ def _offered(source: str, models: Sequence[str]) -> set[str]:
 
 def models_of(folder: Path, without: Container[str] = UNUSED) -> dict[str, type[nn.Module]]:
     """Name -> class of the models that a pipeline folder holds, ``without`` some."""
-    index = _read_json(folder / INDEX)
+    index = read_json_object(folder / INDEX)
     kinds = {name: component_class(entry) for name, entry in index.items() if name not in without}
     return {name: kind for name, kind in kinds.items() if kind is not None and (folder / name).is_dir()}
 
@@ -326,7 +326,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None, 
         UserError: weights that are damaged or missing, or what diffusers refuses.
     """
     models = models_of(folder, without=given)
-    for name, entry in _read_json(folder / INDEX).items():  # tokenizers and the like
+    for name, entry in read_json_object(folder / INDEX).items():  # tokenizers and the like
         if isinstance(entry, list) and entry[0] is not None and name not in models and name not in given:
             for file in filter(Path.is_file, (folder / name).glob("*")):
                 check_pointer(file)
@@ -343,7 +343,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None, 
 def _load_pipeline(
     folder: Path, dtype: torch.dtype, variant: str | None
 ) -> tuple[DiffusionPipeline, Any, dict[str, Any]]:
-    index = _read_json(folder / INDEX)
+    index = read_json_object(folder / INDEX)
     # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
     scheduler = load_scheduler(folder / "scheduler")
     recorded = read_record(folder)
@@ -369,14 +369,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Of pipelines with class labels: ``num_classes``, ``null_label`` (None: there is none), and ``labels``, those that a
     student was trained for (None: all). Of exports: ``call``, the arguments of the pipeline's call.
     """
-    return _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return read_json_object(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
 
 
 def _backbone(pipeline: Any) -> nn.Module:

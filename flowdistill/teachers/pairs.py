@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import cache_folder, write_cache
+from flowdistill.utils.files import cache_folder, local_path, write_cache
 from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
@@ -84,7 +84,8 @@ def teacher_pairs(
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
             weights, its path, its prompts and these arguments; a damaged file is made anew.
     """
-    file = Path(folder or cache_folder("pairs")) / f"{_key(teacher, count, steps, guidance_scale, seed)}.safetensors"
+    key = _key(teacher, count, steps, guidance_scale, seed)
+    file = local_path(folder or cache_folder("pairs")) / f"{key}.safetensors"
 
     made: list[dict[str, Tensor]] = []
 

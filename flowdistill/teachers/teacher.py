@@ -21,7 +21,7 @@ from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
 from flowdistill.teachers.solvers import integrate
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.randomness import Draw
+from flowdistill.utils.randomness import Draw, generator_of
 
 
 class Teacher:
@@ -335,7 +335,7 @@ class Teacher:
         At high noise a denoiser that reads its network rightly returns something of the data's size that is not the
         noise turned round. Reading epsilon as v or flow as epsilon breaks one of the two.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         count = batch_size or (32 if self.prompts is None else 2)  # text-to-image networks are large
         noise = torch.randn(count, *self.shape, generator=generator).to(self.device)
         t = min(self.t_max, 0.9)

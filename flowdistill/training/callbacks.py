@@ -19,6 +19,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
 from flowdistill.utils.images import save_grid
 from flowdistill.utils.logging import on_terminal, say
+from flowdistill.utils.text import read_lines
 
 PROJECT = "flowdistill"
 METRICS = "metrics.jsonl"
@@ -150,7 +151,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path, strict=False):
         try:
             if json.loads(line)["step"] > step:
                 break

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
+from flowdistill.utils.text import read_json_object
 
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{6,})")
@@ -82,7 +83,7 @@ def write_checkpoint(
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON values of a checkpoint."""
     with _damage(checkpoint / STATE):
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return read_json_object(checkpoint / STATE)
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

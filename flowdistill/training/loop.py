@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
 from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors, remove_leftovers, write_checkpoint
 from flowdistill.training.meters import Meters
 from flowdistill.training.method import Method
-from flowdistill.training.optimizer import apply_update, backward, learning_rate
+from flowdistill.training.optimizer import apply_update, backward, learning_rate, rate_changes
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
 from flowdistill.training.signals import Interrupts
 from flowdistill.training.state import assign, assign_optimizer, gather, network_tensors, optimizer_tensors
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import disk_errors
+from flowdistill.utils.files import disk_errors, local_path
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw, mixed_seed
 
@@ -56,7 +57,7 @@ class Trainer:
 
     def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
         self.method, self.config, self.settings = method, config, config.train
-        self.folder, self.accelerator = Path(output_dir), accelerator
+        self.folder, self.accelerator = local_path(output_dir), accelerator
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
         self.main = accelerator.is_main_process
         self.micro_rows = self._micro_rows()
@@ -190,6 +191,7 @@ class Trainer:
         state = {
             "format": 1,
             "step": self.step,
+            "planned_steps": self.settings.steps,
             "images": self.step * self.settings.batch_size,
             "seconds": self.seconds,
             "world_size": self.world,
@@ -230,6 +232,13 @@ class Trainer:
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
         self.meters.load_state(state["meters"], self.device, self.main)
+        planned = state.get("planned_steps", self.settings.steps)  # older checkpoints do not say it
+        changes = rate_changes({name: role.config for name, role in self.roles.items()}, step, planned,
+                               self.settings.steps)
+        if changes and self.main and not self.completed:
+            warnings.warn(f"train.steps was {planned} and is {self.settings.steps}, so after step {step} the scheduled "
+                          f"learning rate goes on elsewhere: {changes}; a run of {self.settings.steps} steps from the "
+                          "start, in another output_dir, would have learned otherwise", stacklevel=2)
 
     def _restore(self, role: TrainedRole, name: str, path: Path, state: dict[str, Any]) -> None:
         assign(network_tensors(role.network), read_tensors(path, name), f"{path}/{name}.safetensors")

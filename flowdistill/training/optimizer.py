@@ -7,7 +7,7 @@ a scheduler that accelerate prepares steps once a process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * fall)
+
+
+def rate_changes(configs: Mapping[str, OptimizerConfig], step: int, planned: int, steps: int) -> str:
+    """The rates at ``step`` that a run of ``planned`` steps had and one of ``steps`` has, in words, by role; an empty
+    text where they are equal, as they are without a schedule and before the end of a warm-up."""
+    words = []
+    for name, config in configs.items():
+        old, new = (learning_rate(config, step, total) for total in (planned, steps))
+        if old != new:
+            words.append(f"{name} ({config.schedule}) from {old:.3g} to {new:.3g}")
+    return ", ".join(words)
 
 
 def backward(loss: Tensor, scaler: torch.amp.GradScaler, accumulation: int = 1) -> None:

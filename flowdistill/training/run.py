@@ -38,10 +38,12 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
 from flowdistill.training.precision import resolve_precision
-from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import disk_errors
+from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.files import disk_errors, local_path
 from flowdistill.utils.logging import log_once
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.randomness import seed_torch
+from flowdistill.utils.text import read_yaml
 
 REPORT = "report.json"
 FINAL = Path("samples") / "final.png"
@@ -105,7 +107,7 @@ def distill_one(config: RunConfig) -> Run:
     """The run of one student; ``config`` has been checked."""
     accelerator = make_accelerator(config.train, config.output_dir)
     config = resolved(config, accelerator)
-    processes, folder = Processes.current(), Path(config.output_dir)
+    processes, folder = Processes.current(), local_path(config.output_dir)
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
     problem = method_class(config.method.name).check_length(config.method, config.train.steps)
     if problem is not None and accelerator.is_main_process:
@@ -127,7 +129,7 @@ def distill_one(config: RunConfig) -> Run:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
     for remark in teacher.remarks():
         log_once(f"teacher {settings.source}: {remark}")
-    torch.manual_seed(config.seed)  # new layers start alike on every process
+    seed_torch(config.seed)  # new layers start alike on every process
     method = method_class(config.method.name)(config.method, teacher)
     processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
@@ -170,7 +172,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     Raises:
         UserError: a device this machine does not have, one GPU for several processes, or an unknown tracker.
     """
-    wanted = config.device
+    wanted, output_dir = config.device, local_path(output_dir)
     if wanted == "auto":
         wanted = next((kind for kind in ("cuda", "xpu") if _available(kind)), "cpu")
     kind, _, number = wanted.partition(":")
@@ -189,7 +191,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
         mixed_precision="no",
         cpu=kind == "cpu",
         log_with=names or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         # Buffers are not sent round at every pass: that would change them between two passes of one loss.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -218,7 +220,7 @@ def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str
     # The method's name first: with another one all its settings differ.
     for key, value in sorted(_leaves(saved), key=lambda leaf: leaf[0] != "method.name"):
         section = key.split(".")[0]
-        if section in ("output_dir", "evaluation") or key in FREE:
+        if section in ("output_dir", "evaluation", "started_in") or key in FREE:
             continue
         if key not in here or here[key] != value:
             return key, value, here.get(key)
@@ -240,11 +242,10 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
         raise UserError(f"output_dir {folder} is a file; it must be a folder")
     if file.is_file() and has_begun(folder):
         try:
-            saved = OmegaConf.to_container(OmegaConf.load(file))
-        except Exception as error:  # OmegaConf and YAML raise many unrelated types for a damaged file
-            raise UserError(
-                f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another output_dir"
-            ) from error
+            saved = read_yaml(file)
+        except UserError as error:
+            raise UserError(f"{file} is damaged, so it is unknown whether {folder} holds this run; choose another "
+                            f"output_dir ({error})") from error
         here = OmegaConf.to_container(OmegaConf.structured(config))
         if isinstance(saved, dict):
             accept_former_names(saved, type(config.method))
@@ -253,8 +254,8 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
         if (found := difference(saved, here)) is not None:
             key, old, new = found
             raise UserError(
-                f"{folder} holds another run: {key} is {old} there and {new} here; choose another "
-                "output_dir, or make them equal to resume"
+                f"{folder} holds another run: {key} is {shown(old, quoted=False)} there and {shown(new, quoted=False)} "
+                "here; choose another output_dir, or make them equal to resume"
             )
         same = saved.get("evaluation") == here["evaluation"]
     elif checkpoints(folder / "checkpoints"):
@@ -266,6 +267,8 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
+    """Write a run's settings to its folder, with the working directory, which its relative paths are relative to."""
+    config = dataclasses.replace(config, started_in=os.getcwd())
     with disk_errors(str(folder / "config.yaml")):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -305,7 +308,7 @@ def make_report(config: RunConfig, teacher: Teacher, accelerator: Accelerator, r
     Args:
         reuse: read the report that is there, if it is.
     """
-    file = Path(config.output_dir) / REPORT
+    file = local_path(config.output_dir) / REPORT
     if not config.evaluation.measures:
         if accelerator.is_main_process:
             print(NOTHING_TO_MEASURE)
@@ -331,7 +334,7 @@ def describe_run(folder: str | os.PathLike[str]) -> str:
     Raises:
         UserError: its configuration or its student is damaged.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = load_config(folder / "config.yaml")
     found, trained = checkpoints(folder / "checkpoints"), is_student_folder(folder)
     state = "" if trained else ", no checkpoint yet"  # several students have theirs in folders of their own

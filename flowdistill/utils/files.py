@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -13,7 +14,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 
 # What macOS, Windows, Synology and QNAP systems and a fresh disk put into folders besides the names with a dot.
 _CLUTTER = frozenset(
@@ -22,6 +23,27 @@ _CLUTTER = frozenset(
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PROBE = 2**16  # bytes: more than a report or a grid of small images
+LONGEST_NAME = 255  # bytes, of one file or folder on every common file system
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path as the user wrote it, with ``~`` and ``~name`` in front replaced by the home folder.
+
+    Every path from outside passes through here where it is read or written; settings keep it as it was written.
+
+    Raises:
+        UserError: ``~name`` names nobody on this machine; no file can have such a name.
+    """
+    text = os.fspath(path)
+    if "\0" in text or any(len(os.fsencode(part)) > LONGEST_NAME for part in re.split(r"[/\\]", text)):
+        raise UserError(f"{shown(text)} is no path: a name in it " + (
+            "has a zero byte" if "\0" in text else f"is longer than {LONGEST_NAME} bytes"))
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        head = re.split(r"[/\\]", expanded, maxsplit=1)[0]
+        raise UserError(f"{expanded}: there is no home folder {head} on this machine; a name that begins with ~ is "
+                        f"written ./{expanded}")
+    return Path(expanded)
 
 
 def is_clutter(name: str) -> bool:
@@ -39,7 +61,7 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file of 64 KiB.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -56,7 +78,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     An error inside the block leaves an older file of that name as it was.
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -79,7 +101,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     An error inside the block leaves an older folder of that name as it was.
     """
-    path = Path(path)
+    path = local_path(path)
     partial, old = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -97,7 +119,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 def portable_path(source: str) -> str:
     """A source as a file that travels may name it: a hub id or a relative path as it is, an absolute path from the
     working folder, or, of one that is elsewhere, its last name behind ``path/to``."""
-    path = Path(source)
+    path = local_path(source)
     if not path.is_absolute():
         return source
     with contextlib.suppress(ValueError):
@@ -115,7 +137,7 @@ def cache_folder(name: str) -> Path:
     """``$XDG_CACHE_HOME/flowdistill/<name>``, by default ``~/.cache/flowdistill/<name>``; not created here."""
     root = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(root) if root else Path.home() / ".cache") / "flowdistill" / name
+        return (local_path(root) if root else Path.home() / ".cache") / "flowdistill" / name
     except RuntimeError:  # a user without a home, as containers have them
         return Path(tempfile.gettempdir()) / f"flowdistill-{os.getuid()}" / name
 

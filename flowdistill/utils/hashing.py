@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowdistill.utils.files import is_clutter
+from flowdistill.utils.files import is_clutter, local_path
 
 BLOCK = 1 << 20
+
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -26,7 +27,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 def add_file(digest: hashlib._Hash, path: str | os.PathLike[str]) -> None:
     """Hash a file's content on top of what ``digest`` has seen."""
-    with open(path, "rb") as file:
+    with open(local_path(path), "rb") as file:
         for block in iter(lambda: file.read(BLOCK), b""):
             digest.update(block)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from flowdistill.utils.files import atomic_write
+from flowdistill.utils.files import atomic_write, local_path
 
 CELL = 32  # smallest side of an image in a grid, in pixels of the file: 8x8 digits stay visible
 PADDING = 2  # pixels between the images of a grid
@@ -81,8 +81,9 @@ def save_images(images: Tensor, folder: str | os.PathLike[str], start: int = 0) 
         The N paths.
     """
     _check(images)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / f"{number:06d}.png" for number in range(start, start + len(images))]
+    folder = local_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:06d}.png" for number in range(start, start + len(images))]
     stored = to_uint8(images.detach().cpu())
     if stored.shape[1] > 4:
         stored = stored.flatten(1, 2)[:, None]

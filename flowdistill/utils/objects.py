@@ -6,7 +6,7 @@ import importlib
 import warnings
 from typing import Any
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 
 PREFIX = "python:"
 """May stand before a name, and tells it from other kinds of names where these have colons too."""
@@ -33,7 +33,7 @@ def load_object(name: str, setting: str) -> Any:
     """
     module, _, attribute = name.removeprefix(PREFIX).partition(":")
     if not is_object(name):
-        raise UserError(f"'{setting}' is {name!r}; an object is named as package.module:attribute")
+        raise UserError(f"'{setting}' is {shown(name)}; an object is named as package.module:attribute")
     if module in MOVED:
         warnings.warn(f"'{setting}' names {module}, which is called {MOVED[module]} now", stacklevel=2)
         module = MOVED[module]

@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.seeds import check_seed
+
+_SHORT = 2**32  # torch's CPU generator, a Mersenne twister, keeps so much of a seed: 2^32 would be 0 again
+
+
+def generator_of(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator for a seed of any size, and one of many such for further numbers; each has its own numbers.
+
+    A seed below 2^32 alone gives what ``torch.Generator().manual_seed`` does. Else numpy's ``SeedSequence`` (after
+    M. E. O'Neill, "Developing a seed_seq alternative", 2015) spreads all bits over the 624 words of the twister.
+
+    Args:
+        seed: at least 0.
+        key: numbers of at least 0.
+    """
+    generator = torch.Generator()
+    if seed < _SHORT and not key:
+        return generator.manual_seed(seed)
+    generator.set_state(_twister_state(seed, *key))
+    return generator
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's global generators, of all devices, with a seed of 0 to 2^64 - 1; each has its own numbers."""
+    torch.manual_seed(check_seed(seed))
+    if seed >= _SHORT:  # a GPU's generator keeps all 64 bits
+        torch.default_generator.set_state(_twister_state(seed))
+
+
+def _twister_state(seed: int, *key: int) -> Tensor:
+    """The state of a CPU generator as torch stores it: seed, words left, next word, 624 words, and the rest zero."""
+    words: Any = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=key)).state["state"]
+    words = words["key"]
+    state = torch.Generator().manual_seed(0).get_state().view(torch.int64).clone()
+    state[0] = seed % 2**63
+    state[3 : 3 + len(words)] = torch.from_numpy(words.astype(np.int64))
+    return state.view(torch.uint8)
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -115,10 +154,20 @@ _STRIDE = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: consecutive seeds l
 
 
 def indexed_noise(shape: tuple[int, ...], seed: int, indices: Iterable[int]) -> Tensor:
-    """Unit normal noise (N, *shape), float32 on the CPU; row i depends on ``seed`` and ``indices[i]`` only."""
-    generator, indices = torch.Generator(), list(indices)
+    """Unit normal noise (N, *shape), float32 on the CPU; row i depends on ``seed`` and ``indices[i]`` only.
+
+    Args:
+        seed: 0 to 2^64 - 1; each gives other noise.
+        indices: of at least 0.
+    """
+    seed, indices = check_seed(seed), list(indices)
     noise = torch.empty(len(indices), *shape)
     for index, row in zip(indices, noise.unbind(), strict=True):
-        generator.manual_seed(((seed + 1) * _STRIDE + index) & 0x7FFFFFFFFFFFFFFF)
-        row.normal_(generator=generator)
+        row.normal_(generator=_generator_at(seed, index))
     return noise
+
+
+def _generator_at(seed: int, index: int) -> torch.Generator:
+    if seed < _SHORT:
+        return torch.Generator().manual_seed(((seed + 1) * _STRIDE + index) & 0x7FFFFFFFFFFFFFFF)
+    return generator_of(seed, index)

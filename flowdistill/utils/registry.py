@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed, shown
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Registry(Generic[T]):
             known = self.names()
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise UserError(f"there is no {self.kind} {name!r}{hint}; there are {', '.join(known)}")
+            raise UserError(f"there is no {self.kind} {shown(name)}{hint}; there are {listed(known)}")
         return self._objects[name]
 
     def names(self) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flowdistill.utils.files import local_path
+
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("assets", "configs")
 """Top-level folders of a clone that a wheel carries inside the package."""
@@ -22,7 +24,7 @@ def find_path(path: str | os.PathLike[str]) -> Path:
     So ``assets/digits-flow``, as shipped configurations write it, means the same in a clone and in any folder of a
     machine where only the wheel is installed.
     """
-    given = Path(path)
+    given = local_path(path)
     if not given.exists() and not given.is_absolute() and given.parts and given.parts[0] in FOLDERS:
         shipped = shipped_folder(given.parts[0]).joinpath(*given.parts[1:])
         if shipped.exists():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.randomness import seed_torch
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -87,7 +88,7 @@ def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float
     metric.update(reference.float().cpu(), real=True)
     metric.update(features.float().cpu(), real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return float(metric.compute()[0])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.randomness import generator_of
 
 NEIGHBOURS = 3
 MOST_SAMPLES = 10_000
@@ -64,7 +65,7 @@ def precision_recall(
 def _subsample(points: Tensor, size: int, seed: int) -> Tensor:
     points = points.detach().cpu()
     if len(points) > size:
-        points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:size]]
+        points = points[torch.randperm(len(points), generator=generator_of(seed))[:size]]
     return points.double()
 
 

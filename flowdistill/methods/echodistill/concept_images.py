@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -16,7 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill.data.pictures import find_pictures, open_picture
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.text import read_json_lines, text_of
 
 CAPTIONS = "metadata.jsonl"
 
@@ -42,7 +43,7 @@ def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str)
         UserError: no folder, no picture in it, a picture that cannot be read or is smaller than ``size``, or captions
             that are not as they should be.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if not folder.is_dir():
         raise UserError(f"method.instance_data_dir {folder} is no folder; give one with a few pictures of the concept")
     found = find_pictures(folder, recursive=False)
@@ -88,17 +89,9 @@ def _captions(file: Path, names: set[str]) -> dict[str, str]:
     if not file.is_file():
         return {}
     captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            name, text = record["file_name"], record["text"]
-        except (ValueError, KeyError, TypeError):
-            name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(f'line {number} of {file} must be like {{"file_name": "1.png", "text": "a photo of ..."}}, '
-                            f"not {line[:80]}")
+    form = '{"file_name": "1.png", "text": "a photo of ..."}'
+    lines = read_json_lines(file, lambda record: (text_of(record["file_name"]), text_of(record["text"])), form)
+    for number, (name, text) in lines:
         if name not in names:
             raise UserError(f"line {number} of {file} names {name}, which is no picture in {file.parent}")
         captions[name] = text

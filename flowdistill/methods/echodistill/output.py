@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from flowdistill.methods.echodistill.student import load_adapted_pipeline, one_step_pipeline, save_adaptation
-from flowdistill.utils.files import portable_path
+from flowdistill.utils.files import local_path, portable_path
 from flowdistill.utils.images import save_grid, save_images
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.shipped import find_path
@@ -107,7 +107,7 @@ image = pipe({json.dumps(prompts[0], ensure_ascii=False)}, {call}).images[0]
 
 {shown}"""
     data = ModelCardData(
-        base_model=None if Path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers",
+        base_model=None if local_path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers",
         license="other", tags=TAGS, pipeline_tag="text-to-image",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(folder / "README.md")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.components import LOADING_ERRORS
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
+from flowdistill.config import found_again
 from flowdistill.methods.echodistill.adaptation import adapted_tensors
 from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
 from flowdistill.networks.storage import SIDECAR
@@ -29,7 +30,7 @@ from flowdistill.students.student import Student, StudentInfo
 from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_folder, check_weight_file
+from flowdistill.utils.files import atomic_folder, check_weight_file, local_path
 from flowdistill.utils.logging import quiet_libraries
 
 EMBEDDINGS = "learned_embeds.safetensors"
@@ -72,12 +73,12 @@ class ConceptStudent(Student):
             "prompts": self.prompts.prompts,
             "settings": self.info.settings,
         }
-        save_adaptation(Path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
+        save_adaptation(local_path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
 
     @classmethod
     def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> Generator:
         """The student of a folder that :meth:`save` has written: its LoRA becomes part of the weights."""
-        pipeline = load_adapted_pipeline(description["base_model"], folder)
+        pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         height, _ = description["image_size"]
@@ -108,7 +109,8 @@ def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.fl
     Raises:
         UserError: the base model is not there, or the files do not fit it.
     """
-    if not Path(base).exists() and (base.count("/") != 1 or base.startswith(".")):
+    place = local_path(base)
+    if not place.exists() and (base.count("/") != 1 or base.startswith((".", "~"))):
         raise UserError(f"{folder} holds changes to the model {base}, which is not there; run this where it is")
     for file in folder.glob("*.safetensors"):
         check_weight_file(file)

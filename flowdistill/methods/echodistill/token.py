@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import ENCODED_AT_ONCE, PromptConditions
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 
 
 class WordEmbedding(nn.Module):
@@ -83,10 +83,10 @@ class TokenEncoder(nn.Module):
     def check(self, prompt: str, what: str) -> None:
         """UserError unless ``prompt``, named ``what``, has the token within the length that the encoder reads."""
         if self.token not in prompt:
-            raise UserError(f"{what} is {prompt!r}, which does not have the word '{self.token}' "
+            raise UserError(f"{what} is {shown(prompt)}, which does not have the word '{self.token}' "
                             "(method.placeholder_token) in it")
         if not (self.ids([prompt]) == self.token_id).any():
-            raise UserError(f"{what} is {prompt!r}, in which '{self.token}' lies beyond the "
+            raise UserError(f"{what} is {shown(prompt)}, in which '{self.token}' lies beyond the "
                             f"{self.tokenizer.model_max_length} tokens that the text encoder reads, or is glued to "
                             "another word")
 
@@ -115,20 +115,22 @@ def _initializer_id(tokenizer: Any, word: str) -> int:
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
-        raise UserError(f"method.initializer_token is {word!r}, which the tokenizer reads as {len(ids)} tokens "
+        raise UserError(f"method.initializer_token is {shown(word)}, which the tokenizer reads as {len(ids)} tokens "
                         f"({pieces}); give one common word that is one token")
     if ids[0] == tokenizer.unk_token_id:
-        raise UserError(f"method.initializer_token is {word!r}, which the tokenizer does not know; give a word it has")
+        raise UserError(f"method.initializer_token is {shown(word)}, which the tokenizer does not know; give a word "
+                        "it has")
     return ids[0]
 
 
 def _add_token(tokenizer: Any, word: str) -> int:
     if word != word.strip() or not word or " " in word:
-        raise UserError(f"method.placeholder_token is {word!r}; it must be one word without spaces, such as <new1>")
+        raise UserError(f"method.placeholder_token is {shown(word)}; it must be one word without spaces, such as "
+                        "<new1>")
     known = tokenizer.encode(word, add_special_tokens=False)
     single = len(known) == 1 and known[0] != tokenizer.unk_token_id
     if word in tokenizer.get_vocab() or single:
-        raise UserError(f"method.placeholder_token is {word!r}, which the tokenizer has already; choose a word that "
-                        "does not exist, such as <new1>")
+        raise UserError(f"method.placeholder_token is {shown(word)}, which the tokenizer has already; choose a word "
+                        "that does not exist, such as <new1>")
     tokenizer.add_tokens(word)
     return tokenizer.convert_tokens_to_ids(word)

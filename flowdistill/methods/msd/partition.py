@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.text import read_yaml
 
 ROUNDS = 50
 """Most rounds of balanced k-means, which mostly settles in fewer than ten."""
@@ -95,15 +96,10 @@ def split_classes(
 
 
 def _read_table(file: Path | None, num_classes: int, parts: int) -> ClassTable:
-    import yaml
-
     if file is None or not file.is_file():
         raise UserError("method.partition is 'file', so method.partition_file must name a file with a list of labels "
                         f"for each student, not {file or 'nothing'}")
-    try:
-        lists = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the partition file {file} cannot be read: {' '.join(str(error).split())}") from error
+    lists = read_yaml(file, f"the partition file {file}")
     fits = isinstance(lists, list) and all(isinstance(part, list) and part for part in lists)
     if not fits or not all(type(label) is int for part in lists for label in part):
         raise UserError(f"the partition file {file} must be a list of lists of class labels, such as [[0, 1], [2, 3]]")
@@ -216,7 +212,9 @@ def _balanced_kmeans(x: Tensor, parts: int, seed: int) -> Cells:
     """Lloyd's algorithm whose assignment is the cheapest one with equal sizes (Bradley et al. 2000)."""
     from sklearn.cluster import KMeans
 
-    start = KMeans(parts, n_init=10, random_state=seed).fit(x.numpy()).cluster_centers_
+    # scikit-learn takes a number of 32 bits, or a generator, which takes any.
+    random = seed if seed < 2**32 else np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    start = KMeans(parts, n_init=10, random_state=random).fit(x.numpy()).cluster_centers_
     centres = torch.from_numpy(np.ascontiguousarray(start, dtype=np.float64))
     owner = torch.full((len(x),), -1)
     for _ in range(ROUNDS):

@@ -35,9 +35,10 @@ from flowdistill.training.run import (
     write_config,
 )
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, disk_errors
+from flowdistill.utils.files import atomic_write, disk_errors, local_path
 from flowdistill.utils.processes import Processes
-from flowdistill.utils.randomness import mixed_seed
+from flowdistill.utils.randomness import mixed_seed, seed_torch
+from flowdistill.utils.text import read_json_object
 
 PARTITION = "partition.json"
 
@@ -54,7 +55,7 @@ def distill_students(config: RunConfig) -> Run:
     """
     accelerator = make_accelerator(config.train, config.output_dir)
     config = resolved(config, accelerator)
-    folder, processes, only = Path(config.output_dir), Processes.current(), config.method.student_index
+    folder, processes, only = local_path(config.output_dir), Processes.current(), config.method.student_index
     # Which student a job trains is no property of the run: K jobs share its folder.
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
@@ -98,7 +99,7 @@ def distill_students(config: RunConfig) -> Run:
 
 def is_complete(run: RunConfig) -> bool:
     """Whether a run folder holds a student that was trained to its last step (or was never to be trained)."""
-    folder = Path(run.output_dir)
+    folder = local_path(run.output_dir)
     if not is_student_folder(folder):
         return False
     found = checkpoints(folder / "checkpoints")
@@ -112,7 +113,9 @@ def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partiti
     file = folder / PARTITION
     if file.is_file() and has_begun(folder):
         try:
-            partition = Partition.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            partition = Partition.from_dict(read_json_object(file))
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error!r}); put it back, or start anew elsewhere") from error
         return partition
@@ -138,9 +141,9 @@ def _write(config: RunConfig, folder: Path, partition: Partition) -> None:
 def _save_untrained(run: RunConfig) -> None:
     """The shared start without its training: a random network of the wanted shape."""
     teacher = load_teacher(run.teacher)
-    torch.manual_seed(run.seed)
+    seed_torch(run.seed)
     student = TeacherScoreMatching(run.method, teacher).student()
-    folder = Path(run.output_dir)
+    folder = local_path(run.output_dir)
 
     def save() -> None:
         write_config(folder, run)
@@ -152,7 +155,7 @@ def _save_untrained(run: RunConfig) -> None:
 
 def _finish(config: RunConfig, partition: Partition, accelerator: Accelerator, reuse: bool) -> Report | None:
     """Manifest, samples and report of all students."""
-    folder, processes = Path(config.output_dir), Processes.current()
+    folder, processes = local_path(config.output_dir), Processes.current()
     device = accelerator.device
 
     def manifest() -> None:
@@ -204,7 +207,7 @@ def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
     if rule not in CLASS_RULES:
         raise UserError(f"method.partition is '{rule}', which splits prompts, and the teacher takes class labels; "
                         f"choose {', '.join(CLASS_RULES)}")
-    file = None if config.partition_file is None else Path(config.partition_file)
+    file = None if config.partition_file is None else local_path(config.partition_file)
     return Partition.of_classes(split_classes(rule, teacher.classes.num_classes, config.num_students,
                                               config.partition_seed, file))
 

@@ -12,6 +12,7 @@ from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES
 from flowdistill.methods.score_distillation import HostConfig
 from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.seeds import SEEDS
 
 NO_HOSTS = ("msd", "teacher_score_matching")
 """Methods whose result is not one one-step student."""
@@ -42,7 +43,7 @@ class MsdConfig(HostingConfig):
     partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans "
                                           "or pca_quadrant", choices=CLASS_RULES + PROMPT_RULES)
     partition_file: str | None = option(None, "file of the partition 'file': a YAML or JSON list of lists of labels")
-    partition_seed: int = option(0, "seed of random and of balanced_kmeans", at_least=0)
+    partition_seed: int = option(0, "seed of random and of balanced_kmeans", at_least=0, below=SEEDS)
     student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; "
                                              "-1: only the shared start; null: all, in turn", at_least=-1)
     score_matching: ScoreMatchingConfig | None = option(

@@ -24,7 +24,7 @@ from flowdistill.networks.storage import SIDECAR
 from flowdistill.students import load_student
 from flowdistill.students.student import Student
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write
+from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.hashing import checksums
 from flowdistill.utils.randomness import indexed_noise
 
@@ -165,9 +165,10 @@ class RoutedStudent(Student):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a student folder each, and then the manifest."""
+        folder = local_path(folder)
         for part, student in enumerate(self.students):
-            student.save(Path(folder) / f"student-{part}")
-        write_manifest(Path(folder), self.partition, [f"student-{part}" for part in range(len(self.students))])
+            student.save(folder / f"student-{part}")
+        write_manifest(folder, self.partition, [f"student-{part}" for part in range(len(self.students))])
 
 
 # --- on disk
@@ -217,7 +218,7 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
     Raises:
         UserError: see :func:`flowdistill.export.pipelines.export`.
     """
-    target = Path(folder)
+    target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipelines")
     names = [f"student-{part}" for part in range(len(student.students))]

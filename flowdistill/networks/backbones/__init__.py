@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowdistill.networks.backbones.base import FAMILIES, Backbone, BackboneFamily, last_linear, register_family
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed, shown
 
 __all__ = ["FAMILIES", "BackboneFamily", "family_of", "last_linear", "register_family"]
 
@@ -16,7 +16,7 @@ def family_of(network: Backbone) -> BackboneFamily:
     """
     name = type(network).__name__
     if name not in FAMILIES:
-        raise UserError(f"the backbone {name} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"the backbone {shown(name, quoted=False)} is not supported; supported are {listed(FAMILIES)}")
     family = FAMILIES.get(name)
     channels, extra = family.shape(network)[0], family.learned_variance_channels(network)
     if extra not in (0, channels):
