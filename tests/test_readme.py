@@ -78,10 +78,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         config = load_config(path, overrides)
         steps = max(1, config.train.steps.bit_length() - 8)  # 500: 1, 1000: 2, 100000: 9
         train = replace(config.train, steps=steps, batch_size=16, log_every=1, num_samples=10, trackers=[])
-        return replace(config, train=train)
+        known = config.evaluation.features
+        features = "digits" if known == "inception" else known
+        return replace(config, train=train, evaluation=replace(config.evaluation, features=features))
 
     def measures(self, features, reference, num_images=10_000, *arguments, **settings):
-        features = "digits" if features == "inception" else features
         initialize(self, features, reference, min(num_images, MOST_IMAGES), *arguments, **settings)
 
     initialize = Evaluator.__init__
