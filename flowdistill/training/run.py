@@ -121,7 +121,8 @@ def distill_one(config: RunConfig) -> Run:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     check_exportable(teacher)
     features = config.evaluation.features if config.evaluation.measures else None
-    if features is not None and (config.evaluation.at_end or config.train.evaluate_every):
+    is_image = len(teacher.shape) == 3  # an exact teacher's points are none
+    if features is not None and is_image and (config.evaluation.at_end or config.train.evaluate_every):
         # Else it shows when the first images are measured, which may be after the training.
         load_features(features, "cpu").check_channels(teacher.codec.image_channels(teacher.shape[0]))
     problem = teacher.disagreement()
