@@ -292,10 +292,6 @@ def edm_euler() -> EDMEulerScheduler:
 FAMILIES: dict[str, Family] = {
     "ddim": Family(ddim, trailing_ddim, scale_argument=lambda scale: {}, negative=False, start=ddim_start),
     "dit": Family(dit, trailing_ddim, negative=False, labels=[3, 7], start=ddim_start),
-    "dit-clip": Family(lambda: dit(clip_sample=True, clip_sample_range=0.6), trailing_ddim, negative=False,
-                       labels=[3, 7], start=ddim_start),
-    "dit-threshold": Family(lambda: dit(thresholding=True, sample_max_value=1.5), trailing_ddim, negative=False,
-                            labels=[3, 7], start=ddim_start),
     "sit": Family(sit, negative=False, labels=[3, 7], null_label=1000, loop=True),
     "edm": Family(edm, scale_argument=lambda scale: {}, negative=False, start=edm_start, loop=True),
     "edm-class": Family(lambda: edm("v_prediction", 4), negative=False, labels=[0, 2], start=edm_start, null_label=3,
@@ -327,6 +323,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "z-image": Family(z_image, image_size=16, call={"height": 16, "width": 16},
                       scale_argument=lambda scale: {"guidance_scale": scale - 1}),
+}
+
+
+# Of which only the samples are compared: what else there is depends on no clipping ("ddim" clips, by default).
+CLIPPED: dict[str, Family] = {
+    "dit-clip": Family(lambda: dit(clip_sample=True, clip_sample_range=0.6), trailing_ddim, negative=False,
+                       labels=[3, 7], start=ddim_start),
+    "dit-threshold": Family(lambda: dit(thresholding=True, sample_max_value=1.5), trailing_ddim, negative=False,
+                            labels=[3, 7], start=ddim_start),
 }
 
 

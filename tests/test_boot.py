@@ -179,7 +179,7 @@ def test_gradient_reaches_the_later_time_only_and_pulls_back():
 
 @pytest.mark.parametrize("pipeline", [
     tiny_unet_pipeline(),
-    tiny_unet_pipeline(DDPMScheduler()),
+    tiny_unet_pipeline(DDPMScheduler(clip_sample=False)),
     tiny_unet_pipeline(DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")),
     tiny_dit_pipeline(),
 ], ids=["flow", "epsilon", "cosine v", "DiT"])
@@ -196,7 +196,7 @@ def test_boundary_holds_before_training_on_every_path(pipeline):
     {"form": "signal"}, {"solver": "heun"}, {"weight": "inverse_rho_squared", "weight_cap": 5.0},
 ], ids=lambda value: "-".join(f"{key} {setting}" for key, setting in value.items()))
 def test_each_setting_changes_the_loss_and_trains(settings):
-    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), null_label=3, t_max=0.97)
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler(clip_sample=False)), null_label=3, t_max=0.97)
     plain, method = Boot(BootConfig(), teacher), Boot(BootConfig(**settings), teacher)
     network = plain.student().network  # the same one, a little trained, so that it is not at a special point
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_each_setting_changes_the_loss_and_trains(settings):
 
 PATHS = {
     "flow": (FlowMatchEulerDiscreteScheduler(), None),
-    "linear epsilon": (DDPMScheduler(), 0.97),
+    "linear epsilon": (DDPMScheduler(clip_sample=False), 0.97),
     "scaled linear epsilon": (DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), None),
     "cosine epsilon": (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), 0.97),
     "cosine v": (DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"), None),
@@ -288,7 +288,7 @@ def test_a_perceptual_module_with_weights_of_its_own(tmp_path, monkeypatch):
     own = Perceptual()
     save_file(own.state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.setenv("PERCEPTUAL_WEIGHTS", str(tmp_path / "weights.safetensors"))
-    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), t_max=0.97)
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler(clip_sample=False)), t_max=0.97)
     named = Boot(BootConfig(metric="tests.test_boot:perceptual", boundary_weight=0.0), teacher)
     given = Boot(BootConfig(boundary_weight=0.0), teacher, metric=own)
     network = named.student().network
@@ -308,7 +308,7 @@ def test_a_perceptual_module_with_weights_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_metric_of_squares_is_the_signal_form():
-    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler()), t_max=0.97)
+    teacher = load_teacher(tiny_unet_pipeline(DDPMScheduler(clip_sample=False)), t_max=0.97)
     signal = Boot(BootConfig(form="signal"), teacher)
     squares = Boot(BootConfig(), teacher, metric=lambda one, other: (one - other).square())
     network = signal.student().network

@@ -35,11 +35,12 @@ from flowdistill.teachers import load_teacher
 from flowdistill.teachers.pairs import teacher_pairs
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
-from tests.families import FAMILIES, NEGATIVE, PROMPTS, pipeline_latents
+from tests.families import CLIPPED, FAMILIES, NEGATIVE, PROMPTS, pipeline_latents
 from tests.pixel_families import trailing_ddim
 from tests.tiny import VP
 
 FLOW = ("sd3", "flux-dev", "flux-schnell", "sana", "lumina2", "qwen-image", "z-image")
+SAMPLED = FAMILIES | CLIPPED
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
 
 
@@ -48,7 +49,7 @@ def noise(model, rows=2):
 
 
 def teacher_of(name, **settings):
-    family = FAMILIES[name]
+    family = SAMPLED[name]
     pipeline = family.make()
     return pipeline, load_teacher(pipeline, image_size=family.image_size, null_label=family.null_label, **settings)
 
@@ -58,7 +59,7 @@ def difference(name, scale, negative=None, steps=4, change=None):
 
     ``change(teacher, condition, settings)`` may spoil something, and returns the condition.
     """
-    family, (pipeline, teacher) = FAMILIES[name], teacher_of(name)
+    family, (pipeline, teacher) = SAMPLED[name], teacher_of(name)
     n = noise(teacher)
     if family.prompts:
         negatives = None if negative is None else [negative] * len(n)
@@ -75,9 +76,9 @@ def difference(name, scale, negative=None, steps=4, change=None):
     return (ours - theirs).abs().max().item()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_samples_are_those_of_the_pipeline(name):
-    family = FAMILIES[name]
+    family = SAMPLED[name]
     assert difference(name, 1.0) < 1e-4
     if family.prompts or family.labels:
         assert difference(name, family.guidance) < 1e-4
@@ -86,10 +87,10 @@ def test_samples_are_those_of_the_pipeline(name):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_few_steps_are_those_of_the_pipeline(name, steps):
     """One step is one from the teacher's start to data, and never NaN."""
-    family, (pipeline, teacher) = FAMILIES[name], teacher_of(name)
+    family, (pipeline, teacher) = SAMPLED[name], teacher_of(name)
     grid = teacher.path.time_grid(steps)
     assert grid[0] == teacher.t_max and grid[-1] == 0 and len(grid) == steps + 1 and (grid.diff() < 0).all()
     if family.scheduler is trailing_ddim and steps == 3:
@@ -182,7 +183,7 @@ def test_a_student_starts_as_the_teachers_euler_step(name, kind):
         own = student(n, condition)
     clipping = teacher.path.clipping  # the teacher's, as the pipeline's; networks have none
     assert near(own if clipping is None else clipping(own), step)
-    assert (clipping is not None) == (name in ("ddim", "dit-clip", "dit-threshold"))
+    assert (clipping is not None) == (name == "ddim")
 
 
 @pytest.mark.parametrize(("kind", "lora"), [(FlowMap, None), (Generator, None), (FlowMap, LoraSettings(2))])

@@ -218,31 +218,37 @@ def grids():
 @pytest.mark.parametrize(("name", "option"), list(grids()))
 def test_grids_of_few_steps_are_the_schedulers_own(name, option):
     """With trailing timesteps, or the noise levels that an option places; flow matching: evenly, then shifted."""
-    placed = option in PLACED
-    spacing = {"timestep_spacing": "linspace" if placed else "trailing"}
-    scheduler = make(name, option, **spacing)
+    scheduler = make(name, option, timestep_spacing="trailing")
     if option == "use_dynamic_shifting":
         assert "depends on the image size" in describe_call(pixel_teacher(scheduler))
         return
     path = path_from_scheduler(scheduler)
     for steps in (1, 2, 3):
+        if option in PLACED and steps > 1:  # from the last to the first timestep; of one step the first is the last
+            scheduler = make(name, option, timestep_spacing="linspace")
         if name == "FlowMatchHeunDiscreteScheduler":  # takes no times; its own end at 1 / 1000
             own = torch.linspace(1, 0, steps + 1)
         elif name == "KarrasVeScheduler":
-            scheduler.set_timesteps(steps)
-            sigma = torch.stack([scheduler.schedule[int(t)] for t in scheduler.timesteps])  # it is indexed backwards
+            scheduler.set_timesteps(max(steps, 2))  # its own single level is 0 / 0
+            sigma = torch.stack([scheduler.schedule[int(t)] for t in scheduler.timesteps])[:steps]
             own = torch.cat([sigma / (1 + sigma), torch.zeros(1)])
         else:
             even = {"sigmas": [1 - i / steps for i in range(steps)]} if path.scheduler_name in (
                 native_path.FLOW_SCHEDULERS) else {"num_inference_steps": steps}
             scheduler.set_timesteps(**even)
             own = linear_times(scheduler, path)
+        if len(own) == steps:  # DEIS repeats the last level that an option has placed: a last step of no length
+            assert name == "DEISMultistepScheduler"
+            own = torch.cat([own, own[-1:]])
         ours = path.time_grid(steps)
         assert ours.isfinite().all() and (ours.diff() < 0).all() and ours[-1] == 0
         # Flow sigmas of VP classes start a training step below 1.
         close = 1.1e-3 if option == "use_flow_sigmas" else 1e-6
-        last = 0.0 if option == "set_alpha_to_one" else own[-1]
-        assert (ours[:-1] - own[:-1]).abs().max() < close and last == 0, (ours, own)
+        assert len(own) == steps + 1 and (ours[:-1] - own[:-1]).abs().max() < close, (ours, own)
+    ends = option in ("set_alpha_to_one", "predict_x0") or name == "DEISMultistepScheduler"
+    assert ends == (own[-1] != 0)
+    if not (option == "use_flow_sigmas" or path.kind == "ve"):
+        assert ends == ("its last step ends at t = " in describe_call(pixel_teacher(scheduler)))
 
 
 def pixel_teacher(scheduler, **unet):
@@ -255,6 +261,8 @@ def test_what_is_not_the_pipelines_own_is_said():
         (DDIMScheduler, ("set_alpha_to_one", False)): "its last step ends at t = 0.0099 (here at 0)",
         (diffusers.EulerDiscreteScheduler, ("final_sigmas_type", "sigma_min")): "its last step ends at t = 0.0099",
         (EDMEulerScheduler, ("final_sigmas_type", "sigma_min")): "its last step ends at t = 0.0020",
+        (diffusers.EulerDiscreteScheduler, ("use_karras_sigmas", True)): "EulerDiscreteScheduler;",
+        (diffusers.LMSDiscreteScheduler, ("use_beta_sigmas", True)): "LMSDiscreteScheduler;",
         (DDIMScheduler, ("timestep_spacing", "leading")): "its timesteps are 'leading' (here 'trailing')",
         (DDPMScheduler, ("timestep_spacing", "trailing")): "adds noise at its steps",
         (diffusers.DPMSolverMultistepScheduler, ("algorithm_type", "sde-dpmsolver++")): "adds noise at its steps",
@@ -263,7 +271,9 @@ def test_what_is_not_the_pipelines_own_is_said():
     }
     for (kind, (key, value)), text in said.items():
         teacher = pixel_teacher(kind(**{key: value}))
-        assert text in describe_call(teacher) and text in teacher.describe()
+        assert text in f"{describe_call(teacher)};" and f"samples by {describe_call(teacher)};" in teacher.describe()
+    placed = pixel_teacher(diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="leading"))
+    assert "its noise levels end at that of its last 'leading' timestep (here at the smallest)" in describe_call(placed)
     plain = pixel_teacher(DDIMScheduler(timestep_spacing="trailing", clip_sample=False))
     assert describe_call(plain) == "DDIMScheduler" and not plain.remarks()
     with pytest.raises(UserError, match="timestep_type 'continuous', of networks that are told 0.25 log sigma"):

@@ -25,9 +25,9 @@ from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 SCHEDULERS = {
     "flow": FlowMatchEulerDiscreteScheduler,
-    "epsilon": lambda: DDPMScheduler(beta_schedule="scaled_linear"),
+    "epsilon": lambda: DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False),
     "v": lambda: DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
-    "sample": lambda: DDPMScheduler(prediction_type="sample"),
+    "sample": lambda: DDPMScheduler(prediction_type="sample", clip_sample=False),
     "edm": EDMEulerScheduler,
 }
 FAMILIES = {"unet": tiny_unet_pipeline, "dit": tiny_dit_pipeline}

@@ -18,6 +18,8 @@ from flowdistill.utils.errors import UserError
 if TYPE_CHECKING:
     from flowdistill.teachers.teacher import Teacher
 
+# Classes that place noise levels between the ends of their table; the others between those of their timesteps.
+WHOLE_TABLE = ("MultistepScheduler", "SinglestepScheduler")
 ADDS_NOISE = (
     "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler",
     "FlowMatchLCMScheduler", "KDPM2AncestralDiscreteScheduler", "KarrasVeScheduler", "LCMScheduler",
@@ -116,6 +118,9 @@ def describe_call(teacher: Teacher) -> str:
     spacing = config.get("timestep_spacing")
     if path.kind == "vp" and placed is None and spacing not in (None, "trailing"):
         facts.append(f"its timesteps are '{spacing}' (here 'trailing')")
+    if path.kind == "vp" and placed is not None and not path.scheduler_name.endswith(WHOLE_TABLE) and (
+            spacing != "linspace"):
+        facts.append(f"its noise levels end at that of its last '{spacing}' timestep (here at the smallest)")
     if path.kind == "flow" and placed is not None and path.scheduler_name not in FLOW_SCHEDULERS:
         facts.append(f"its noise levels are those of {placed} (here even)")
     if config.get("use_dynamic_shifting") and not teacher.network.family.pipelines:
@@ -129,7 +134,8 @@ def describe_call(teacher: Teacher) -> str:
 def _end(scheduler: Any, kind: str) -> float:
     """The linear time at which the pipeline's own call ends."""
     config = scheduler.config
-    if kind == "vp" and (config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"):
+    early = config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"
+    if kind == "vp" and (early or type(scheduler).__name__ == "DEISMultistepScheduler"):
         first = scheduler.alphas_cumprod[0].double().item()
         sigma = math.sqrt((1 - first) / first)
         return sigma / (1 + sigma)
