@@ -37,11 +37,10 @@ Thunk = Callable[[], Any]
 
 def make_trainer(config: Any, folder: str) -> Any:
     """The loop of ``distill`` for a configuration, in a throw-away folder."""
-    import torch
-
     from flowdistill import load_teacher
     from flowdistill.training.loop import Trainer
     from flowdistill.training.run import make_accelerator, method_class
+    from flowdistill.utils.randomness import seed_torch
 
     config.train.trackers = []
     if config.method.name == "disback":  # two nodes; the walk stays at the first
@@ -49,7 +48,7 @@ def make_trainer(config: Any, folder: str) -> Any:
         config.method.interval, config.method.switch = [FOREVER], "interval"
     accelerator = make_accelerator(config.train, folder)
     teacher = load_teacher(config.teacher, device=accelerator.device)
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed)
     trainer = Trainer(method_class(config.method.name)(config.method, teacher), config, folder, accelerator)
     while config.method.name == "disback" and trainer.step < 2:  # stage 1
         trainer.train_step()

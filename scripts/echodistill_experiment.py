@@ -40,7 +40,7 @@ from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
 from flowdistill.utils.images import save_grid
-from flowdistill.utils.randomness import Draw, indexed_noise
+from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
 from flowdistill.utils.text import read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
@@ -155,7 +155,7 @@ def on_the_student(
     settings = config.method
     settings.time = NoiseLevels("timestep", low=0.999) if last else settings.time
     settings.teacher_prior_loss_weight = settings.prior_loss_weight if prior else 0.0
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed)
     base = load_teacher(settings.student, prompts=config.teacher.prompts)
     method = EchoDistill(settings, base)
     network = method.roles()["teacher"].network

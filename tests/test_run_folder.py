@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,8 @@ from PIL import Image
 from flowdistill import load_student, load_teacher
 from flowdistill.config import found_again, load_config, run_settings
 from flowdistill.evaluation import evaluate
+from flowdistill.evaluation.reference import load_reference
+from flowdistill.features import load_features
 from flowdistill.methods.echodistill.student import ConceptStudent
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.training.run import distill
@@ -98,6 +101,16 @@ def test_what_is_here_stays_as_it_is_written(project: Path, monkeypatch: pytest.
                                      .replace("features: models/classifier", "features: digits"))
     monkeypatch.chdir(project.parent)
     assert evaluate(run, num_images=4, teacher_rows=False, progress=False).reference == "digits"
+
+
+def test_statistics_behind_the_name_of_their_features(project: Path) -> None:
+    """``MODE:FILE.npz`` in a run's configuration, its file by a relative path."""
+    run, features = project / "runs" / "a", load_features(project / "models" / "classifier")
+    own = load_reference(project / "images", features)
+    np.savez(project / "s.npz", mu=own.mean.numpy(), sigma=own.covariance.numpy())
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("reference: images", f"reference: {features.mode}:s.npz"))
+    assert evaluate(run, num_images=4, teacher_rows=False, progress=False).reference.startswith("s.npz")
 
 
 def test_a_run_of_before(project: Path, tmp_path: Path) -> None:

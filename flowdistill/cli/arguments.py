@@ -70,7 +70,7 @@ def guidance(text: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {shown(text)}")
     return number
 
 

@@ -215,9 +215,11 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
 
 def _only_for_pipelines(args: argparse.Namespace, *names: str) -> None:
     """UserError where an option that is for pipelines was given for a run or a student."""
+    from flowdistill.utils.files import local_path
+
     for name in names:
         if getattr(args, name) is not None:
-            kind = "run" if (Path(args.model) / "config.yaml").is_file() else "student"
+            kind = "run" if (local_path(args.model) / "config.yaml").is_file() else "student"
             raise UserError(f"--{name.replace('_', '-')} is for pipelines, and {args.model} is a {kind}")
 
 
@@ -228,8 +230,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.variant is not None:
         from flowdistill.students import is_student_folder
         from flowdistill.teachers import load_teacher
+        from flowdistill.utils.files import local_path
 
-        if is_student_folder(args.model) or (Path(args.model) / "config.yaml").is_file():
+        if is_student_folder(args.model) or (local_path(args.model) / "config.yaml").is_file():
             _only_for_pipelines(args, "variant")
         model = load_teacher(args.model, device=_device(args.device), variant=args.variant)
     report = evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -311,7 +312,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         settings = {key: value for key, value in (config.get("evaluation") or {}).items() if key in DEFAULTS}
         for key, names in (("reference", IMAGE_SETS), ("features", FEATURES)):
             if isinstance(settings.get(key), str) and settings[key] not in names:
-                settings[key] = found_again(settings[key], folder)
+                settings[key] = _found_again(settings[key], folder)
         section = dict(config.get("teacher") or {})
         for key in ("source", "prompts", "start"):
             if isinstance(section.get(key), str):
@@ -325,6 +326,12 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         found = with_teacher and base and local_path(base).is_dir()
         return _Subject(name, _load_teacher({"source": base}, device) if found else None, student)
     return _Subject(name, _load_teacher({"source": name}, device))
+
+
+def _found_again(source: str, folder: Path) -> str:
+    """A run's reference or features as they are reached from here, also statistics behind the name of their mode."""
+    found, (mode, colon, rest) = found_again(source, folder), source.partition(":")
+    return found if found != source or not colon else f"{mode}:{found_again(rest, folder)}"
 
 
 def _open_live(source: Any, device: torch.device) -> _Subject:

@@ -23,6 +23,7 @@ from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.registry import Registry
+from flowdistill.utils.seeds import check_seed
 
 STUDENT_KINDS: Registry[type[Student]] = Registry(
     "kind of student", package="flowdistill.methods", group="flowdistill.students"
@@ -194,7 +195,7 @@ class Student(nn.Module, ABC):
             prompts: one an image; None cycles through those a text-to-image student was trained on.
 
         Raises:
-            UserError: N < 1, a label out of range, or a guidance scale outside the student's range.
+            UserError: N < 1, a label or a seed out of range, or a guidance scale outside the student's range.
         """
         return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale, prompts)))
 
@@ -209,6 +210,7 @@ class Student(nn.Module, ABC):
         prompts: Sequence[str] | None = None,
     ) -> Iterator[Tensor]:
         """Generate as :meth:`generate` does, batch by batch: only the current one is in memory."""
+        check_seed(seed)
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         one_step = self.one_step(guidance_scale)
         for start in range(0, count, batch_size):

@@ -182,7 +182,7 @@ def check_pointer(path: str | os.PathLike[str]) -> None:
         UserError: so, or a file that cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(local_path(path), "rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:
         raise UserError(f"the file {path} cannot be read: {error.strerror}") from error

@@ -27,6 +27,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.hashing import checksums
 from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.seeds import check_seed
 
 KIND = "routed"
 FORMAT = 1
@@ -135,6 +136,7 @@ class RoutedStudent(Student):
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
         """Generate as :meth:`Student.generate` does, one student after the other, each placed once."""
+        check_seed(seed)
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
         spans = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
         route = torch.cat([self.route(self._needed(conditions(span))) for span in spans])
