@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """FID, KID, precision and recall of a folder of images, or of what a pipeline, a run or a student generates.
 
-    python scripts/evaluate_fid.py IMAGES --reference digits
+    python scripts/evaluate_fid.py IMAGES --reference digits --features digits
     python scripts/evaluate_fid.py PIPELINE --reference REAL_IMAGES --features inception --num-images 50000 --steps 50
-    torchrun --nproc_per_node 2 scripts/evaluate_fid.py RUN --reference statistics.npz
+    torchrun --nproc_per_node 2 scripts/evaluate_fid.py RUN --reference statistics.npz --features inception
 
 Also under ``accelerate launch``. A run or a student is measured at its one call; any diffusers pipeline is called as it
 is, with its own scheduler, one generator an image. The protocol comes with the figures.
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
     add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, .npz statistics of "
         "ours, or MODE:FILE.npz of others (clean:cifar10.npz)")
-    add("--features", default="digits", help="digits, shapes, inception, or a TorchScript file (default: digits)")
+    add("--features", help="what measures: digits, shapes, inception, or a TorchScript file; must be given")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
     add("--num-images", type=int, metavar="N", help="images to generate (default: 10000) or draw from a folder (all)")
     add("--seed", type=seed_number(), default=0, help="image i depends on the seed and i only (default: 0)")
@@ -91,6 +91,9 @@ def run(options: argparse.Namespace) -> Report | None:
     num_images = 10_000 if options.num_images is None else options.num_images
     if num_images < 1:
         raise UserError(f"--num-images must be at least 1, not {num_images}")
+    if options.features is None:
+        raise UserError("--features is not given: digits or shapes for images like the shipped sets, inception for "
+            "natural images, or a TorchScript file")
     processes = Processes.start()
     for target in filter(None, (options.json, options.save_reference)):
         processes.on_main(lambda target=target: check_writable(target))

@@ -51,9 +51,15 @@ def made(tmp_path_factory):
     return root
 
 
+def with_features(arguments):
+    """The arguments, with the digits' features where they name none."""
+    arguments = list(arguments)
+    return arguments if "--features" in arguments else [*arguments, "--features", "digits"]
+
+
 def measure(made, *arguments) -> Report:
     file = made / "report.json"
-    command = [*map(str, arguments), "--cache", str(made / "cache"), "--json", str(file)]
+    command = [*with_features(map(str, arguments)), "--cache", str(made / "cache"), "--json", str(file)]
     assert evaluate_fid.main(command) == 0
     return Report.read_json(file)
 
@@ -269,7 +275,8 @@ def test_prompts_go_to_a_text_to_image_pipeline(tmp_path):
 
 
 def test_two_processes_give_the_figures_of_one(made):
-    common = [str(made / "student"), "--reference", str(made / "digits"), "--num-images", "61", "--batch-size", "20"]
+    common = [str(made / "student"), "--reference", str(made / "digits"), "--num-images", "61", "--batch-size", "20",
+              "--features", "digits"]
     one = measure(made, *common)
     file = made / "two.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
@@ -308,7 +315,13 @@ def test_bad_input_ends_with_one_sentence_and_code_2(made, capsys, monkeypatch, 
     (made / "cache").mkdir(exist_ok=True)
     save_images(load_digits()[0][:1], made / "one")
     np.savez(made / "adm.npz", mu=np.zeros(64), sigma=np.eye(64))
-    command = [argument.format(made=made) for argument in arguments]
+    command = with_features(argument.format(made=made) for argument in arguments)
     assert evaluate_fid.main([*command, "--cache", str(made / "cache")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("evaluate_fid: error: ") and message.format(made=made) in error
+
+
+def test_features_must_be_named(made, capsys):
+    """Digits' features measure anything, so that they stand for nobody who names none."""
+    assert evaluate_fid.main([str(made / "digits"), "--reference", "digits", "--cache", str(made / "cache")]) == 2
+    assert "error: --features is not given" in capsys.readouterr().err
