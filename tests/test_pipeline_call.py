@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler
 
+from flowdistill.data import load_digits
 from flowdistill.evaluation.evaluate import evaluate, pipeline_sampler
 from flowdistill.evaluation.generation import generators_of
 from flowdistill.teachers import load_teacher
@@ -150,38 +151,17 @@ def test_rows_of_the_pipelines_own_call(tmp_path):
 
 
 def test_a_solver_much_worse_than_the_pipeline_is_said(tmp_path):
-    class Noisy:
-        """Whose own call draws the reference, and whose ODE draws noise."""
+    """Its own call draws the reference, and its ODE draws noise."""
+    images, teacher = load_digits()[0], load_teacher(tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=None))
 
-        shape, num_classes, device, source, prompts = (1, 8, 8), None, torch.device("cpu"), "noisy", None
+    def own(noise, condition, steps, guidance_scale, generators):
+        return 2 * images[[int(torch.randint(len(images), (1,), generator=one)) for one in generators]] - 1
 
-        def __init__(self):
-            from flowdistill.data import load_digits
-
-            self.images = load_digits()[0]
-            self.path = teacher_of("ddim")[1].path
-            self.scheduler = DDPMScheduler()
-
-        def encode(self, labels=None):
-            return None
-
-        velocity = None
-
-        def sample(self, noise, condition, steps, solver, guidance_scale):
-            return noise
-
-        def pipeline_sample(self, noise, condition, steps, guidance_scale, generators):
-            picks = [int(torch.randint(len(self.images), (1,), generator=one)) for one in generators]
-            return 2 * self.images[picks] - 1
-
-        def pipeline_calls(self, steps):
-            return steps
-
-        def decode(self, latents):
-            return latents / 2 + 0.5
-
-    report = evaluate(Noisy(), 100, "digits", "digits", [1, 4], pipeline_steps=[10], cache_dir=tmp_path,
-                      progress=False)
+    teacher.sample, teacher.pipeline_sample = (lambda noise, *arguments, **settings: noise), own
+    options = {"pipeline_steps": [10], "cache_dir": tmp_path, "progress": False}
+    report = evaluate(teacher, 100, "digits", "digits", [1, 4], **options)
     note = report.protocol["pipeline_note"]
     assert "the deterministic solver is much worse than the pipeline's own call" in note and "at 10; compare" in note
     assert f"teacher: {note}" in str(report)
+    teacher.sample = lambda noise, condition, **settings: own(noise, condition, 1, 1.0, generators_of(noise))
+    assert "pipeline_note" not in evaluate(teacher, 100, "digits", "digits", [4], **options).protocol

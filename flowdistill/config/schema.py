@@ -64,7 +64,8 @@ class TeacherConfig:
 
     source: str = option(MISSING, "pipeline folder or hub id")
     null_label: int | None = option(None, "class label that means 'unconditional'; null: detected", at_least=0)
-    t_max: float | None = option(None, "start of the path; null: from the scheduler", above=0, at_most=1)
+    t_max: float | None = option(None, "start of the path; null: the scheduler's last time, or the last that works "
+                                        "for an epsilon teacher (said)", above=0, at_most=1)
     prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl with prompt and weight")
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
     image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
