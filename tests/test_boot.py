@@ -1,4 +1,4 @@
-"""BOOT against closed forms, float64 (BOOT digest, section 10)."""
+"""BOOT (arXiv 2306.05544) against closed forms, float64."""
 
 import os
 

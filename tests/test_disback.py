@@ -1,4 +1,4 @@
-"""DisBack: its path, its walk and its state (DisBack digest, section 10, E to H, and the published bugs, section 8)."""
+"""DisBack (arXiv 2408.15991): its path (Eq. 7), the way back along it (Eqs. 5, 8), its state, and its code's faults."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def nodes(folder):
 
 
 def test_degradation_of_a_linear_denoiser_follows_its_closed_form():
-    """Gradient flow of the critic's loss on N(-0.5, 0.3^2) samples, from the denoiser of N(1, 0.7^2): digest, F."""
+    """Gradient flow of the critic's loss on N(-0.5, 0.3^2) samples, from the denoiser of N(1, 0.7^2)."""
     z, n, weight = quadrature()
     x = SHIFT + 0.3 * z
     native = (x + SIGMA * n)[:, 0]
@@ -126,7 +126,7 @@ def test_stage_one_records_the_critic_and_leaves_the_generator_alone(tmp_path):
     assert trainer.roles["student"].average.count == 1
     recorded = nodes(tmp_path)
     assert list(recorded) == [1, 2, 3]
-    for index, steps in ((1, 2), (2, 4), (3, 5)):  # after whole intervals, not after one step (published bug 4)
+    for index, steps in ((1, 2), (2, 4), (3, 5)):  # after whole intervals, not after one step as in the published code
         assert same(recorded[index], seen[steps - 1][2])
     assert not same(recorded[1], {f"velocity.{k}": v for k, v in teacher.network.state_dict().items()})
 
@@ -141,15 +141,15 @@ def test_targets_are_visited_in_reverse_and_end_with_the_teacher(tmp_path):
         network = host.target.network
         if step >= 5:
             visited.append(trainer.method.targets.index)
-            if visited[-1]:  # every load takes: the target has the node's weights, all of them (published bug 1)
+            if visited[-1]:  # every load takes: the target has all of the node's weights, unlike in the published code
                 assert same(network.state_dict(), nodes(tmp_path)[visited[-1]])
-    assert visited == [2, 2, 1, 1, 0, 0, 0]  # and the last one is not skipped (published bug 2)
+    assert visited == [2, 2, 1, 1, 0, 0, 0]  # and the last one is not skipped (as in the published code)
     assert host.target is teacher and same(teacher.network.state_dict(), original)
     assert trainer.method._node is None  # nothing but the teacher is kept in memory
 
 
 def test_stage_two_starts_with_the_last_nodes_critic_and_no_gradient_toward_it(tmp_path):
-    """Published bug 5; and digest, E: a target equal to the critic moves nothing."""
+    """A fault of the published code; and a target equal to the critic moves nothing."""
     trainer = trainer_of(tmp_path, config_of())
     for _ in range(5):
         trainer.train_step()
@@ -219,7 +219,7 @@ def test_low_rank_nodes_hold_the_adapters_only(tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "renamed", "shape", "type"])
 def test_a_node_that_does_not_fit_is_refused(tmp_path, damage):
-    """Published bug 1: a load that ignores what does not fit loads nothing at all."""
+    """A fault of the published code: a load that ignores what does not fit loads nothing at all."""
     trainer = trainer_of(tmp_path, config_of())
     for _ in range(5):
         trainer.train_step()

@@ -1,4 +1,4 @@
-"""Score distillation's gradients against closed forms, float64 (DisBack digest, section 10, A to D)."""
+"""Score distillation's gradients against closed forms, float64 (DMD2, arXiv 2405.14867; SiD, arXiv 2404.04057)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""MSD: K runs over a partition, their manifest, and the one student they are (MSD digest, section 9, A, D and G)."""
+"""MSD: K runs over a partition, their manifest, and the one student they are (arXiv 2410.23274)."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Objectives and FreeFlow's losses against closed forms, float64 (FreeFlow digest, section 13)."""
+"""Objectives and FreeFlow's losses against closed forms, float64 (arXiv 2511.19428, Eqs. 7 to 11)."""
 
 import pytest
 import torch

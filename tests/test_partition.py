@@ -1,4 +1,4 @@
-"""Partitions of classes and prompts: disjoint, equal, routed by a pure function (MSD digest, section 9, A and E)."""
+"""Partitions of classes and prompts: disjoint, equal, routed by a pure function (MSD, arXiv 2410.23274)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Teacher score matching, and smaller networks of a teacher's family (MSD digest, section 9, C)."""
+"""Teacher score matching, and smaller networks of a teacher's family (MSD, arXiv 2410.23274, Eq. 8)."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def grid():
 
 
 def test_matching_the_exact_teacher_is_training_on_the_data_with_less_variance():
-    """E||f - x_0||^2 - E||f - mu||^2 = E Var(x_0 | x_t), whatever f is; so the gradients are the same (digest, C)."""
+    """E||f - x_0||^2 - E||f - mu||^2 = E Var(x_0 | x_t), whatever f is; so the gradients are the same."""
     x0, n, weight = grid()
     t = SIGMA / (1 + SIGMA)
     times = torch.full((len(x0),), t, dtype=torch.float64)
