@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image
@@ -33,7 +34,7 @@ from flowdistill.students.generator import Generator
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.training.method import METHODS
 from flowdistill.utils.errors import UserError
-from tests.families import FAMILIES, sd3, stable_diffusion
+from tests.families import FAMILIES, PROMPTS, sd3, sdxl, stable_diffusion
 from tests.test_evaluation_script import evaluate_fid
 from tests.tiny import lively, tiny_dit_pipeline, tiny_unet
 
@@ -139,6 +140,26 @@ def test_a_rectangle_from_the_run_to_figures(tmp_path: Path, cli: Callable[..., 
     Reference("made up", torch.zeros(16, dtype=torch.float64), torch.eye(16, dtype=torch.float64)).save(save)
     given = ["--reference", str(save), "--features", str(features), "--num-images", "4", "--no-kid"]
     assert evaluate_fid.main([exported, *given, "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, sdxl])
+def test_a_text_to_image_unet_of_two_sizes_is_exported_with_them(tmp_path: Path, make: Callable[..., Any]) -> None:
+    pipeline = make()
+    wide = dict(pipeline.unet.config) | {"sample_size": (8, 16)}
+    pipeline.register_modules(unet=lively(UNet2DConditionModel.from_config(wide)))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    student = FlowMap.from_teacher(load_teacher(tmp_path / "pipeline", prompts=PROMPTS), StudentInfo())
+    assert student.generate(num_images=1).shape == (1, 3, 16, 32)
+    export(student, tmp_path / "export")
+    call = json.loads((tmp_path / "export/flowdistill.json").read_text())["call"]
+    assert (call["height"], call["width"]) == (16, 32)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "export")
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, *student.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        latents = stock(prompt=PROMPTS, latents=noise.clone(), output_type="latent", **call).images
+        expected = student(noise, student.encode(prompts=PROMPTS))
+    assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_rectangles_of_classes_are_refused_before_training(tmp_path: Path, cli: Callable[..., Any]) -> None:
