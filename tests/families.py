@@ -107,11 +107,12 @@ def clip_encoder(seed: int, projected: bool = False, **config: Any) -> nn.Module
 
 
 def condition_unet(cross: int = 16, **config: Any) -> UNet2DConditionModel:
-    return lively(UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=4, cross_attention_dim=cross, attention_head_dim=4, **config,
-    ))
+    settings = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4, "attention_head_dim": 4,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": cross,
+    }
+    return lively(UNet2DConditionModel(**settings | config))
 
 
 def stable_diffusion(scheduler: Any = None, **unet: Any) -> diffusers.StableDiffusionPipeline:

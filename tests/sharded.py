@@ -1,14 +1,11 @@
-"""A command that trains students of real backbones, whole or in parts (FSDP2), for tests in other processes.
+"""Students of real backbones that train whole or in parts (FSDP2), for tests in other processes.
 
-    python -m tests.sharded FOLDER [steps=2] [fsdp2=1]
-
-Digits with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies and once with adapters.
+UNet with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies and once with adapters.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -22,12 +19,12 @@ from flowdistill.networks.lora import LoraSettings
 from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator, save_student
-from flowdistill.utils.exit import exit_process
-from tests.families import FAMILIES, PROMPTS
+from tests.families import PROMPTS, stable_diffusion
+from tests.processes import ROOT
+from tests.tiny import tiny_unet_pipeline
 from tests.toy_method import shard
 
-ROOT = Path(__file__).parent.parent
-NAMES = ("digits", "text", "adapters")
+NAMES = ("unet", "text", "adapters")
 # A large eps: otherwise AdamW makes a whole step of a gradient that is rounding and nothing else.
 OPTIMIZERS = {key: OptimizerConfig(lr=1e-2, eps=1e-2) for key in ("optimizer", "critic_optimizer")}
 
@@ -36,14 +33,16 @@ def shipped() -> dict:
     """What configs/accelerate/fsdp2.yaml sets, with a size that tiny networks reach."""
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
     assert settings["fsdp_version"] == 2 and settings["fsdp_auto_wrap_policy"] == "SIZE_BASED_WRAP"
-    return {"auto_wrap_policy": settings["fsdp_auto_wrap_policy"].lower(), "min_num_params": 1000}
+    return {"auto_wrap_policy": settings["fsdp_auto_wrap_policy"].lower(), "min_num_params": 10000}
 
 
 def method_of(name):
-    if name == "digits":
-        return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(ROOT / "assets" / "digits-flow"))
+    if name == "unet":
+        return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(tiny_unet_pipeline(), null_label=3))
     low = {"student": "lora", "critic": "lora", "lora": LoraSettings(4)} if name == "adapters" else {}
-    teacher = load_teacher(FAMILIES["sd"].make(), prompts=PROMPTS)
+    small = {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
+             "up_block_types": ("CrossAttnUpBlock2D",)}  # each tensor costs FSDP2 time, whatever its size
+    teacher = load_teacher(stable_diffusion(**small), prompts=PROMPTS)
     return Dmd2(Dmd2Config(guidance_scale=2.0, **low, **OPTIMIZERS), teacher)
 
 
@@ -67,17 +66,20 @@ def parts(network: nn.Module) -> dict:
     return {"here": here, "all": sum(value.numel() for value in trained)}
 
 
-def main(arguments):
-    folder, *settings = arguments
-    values = {key: int(value) for key, value in (text.split("=") for text in settings)}
+def train(folder, *lengths, **settings):
+    """Train each student to each of these numbers of steps, in a trainer of its own that goes on where the last ended.
+
+    Prints a line of JSON a trainer. ``settings`` are those of ``trainer_of``.
+    """
     for name in NAMES:
-        trainer = trainer_of(name, Path(folder) / name, **values)
-        print(json.dumps({"name": name, "rank": trainer.rank, "world": trainer.world, "from": trainer.step,
-                          **parts(trainer.roles["student"].network)}), flush=True)
-        trainer.train()
-        save_student(trainer)
+        for steps in lengths:
+            trainer = trainer_of(name, folder / name, steps, **settings)
+            print(json.dumps({"name": name, "rank": trainer.rank, "world": trainer.world, "from": trainer.step,
+                              **parts(trainer.roles["student"].network)}), flush=True)
+            trainer.train()
+            save_student(trainer)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-    exit_process(0)
+def train_in_parts(folder):
+    """What each of several processes runs: the weights are sharded, and training stops half-way and goes on."""
+    train(folder, 1, 2, fsdp2=True)

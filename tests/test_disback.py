@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,11 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.exit import exit_process
 from flowdistill.utils.randomness import Draw
+from tests.processes import ranks
 from tests.test_distribution_matching import SHIFT, SIGMA, TEACHER_MEAN, TEACHER_STD, T, quadrature
-from tests.test_training_processes import BIN, figures, run
 from tests.tiny import tiny_unet_pipeline
-from tests.toy_method import shard, weights
+from tests.toy_method import figures, shard, weights
 
 HOST = {
     "optimizer": OptimizerConfig(lr=1e-3, betas=[0.0, 0.99]),
@@ -384,16 +382,10 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [(), ("fsdp2",)], ids=["copies", "shards"])
 def test_two_processes_train_as_one(alone, tmp_path, flags):
-    launch = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "tests.test_disback")
-    run(*launch, tmp_path, *flags)
+    ranks(2, main, tmp_path, *flags)
     one, other = ([load_file(folder / "average.safetensors"), *nodes(folder).values()] for folder in (alone, tmp_path))
     for first, second in zip(one, other, strict=True):
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
     one, other = (sum(figures(folder), []) for folder in (alone, tmp_path))  # losses, gradients, targets, line by line
     assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    exit_process(0)

@@ -1,13 +1,10 @@
 """Two gloo processes measure what one process measures."""
 
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
@@ -15,6 +12,7 @@ from flowdistill.evaluation import Evaluator, Moments, load_reference
 from flowdistill.features import load_features
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
+from tests.processes import ranks
 
 SHAPE = (1, 4, 4)
 
@@ -68,12 +66,8 @@ def refuse() -> None:
     raise UserError("only the main process says so")
 
 
-def worker(rank: int, world: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        torch.save(measure(Path(folder)), Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def worker(folder: Path) -> None:
+    torch.save(measure(folder), folder / f"rank{Processes.start().rank}.pt")
 
 
 def image_folder(path: Path) -> None:
@@ -87,10 +81,7 @@ def test_two_processes_equal_one(tmp_path):
     for name in ("one", "two"):
         image_folder(tmp_path / name / "images")
     one = measure(tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(2, port, str(tmp_path / "two")), nprocs=2)
+    ranks(2, worker, tmp_path / "two")
     both = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     assert one["spans"] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
     for two in both:

@@ -1,10 +1,7 @@
 """``scripts/evaluate_fid.py``: folders, students, pipelines, several processes, bad input."""
 
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +21,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images, to_uint8
 from tests.families import FAMILIES
 from tests.pixel_families import ddim
+from tests.processes import environment, ranks
 from tests.tiny import lively, tiny_dit_pipeline, tiny_unet, tiny_unet_pipeline
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "evaluate_fid.py"
@@ -279,17 +277,13 @@ def test_two_processes_give_the_figures_of_one(made):
               "--features", "digits"]
     one = measure(made, *common)
     file = made / "two.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command = [*launch, *common, "--cache", str(made / "other cache"), "--json", str(file)]
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [*common, "--cache", str(made / "other cache"), "--json", str(file)]
+    outs = ranks(2, SCRIPT, *command, env=environment(ACCELERATE_USE_CPU="true"))
     two = Report.read_json(file)
     assert (one.protocol["processes"], two.protocol["processes"]) == (1, 2)
     assert two.rows[0].fid == pytest.approx(one.rows[0].fid, rel=1e-5)
     assert two.rows[0].kid == pytest.approx(one.rows[0].kid, rel=1e-4)
-    assert done.stdout.count("student") == 2  # the row and the protocol's path, printed by one process
+    assert [out.count("student") for out in outs] == [2, 0]  # the row and the protocol's path, by one process
 
 
 @pytest.mark.parametrize(

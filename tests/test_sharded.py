@@ -1,8 +1,6 @@
 """FSDP2 on two processes: students of real backbones train as one process trains them, and are saved whole."""
 
 import json
-import re
-import sys
 
 import pytest
 import torch
@@ -10,21 +8,19 @@ from safetensors.torch import load_file
 
 from flowdistill.students import load_student
 from flowdistill.training.state import network_tensors
-from tests.sharded import NAMES, trainer_of
-from tests.test_training_processes import BIN, figures, run
+from tests.processes import environment, ranks, run
+from tests.sharded import NAMES, train, train_in_parts, trainer_of
+from tests.toy_method import figures
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of one process, and of two that shard, who stopped half-way and went on; and what the two said."""
     folder = tmp_path_factory.mktemp("sharded")
-    cached = ("env", f"XDG_CACHE_HOME={folder / 'cache'}")  # encoded prompts
-    run(*cached, sys.executable, "-m", "tests.sharded", folder / "one")
-    lines = []
-    for steps in (1, 2):
-        launched = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "tests.sharded")
-        out = run(*cached, *launched, folder / "two", f"steps={steps}", "fsdp2=1")
-        lines += [json.loads(text) for text in re.findall(r"{[^}]*}", out)]  # two processes may share a line
+    env = environment(XDG_CACHE_HOME=str(folder / "cache"))  # encoded prompts
+    run(train, folder / "one", 2, env=env)
+    outs = ranks(2, train_in_parts, folder / "two", env=env)
+    lines = [json.loads(line) for out in outs for line in out.splitlines() if line.startswith("{")]
     return folder, lines
 
 

@@ -4,10 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,45 +12,11 @@ from safetensors.torch import load_file
 
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.signals import Interrupts
-from tests.toy_method import make_trainer, weights
+from tests.processes import ROOT, Child, launched, ranks, run
+from tests.toy_method import figures, make_trainer, weights
 
-ROOT = Path(__file__).parent.parent
 CPU_CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    **{key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")},
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def run(*command):
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def start(*command):
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_line(process, start):
-    for line in process.stdout:
-        if line.startswith(start):
-            return line.strip()
-    raise AssertionError(process.stderr.read())
-
-
-def figures(folder):
-    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [[value for key, value in line.items() if "/" in key] for line in lines]
+TOY = "tests.toy_method"
 
 
 def assert_close_runs(one, other):
@@ -68,40 +31,49 @@ def assert_close_runs(one, other):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    run(sys.executable, "-m", "tests.toy_method", folder, "gradient_accumulation=2")
+    run(TOY, folder, "gradient_accumulation=2")
     return folder
 
 
 def test_the_shipped_cpu_config_starts_two_processes_that_train_as_one(alone, tmp_path):
-    out = run(
-        BIN / "accelerate",
-        "launch",
-        "--config_file",
-        CPU_CONFIG,
-        "--main_process_port",
-        0,
-        "-m",
-        "tests.toy_method",
-        tmp_path,
-        "gradient_accumulation=2",
-    )
+    launch = ("accelerate", "launch", "--config_file", CPU_CONFIG, "--main_process_port", 0)
+    out = launched(*launch, "-m", TOY, tmp_path, "gradient_accumulation=2")
     assert "rank 0 of 2 from step 0" in out and "rank 1 of 2 from step 0" in out
     assert_close_runs(alone, tmp_path)
 
 
+JOIN = """
+import json, os, sys
+from pathlib import Path
+import torch
+from flowdistill.utils.exit import exit_process
+from flowdistill.utils.processes import Processes
+
+processes = Processes.start()
+rows = processes.rows(torch.arange(processes.rank + 1))
+named = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+port = int(os.environ["MASTER_PORT"]) > 0 and len(os.environ["MASTER_ADDR"]) > 0
+print(json.dumps([named, port, processes.rank, processes.world, rows.tolist()]), file=open(sys.argv[1], "a"))
+exit_process(0)
+"""
+
+
+def test_torchrun_and_what_starts_the_other_tests_processes_say_the_same(tmp_path):
+    """The variables that a launcher sets, by which the processes find each other; and both see a good end."""
+    program = tmp_path / "join.py"
+    program.write_text(JOIN)
+    launched("torchrun", "--standalone", "--nproc_per_node", 2, program, tmp_path / "launched")
+    ranks(2, program, tmp_path / "forked")
+    said = [sorted((tmp_path / name).read_text().splitlines()) for name in ("launched", "forked")]
+    assert said[0] == said[1]
+    each = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    assert [json.loads(line) for line in said[0]] == [
+        [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | each, True, rank, 2, [0, 0, 1]] for rank in range(2)]
+
+
 def test_two_processes_that_shard_the_weights_train_as_one_and_one_goes_on(alone, tmp_path):
-    out = run(
-        BIN / "torchrun",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        "-m",
-        "tests.toy_method",
-        tmp_path,
-        "gradient_accumulation=2",
-        "fsdp2=1",
-    )
-    assert "rank 1 of 2" in out
+    outs = ranks(2, TOY, tmp_path, "gradient_accumulation=2", "fsdp2=1")
+    assert "rank 1 of 2" in outs[1]
     assert_close_runs(alone, tmp_path)
     whole, sharded = (make_trainer(folder, gradient_accumulation=2) for folder in (alone, tmp_path))
     assert whole.step == sharded.step == 8
@@ -115,31 +87,22 @@ def test_one_process_checkpoint_goes_on_in_two(alone, tmp_path):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "step-000008")
     (tmp_path / "average.safetensors").unlink()
-    out = run(
-        BIN / "torchrun",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        "-m",
-        "tests.toy_method",
-        tmp_path,
-        "gradient_accumulation=2",
-    )
-    assert "rank 1 of 2 from step 4" in out
+    outs = ranks(2, TOY, tmp_path, "gradient_accumulation=2")
+    assert "rank 1 of 2 from step 4" in outs[1]
     assert_close_runs(alone, tmp_path)
 
 
 def test_a_process_killed_while_writing_a_checkpoint_leaves_the_older_one_and_resumes(alone, tmp_path):
-    process = start(sys.executable, "-m", "tests.toy_method", tmp_path, "gradient_accumulation=2", "slow=8")
-    wait_for_line(process, "writing student.safetensors")
-    wait_for_line(process, "writing student.optimizer.safetensors")
-    process.kill()
-    process.communicate()
+    with Child(TOY, tmp_path, "gradient_accumulation=2", "slow=8") as process:
+        process.line("writing student.safetensors")
+        process.line("writing student.optimizer.safetensors")
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     names = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
     assert names == [".step-000008.partial", "step-000004"]
     half = tmp_path / "checkpoints" / ".step-000008.partial"
     assert [file.name for file in half.iterdir()] == ["student.safetensors"]
-    out = run(sys.executable, "-m", "tests.toy_method", tmp_path, "gradient_accumulation=2")
+    out = run(TOY, tmp_path, "gradient_accumulation=2")
     assert "rank 0 of 1 from step 4" in out
     one, other = load_file(alone / "average.safetensors"), load_file(tmp_path / "average.safetensors")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -149,14 +112,13 @@ def test_a_process_killed_while_writing_a_checkpoint_leaves_the_older_one_and_re
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_leaves_cleanly(tmp_path, number):
-    process = start(sys.executable, "-m", "tests.toy_method", tmp_path, "steps=1000", "pause=50", "checkpoint_every=0")
-    wait_for_line(process, "step 3")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    with Child(TOY, tmp_path, "steps=1000", "pause=50", "checkpoint_every=0") as process:
+        process.line("step 3")
+        process.send_signal(number)
+        assert process.wait(60) == 0, process.errors
     found = checkpoints(tmp_path / "checkpoints")
     assert len(found) == 1 and 3 <= found[0][0] < 100
-    assert f"ended at step {found[0][0]} with signal {int(number)}" in out
+    assert f"ended at step {found[0][0]} with signal {int(number)}" in process.output
     resumed = make_trainer(tmp_path, steps=found[0][0] + 1)
     assert resumed.step == found[0][0]
 

@@ -6,6 +6,7 @@ the student's samples. So the student's loss sends gradients through the critic,
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -152,6 +153,12 @@ def weights(trainer):
             number = [id(p) for p in role.network.parameters()].index(id(parameter))
             values |= {f"{name}.optimizer.{number}.{key}": value for key, value in state.items()}
     return {name: value.detach().clone() for name, value in values.items()}
+
+
+def figures(folder):
+    """Losses, gradient norms and other figures of each line of a run's ``metrics.jsonl``."""
+    lines = [json.loads(text) for text in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [[value for key, value in line.items() if "/" in key] for line in lines]
 
 
 def main(arguments):
