@@ -25,7 +25,7 @@ def row(name: str) -> list[str]:
     from flowdistill.utils.errors import UserError
     from tests import test_families as tests
     from tests.families import FAMILIES, NEGATIVE
-    from tests.test_lora import LORA, lora_file
+    from tests.networks.test_lora import LORA, lora_file
 
     family = FAMILIES[name]
     pipeline, teacher = tests.teacher_of(name)

@@ -35,7 +35,7 @@ from flowdistill.teachers.codec import VaeCodec
 from flowdistill.training.method import METHODS
 from flowdistill.utils.errors import UserError
 from tests.families import FAMILIES, PROMPTS, sd3, sdxl, stable_diffusion
-from tests.test_evaluation_script import evaluate_fid
+from tests.scripts.test_evaluate_fid import evaluate_fid
 from tests.tiny import lively, tiny_dit_pipeline, tiny_unet
 
 SCHEDULERS = {

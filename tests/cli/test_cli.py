@@ -1,0 +1,437 @@
+"""The command line: quick help, exit codes, one-sentence errors, and each command on the digits."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import flowdistill
+from flowdistill import UserError, load_teacher
+from flowdistill.data.assets import asset_path
+from flowdistill.students import FlowMap, StudentInfo
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
+COMMANDS = ("distill", "sample", "evaluate", "export", "inspect")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an untrained student, i.e. its teacher's single Euler step."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    source = str(asset_path("digits-flow"))
+    info = StudentInfo(method="freeflow", base_model=source)
+    FlowMap.from_teacher(load_teacher(source), info).save(folder / "student")
+    return folder
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, module: str, **attributes: object) -> None:
+    """Stand in for a module that a command imports."""
+    fake = types.ModuleType(module)
+    for name, value in attributes.items():
+        setattr(fake, name, value)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+def raising(error: BaseException):
+    def call(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return call
+
+
+# --- cheap to import
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flowdistill",
+        "import flowdistill; dir(flowdistill); flowdistill.UserError",
+        "from flowdistill.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from flowdistill.cli.commands import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_import_and_help_load_nothing_heavy(code: str) -> None:
+    check = f"{code}\nimport sys\nprint('loaded', sorted(set({HEAVY}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_names_load_on_first_use() -> None:
+    from flowdistill.conditioning.conditions import Condition
+    from flowdistill.evaluation import evaluate, frechet_distance
+    from flowdistill.training.run import distill
+
+    assert flowdistill.Condition is Condition
+    assert flowdistill.evaluate is evaluate
+    assert flowdistill.distill is distill
+    assert flowdistill.evaluation.frechet_distance is frechet_distance
+    assert {"load_teacher", "load_student", "distill", "evaluate", "__version__"} <= set(dir(flowdistill))
+    with pytest.raises(AttributeError, match="no attribute 'load_techer'"):
+        _ = flowdistill.load_techer
+
+
+# --- help and arguments
+
+
+def test_help_lists_the_commands(cli) -> None:
+    result = cli("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_examples(cli, command: str) -> None:
+    result = cli(command, "--help")
+    assert result.code == 0 and result.err == ""
+    assert f"flowdistill {command} " in result.out.split("examples:")[1]
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "flowdistill", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"flowdistill {flowdistill.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "COMMAND"),
+        (["distil", "a.yaml"], "invalid choice: 'distil'"),
+        (["sample", "x", "--num-images", "1"], "--out"),
+        (["sample", "x", "--out", "y", "--num-images", "0"], "--num-images: must be at least 1, not 0"),
+        (["sample", "x", "--out", "y", "--num-images", "ten"], "--num-images: must be an integer, not 'ten'"),
+        (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1,a"], "must be integers of at least 0"),
+        (["sample", "x", "--out", "y", "--num-images", "1", "--labels", "1", "--prompts", "f"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--prompt", "a", "--prompts", "f"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--labels", "1", "--prompt", "a"], "not allowed with"),
+        (["sample", "x", "--out", "y", "--guidance-scale", "nan"], "must be a number of at least 0, not 'nan'"),
+        (["evaluate", "x", "--guidance-scale", "-5"], "must be a number of at least 0, not '-5'"),
+        (["export", "x", "y", "--guidance-scale", "inf"], "must be a number of at least 0, not 'inf'"),
+        (["export", "x", "y", "--guidance-scale", "much"], "must be a number of at least 0, not 'much'"),
+        (["sample", "x", "--ou", "y"], "--out"),
+        (["evaluate", "x", "--prompt", "y"], "unrecognized arguments: --prompt y"),
+        (["evaluate", "x", "--js", "y"], "unrecognized arguments: --js y"),
+        (["export", "x", "y", "--over"], "unrecognized arguments: --over"),
+        (["--vers"], "COMMAND"),
+        (["evaluate", "x", "--teacher-steps", "0,1"], "must be integers of at least 1"),
+        (["evaluate", "x", "--num-images", "1"], "--num-images: must be at least 2, not 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(cli, arguments: list[str], expected: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert result.err.startswith("flowdistill: error: ") and result.err.count("\n") == 1
+    assert expected in result.err
+
+
+# --- errors
+
+
+def test_a_configuration_error_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowdistill", "distill", str(tmp_path / "none.yaml"), "train.steps=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("flowdistill: error: ")
+    assert f"{tmp_path / 'none.yaml'} does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (UserError("wrong, and this is right"), 2, "flowdistill: error: wrong, and this is right\n"),
+        (KeyboardInterrupt(), 130, "flowdistill: interrupted\n"),
+        (OSError(errno.ENOSPC, "x", "/a/.b.png.k3j.tmp"), 2, "flowdistill: error: /a/b.png: No space left on device\n"),
+        (PermissionError(errno.EACCES, "x", "/a/b"), 2, "flowdistill: error: /a/b: Permission denied\n"),
+        (OSError(errno.EROFS, "x"), 2, "flowdistill: error: a.yaml: Read-only file system\n"),
+        (RuntimeError("I/O error (os error 28)"), 2, "flowdistill: error: a.yaml: No space left on device\n"),
+    ],
+)
+def test_exit_codes(cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=raising(error))
+    assert cli("distill", "a.yaml") == (code, "", expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "x", "y"), ValueError("bug")])
+def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=raising(error))
+    with pytest.raises(type(error)):
+        cli("distill", "a.yaml")
+
+
+def test_a_warning_of_this_package_is_one_line() -> None:
+    from flowdistill.cli.commands import __file__ as own
+    from flowdistill.cli.commands import _warning
+
+    for file in (own, flowdistill.__file__, load_teacher.__code__.co_filename):
+        assert _warning("short run", UserWarning, file, 3) == "flowdistill: warning: short run\n"
+    assert __file__ in _warning("theirs", UserWarning, __file__, 3)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = (
+        "import sys, types; fake = types.ModuleType('flowdistill.training.run')\n"
+        "class Run: output_dir, steps, interrupted, report, contents = 'x' * 100_000, 1, 0, None, ''\n"
+        "fake.distill = lambda *a: Run; sys.modules['flowdistill.training.run'] = fake\n"
+        "from flowdistill.cli.commands import main; sys.exit(main(['distill', 'a.yaml']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+# --- distill
+
+
+def outcome(**values: object) -> types.SimpleNamespace:
+    defaults = {"output_dir": Path("runs/a"), "steps": 7, "interrupted": 0, "report": None, "contents": "student/"}
+    return types.SimpleNamespace(**defaults | values)
+
+
+def test_distill_passes_its_arguments_and_says_where_the_run_is(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: calls.append(given) or outcome())
+    result = cli("distill", "a.yaml", "train.steps=3", "method.x=-1")
+    assert calls == [("a.yaml", ["train.steps=3", "method.x=-1"])]
+    assert result.code == 0 and "runs/a" in result.out and "report.json" not in result.out
+
+
+def test_only_the_first_process_speaks(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome())
+    monkeypatch.setenv("RANK", "1")
+    assert cli("distill", "a.yaml") == (0, "", "")
+
+
+def test_an_interrupted_run_ends_with_the_signals_code(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome(interrupted=15))
+    result = cli("distill", "a.yaml")
+    assert result.code == 143 and result.out == ""
+    assert "after step 7" in result.err and result.err.count("\n") == 1
+
+
+# --- sample
+
+
+def test_sample_grid_of_a_student(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("sample", run, "--num-images", 20, "--out", tmp_path / "grid.png", "--seed", 3)
+    assert result.code == 0 and str(tmp_path / "grid.png") in result.out
+    # Ten labels make ten columns: 10 cells of 32 pixels and 11 gaps of 2; two rows.
+    assert pil_to_tensor(Image.open(tmp_path / "grid.png")).shape == (3, 2 * 34 + 2, 10 * 34 + 2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["grid.png"]
+
+
+def test_sample_is_what_python_generates(cli, run: Path, tmp_path: Path) -> None:
+    cli("sample", run, "--num-images", 5, "--out", tmp_path, "--seed", 3, "--labels", "7,2", "--batch-size", 2)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(5)]
+    expected = flowdistill.load_student(run).generate(labels=[7, 2, 7, 2, 7], seed=3)
+    found = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
+    assert found.shape == (5, 1, 8, 8)
+    torch.testing.assert_close(found.float() / 255, expected, atol=0.51 / 255, rtol=0)
+
+
+def test_sample_makes_one_image_for_each_label(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("sample", run, "--labels", "7,2,4", "--out", tmp_path / "some")
+    assert result.out == f"3 images in {tmp_path / 'some'}\n"
+    assert cli("sample", run, "--out", tmp_path / "all").out == f"10 images in {tmp_path / 'all'}\n"
+    assert len(list((tmp_path / "some").iterdir())) == 3 and len(list((tmp_path / "all").iterdir())) == 10
+
+
+def test_sample_of_a_pipeline(cli, tmp_path: Path) -> None:
+    source = asset_path("digits-flow")
+    cli("sample", source, "--num-images", 3, "--out", tmp_path, "--labels", "3", "--steps", 2)
+    teacher = load_teacher(source)
+    from flowdistill.utils.randomness import indexed_noise
+
+    latents = teacher.sample(indexed_noise(teacher.shape, 0, range(3)), teacher.encode([3, 3, 3]), steps=2)
+    found = torch.stack([pil_to_tensor(Image.open(tmp_path / f"{number:06d}.png")) for number in range(3)])
+    torch.testing.assert_close(found.float() / 255, teacher.decode(latents), atol=0.51 / 255, rtol=0)
+
+
+def test_sample_errors(cli, run: Path, tmp_path: Path) -> None:
+    def message(*arguments: object, model: Path = run, out: Path = tmp_path / "new") -> str:
+        result = cli("sample", model, "--num-images", 1, "--out", out, *arguments)
+        assert result.code == 2 and "Traceback" not in result.err
+        return result.err
+
+    assert "label 10 is out of range" in message("--labels", "3,10")
+    assert "--prompts needs a text-to-image model" in message("--prompts", "prompts.txt")
+    assert "--prompt needs a text-to-image model" in message("--prompt", "a red circle")
+    assert "--steps is for pipelines" in message("--steps", 4)
+    assert "guidance_scale is 3.0" in message("--guidance-scale", 3)
+    assert "--device nowhere cannot be used here" in message("--device", "nowhere")
+    assert "nothing-here" in message(model=tmp_path / "nothing-here")
+    (tmp_path / "file").touch()
+    assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "file")
+    (tmp_path / "folder.png").mkdir()
+    assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / "folder.png")
+    for name in ("grid.jpg", "grid.JPEG", "grid.webp", "grid.gif", "grid.pdf"):
+        assert "must be a .png file for one grid, or a folder" in message(out=tmp_path / name)
+        assert not (tmp_path / name).exists()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").touch()
+    assert "has not finished" in message(model=tmp_path / "unfinished")
+    assert not (tmp_path / "new").exists()
+
+
+def test_sample_below_a_file_names_the_place(cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = cli("sample", run, "--num-images", 1, "--out", tmp_path / "file" / "grid.png")
+    assert result.code == 2 and str(tmp_path / "file") in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no new file even of root")
+def test_a_place_that_takes_no_file_is_refused_before_the_work(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "flowdistill.students", load_student=raising(AssertionError("work has begun")))
+    for arguments in (
+        ["sample", run, "--num-images", 1, "--out", "/proc/new/grid.png"],
+        ["sample", run, "--num-images", 1, "--out", "/proc/new"],
+        ["evaluate", run, "--num-images", 20, "--json", "/proc/new.json"],
+        ["export", run, "/proc/new"],
+    ):
+        result = cli(*arguments)
+        assert result.code == 2 and result.err.count("\n") == 1
+        assert "cannot be written; /proc: No such file or directory" in result.err
+
+
+def test_evaluate_refuses_a_folder_as_its_report(cli, run: Path, tmp_path: Path) -> None:
+    result = cli("evaluate", run, "--num-images", 20, "--json", tmp_path)
+    assert result.code == 2 and f"{tmp_path} is a folder; give the name of a file" in result.err
+
+
+# --- evaluate, export, inspect
+
+
+def test_evaluate_passes_what_was_given(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    replace(monkeypatch, "flowdistill.evaluation", evaluate=lambda *a, **k: calls.append((a, k)) or "the table")
+    result = cli("evaluate", "runs/a", "--num-images", 50, "--teacher-steps", "1,4", "--json", "r.json", "--no-teacher")
+    assert result == (0, "the table\n", "")
+    ((positional, given),) = calls
+    assert positional == ("runs/a",)
+    assert (given["num_images"], given["teacher_steps"], given["json"]) == (50, [1, 4], "r.json")
+    assert given["teacher_rows"] is False and given["reference"] is None and given["seed"] == 0
+
+
+def test_evaluate_accepts_the_real_arguments(cli, run: Path, tmp_path: Path) -> None:
+    from flowdistill.evaluation import Report
+
+    report = tmp_path / "report.json"
+    given = ("--features", "digits", "--reference", "digits", "--num-images", 40, "--teacher-steps", 1)
+    result = cli("evaluate", run, *given, "--json", report, "--device", "cpu")
+    assert result.code == 0
+    rows = Report.read_json(report).rows
+    assert [(row.model, row.calls) for row in rows] == [("teacher", 1), ("student", 1)]
+    assert rows[0].fid == pytest.approx(rows[1].fid, rel=1e-4)  # an untrained student is the teacher's Euler step
+    assert "images/s" in result.out
+
+
+def test_export_refuses_and_overwrites(cli, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pipeline"
+    result = cli("export", run, target)
+    assert result.code == 0 and str(target) in result.out
+    assert (target / "model_index.json").is_file()
+    names: dict[str, Any] = {}
+    exec(result.out.split("a diffusers pipeline\n")[1], names)  # how to load and to call it
+    assert len(names["images"]) == 4
+    card = (target / "README.md").read_text()
+    assert str(asset_path("digits-flow").parent) not in card and "digits-flow" in card
+
+    (target / "old").touch()
+    result = cli("export", run, target)
+    assert result.code == 2 and "--overwrite" in result.err and (target / "old").exists()
+
+    assert cli("export", run, target, "--overwrite").code == 0
+    assert not (target / "old").exists() and (target / "model_index.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_export_never_overwrites_what_is_no_pipeline(cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    result = cli("export", run, tmp_path, "--overwrite")
+    assert result.code == 2 and "no pipeline folder" in result.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_export_keeps_the_old_pipeline(cli, run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pipeline"
+    cli("export", run, target)
+    result = cli("export", run, target, "--overwrite", "--guidance-scale", 5)
+    assert result.code == 2 and "guidance_scale" in result.err
+    assert (target / "model_index.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
+
+
+@pytest.mark.parametrize("model", [pytest.param("digits", id="run"), pytest.param("pipeline", id="pipeline")])
+def test_sample_into_a_folder_with_a_dot_in_its_name(cli, run: Path, tmp_path: Path, model: str) -> None:
+    source = run if model == "digits" else asset_path("digits-flow")
+    steps = () if model == "digits" else ("--steps", 1)
+    assert cli("sample", source, "--num-images", 1, "--out", tmp_path / "images.v2", *steps).code == 0
+    assert [file.name for file in (tmp_path / "images.v2").iterdir()] == ["000000.png"]
+    (tmp_path / "old.jpg").mkdir()  # a folder that is there is one, whatever its name
+    assert cli("sample", source, "--num-images", 1, "--out", tmp_path / "old.jpg", *steps).code == 0
+    assert [file.name for file in (tmp_path / "old.jpg").iterdir()] == ["000000.png"]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -5.0])
+def test_python_refuses_a_guidance_scale_that_is_none(scale: float) -> None:
+    from flowdistill import evaluate
+
+    teacher = load_teacher(asset_path("digits-flow"))
+    with pytest.raises(UserError, match=f"guidance_scale is {scale}"):
+        teacher.sample(torch.zeros(1, 1, 8, 8), teacher.encode([0]), steps=1, guidance_scale=scale)
+    with pytest.raises(UserError, match=f"guidance_scale is {scale}"):
+        evaluate(teacher, 4, "digits", "digits", teacher_steps=[1], guidance_scale=scale, progress=False)
+
+
+def test_scripts_take_no_abbreviations_either() -> None:
+    """An option that is nearly another one is an error: in every parser of every script."""
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
+    parsers = 0
+    for file in scripts.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
+                parsers += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("allow_abbrev") == "False", f"{file.name}, line {node.lineno}"
+    assert parsers > 10
+
+
+def test_inspect(cli, tmp_path: Path) -> None:
+    result = cli("inspect", asset_path("digits-flow"))
+    assert result.code == 0 and "UNet2DModel" in result.out
+    result = cli("inspect", tmp_path)
+    assert result.code == 2 and str(tmp_path) in result.err and "Traceback" not in result.err
+
+
+def test_inspect_a_student_and_a_run(cli, run: Path, tmp_path: Path) -> None:
+    student = cli("inspect", run / "student").out
+    for words in ("flow map, by freeflow", "UNet2DModel, 0.70 M parameters", "1 x 8 x 8, pixels", "class labels 0 to 9",
+                  "scale 1 is part of the weights"):
+        assert words in student, words
+    (tmp_path / "run").mkdir()
+    settings = "method: {name: freeflow}\nteacher: {source: somewhere}\ntrain: {steps: 70}\noutput_dir: x\n"
+    (tmp_path / "run" / "config.yaml").write_text(settings)
+    out = cli("inspect", tmp_path / "run").out
+    assert "freeflow, no checkpoint yet" in out and "somewhere" in out and "none yet" in out
+    (tmp_path / "run" / "checkpoints" / "step-000030").mkdir(parents=True)
+    assert "freeflow, step 30 of 70" in cli("inspect", tmp_path / "run").out
+    shutil.copytree(run / "student", tmp_path / "run" / "student")
+    assert student in cli("inspect", tmp_path / "run").out
+    for model, kind in ((run / "student", "a student"), (tmp_path / "run", "a run")):
+        result = cli("inspect", model, "--null-label", 3)
+        assert result.code == 2 and f"{model} is {kind}" in result.err

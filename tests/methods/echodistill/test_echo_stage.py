@@ -1,0 +1,198 @@
+"""The echo stage: which pictures are kept, gated and mixed, and how a round is taken back."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from flowdistill.features.vision import load_vision
+from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool
+from flowdistill.methods.echodistill.judge import Judge
+from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
+from tests.echo_world import make_method, make_trainer, teacher_pipeline, weights
+
+
+class Scripted:
+    """A judge that reads its scores off the pictures: the level in the first value, the margin in the second."""
+
+    def levels(self, images):
+        return images[:, 0, 0, 0].clone()
+
+    def margins(self, latents, prompts):
+        return latents[:, 0, 0, 0].clone()
+
+
+def stage(tmp_path, levels, margins, tensors=None, **config):
+    """A stage whose models paint pictures of these scores, one list a call of sample (the last one again and again)."""
+    settings = {"start": 2, "steps": 2, "num_samples": len(levels[0]), "num_validation": 2} | config
+    calls = []
+
+    def sample(model, numbers, seed):
+        calls.append((model, seed, numbers.tolist()))
+        turn = min(len(calls) - 1, len(levels) - 1)
+        images, latents = torch.zeros(len(numbers), 3, 4, 4), torch.zeros(len(numbers), 4, 2, 2)
+        images[:, 0, 0, 0] = torch.tensor(levels[turn])[: len(numbers)]
+        latents[:, 0, 0, 0] = torch.tensor(margins[turn])[: len(numbers)]
+        return latents, images
+
+    made = EchoStage(EchoConfig(**settings), Scripted, sample, lambda: tensors or {"w": torch.zeros(1)},
+                     torch.tensor([3, 5]))
+    return made, calls
+
+
+def test_a_picture_is_kept_for_its_level_and_its_own_prompt(tmp_path):
+    levels, margins = [0.9, 0.4, 0.8, 0.7, 0.6, 0.95], [1.0, 1.0, -1.0, 1.0, 1.0, 2.0]
+    made, _ = stage(tmp_path, [levels], [margins], keep_fraction=0.5)
+    images, latents = made.sample("student", torch.arange(6), 0)[::-1]
+    kept, figures = made.choose(images, latents, torch.arange(6))
+    assert kept.tolist() == [5, 0, 3]  # 1 is no concept, 2 fits another prompt; the best three of the rest
+    assert figures == {"samples": 6, "reached_level": 5, "fit_their_prompt": 5, "kept": 3}
+    made.config.keep_fraction = 1.0
+    assert made.choose(images, latents, torch.arange(6))[0].tolist() == [5, 0, 3, 4]
+    made.config.min_level = 2.0  # the best of a bad lot is not good
+    assert len(made.choose(images, latents, torch.arange(6))[0]) == 0
+
+
+def test_rounds_begin_and_end_when_they_should(tmp_path):
+    made, calls = stage(tmp_path, [[1.0, 1.0]], [[1.0, 1.0]], rounds=2)
+    seen = []
+    for step in range(8):
+        before = len(calls)
+        assert made.begin(step, tmp_path) is False
+        seen.append([model for model, *_ in calls[before:]])
+    measured, painted = ["student", "teacher"], ["student"]
+    assert seen == [[], [], measured + painted, [], measured + measured + painted, [], measured, []]
+    assert [call[1] for call in calls].count(88_001) == 1 and [call[1] for call in calls].count(88_002) == 1
+    assert all(set(numbers) <= {3, 5} for *_, numbers in calls)
+    assert [entry["round"] for entry in made.history] == [1, 2] and all("after" in entry for entry in made.history)
+    assert json.loads((tmp_path / "echo" / "report.json").read_text()) == made.history
+    assert [made.rate(step) for step in (0, 1, 2, 9)] == [1.0, 1.0, 0.5, 0.5]
+
+
+def test_a_stage_that_never_starts_does_nothing(tmp_path):
+    made, calls = stage(tmp_path, [[1.0]], [[1.0]], start=None)
+    assert not any(made.begin(step, tmp_path) for step in range(5)) and not calls and made.rate(4) == 1.0
+    made.conclude(5, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_round_that_keeps_nothing_trains_on_the_concepts_own_pictures(tmp_path):
+    made, _ = stage(tmp_path, [[0.1, 0.2]], [[1.0, 1.0]])
+    made.begin(2, tmp_path)
+    assert made.pool is None and made.history[0]["kept"] == 0
+    assert not (tmp_path / "echo" / "round-1.png").exists()
+
+
+def test_a_round_that_made_things_worse_is_taken_back(tmp_path):
+    good, bad = [1.0, 1.0], [0.0, 0.0]
+    weight = torch.zeros(3)
+    # before: both good; painting; after: the student is worse.
+    made, _ = stage(tmp_path, [good, good, good, bad, good], [good] * 5, {"w": weight}, tolerance=0.1)
+    made.begin(2, tmp_path)
+    weight += 5
+    assert made.begin(4, tmp_path) is True and weight.tolist() == [0.0] * 3
+    assert made.history[0]["taken_back_for"] == ["student"]
+    assert made.history[0]["before"]["student"]["score"] == 1.0 and made.history[0]["after"]["student"]["score"] == 0.5
+    made, _ = stage(tmp_path, [good, good, good, good, bad], [good] * 5, {"w": weight}, tolerance=0.1)
+    made.begin(2, tmp_path)
+    weight += 5
+    made.conclude(3, tmp_path)  # training ends within the round
+    assert made.history[0]["taken_back_for"] == ["teacher"] and weight.tolist() == [0.0] * 3
+    made, _ = stage(tmp_path, [good, good, good, bad, bad], [good] * 5, {"w": weight}, tolerance=None)
+    made.begin(2, tmp_path)
+    weight += 5
+    assert made.begin(4, tmp_path) is False and weight.tolist() == [5.0] * 3
+    assert made.history[0]["taken_back_for"] == []
+
+
+def test_a_lost_or_damaged_round_stops_a_resume(tmp_path):
+    made, _ = stage(tmp_path, [[1.0, 1.0]], [[1.0, 1.0]])
+    made.begin(2, tmp_path)
+    (tmp_path / "echo" / "round-1.safetensors").write_bytes(b"x")
+    again, _ = stage(tmp_path, [[1.0, 1.0]], [[1.0, 1.0]])
+    with pytest.raises(UserError, match="round-1.safetensors is missing or damaged"):
+        again.begin(3, tmp_path)
+
+
+def test_taking_back_restores_every_role_and_forgets_the_moments(tmp_path):
+    method = make_method(tmp_path, echo={"start": 2, "tolerance": 0.0, "steps": 2})
+    trainer = make_trainer(tmp_path, method, steps=5)
+    scores = iter([1.0, 0.5, 1.0])
+    method.echo.measure = lambda: {"student": {"score": next(scores)}}
+    for _ in range(2):
+        trainer.train_step()
+    before = weights(method)
+    for _ in range(2):
+        trainer.train_step()
+    assert any(not torch.equal(before[name], value) for name, value in weights(method).items())
+    restarted = method.begin_step(4, trainer.folder)
+    assert set(restarted) == set(method.roles())
+    assert all(torch.equal(before[name], value) for name, value in weights(method).items())
+
+
+# --- mixing
+
+
+def test_the_batches_of_the_stage_are_mixed_as_asked(tmp_path):
+    method = make_method(tmp_path)
+    images = torch.full((3, 3, 16, 16), 2.0)  # no picture has such values
+    pool = Pool(images, torch.tensor([1, 1, 1]))
+    for share in (0.0, 0.25, 1.0):
+        method.config.echo.real_fraction = share
+        pictures, ids = method.concept.draw(Draw(0, 0, rows=400), pool)
+        own = (pictures == 2).flatten(1).all(1)
+        assert abs(own.float().mean().item() - (1 - share)) < (0.08 if 0 < share < 1 else 1e-9)
+        assert torch.equal((ids == method.concept.ids[1]).all(1), own)
+    pictures, _ = method.concept.draw(Draw(0, 0, rows=8), None)
+    assert all(any(torch.equal(picture, mine) for mine in method.concept.images) for picture in pictures)
+
+
+# --- the judge
+
+
+class MeanColour(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def judge_of(references, ordinary, prompts=("a cat", "a dog")):
+    feature_network = load_vision("python:tests.methods.echodistill.test_echo_stage:MeanColour", "x")
+    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts)
+
+
+def flat(*colours):
+    return torch.tensor(colours)[:, :, None, None].expand(-1, 3, 4, 4)
+
+
+def test_levels_are_cosines_between_ordinary_pictures_and_the_references_own():
+    # References 60 degrees apart have cosine 0.5 among themselves; ordinary pictures have 0 to both.
+    references = flat((1.0, 0.0, 0.0), (0.5, 0.75**0.5, 0.0))
+    judge = judge_of(references, flat((0.0, 0.0, 1.0), (0.0, 0.0, 3.0)))
+    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(0.5, abs=1e-6)) and judge.separates
+    made = flat((0.0, 0.0, 2.0), (0.75**0.5, 0.5, 0.0), (1.0, 0.0, 0.0))
+    wanted = [0.0, (0.75**0.5) / 0.5, 0.75 / 0.5]
+    assert judge.levels(made).tolist() == pytest.approx(wanted, abs=1e-5)
+    blind = judge_of(references, references)
+    assert not judge_of(flat((1.0, 0, 0), (0, 1.0, 0)), flat((1.0, 1.0, 0))).separates and blind.separates is False
+    assert blind.levels(made).tolist() == [-torch.inf] * 3
+
+
+def test_margins_say_which_prompt_denoises_a_picture_best():
+    judge = judge_of(flat((1.0, 0, 0)), flat((0, 1.0, 0)), ("a cat", "a dog", "the sea"))
+    latents, own = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2] * 2)
+    found = judge.margins(latents, own)
+    errors = torch.stack([judge._error(latents, noise_of(6), torch.full((6,), i)) for i in range(3)], 1)
+    others = torch.stack([errors[i, [k for k in range(3) if k != own[i]]].min() for i in range(6)])
+    torch.testing.assert_close(found, others - errors[torch.arange(6), own])
+    assert (found > 0).any() and (found < 0).any()
+    same = judge_of(flat((1.0, 0, 0)), flat((0, 1.0, 0)), ("a cat", "a cat"))
+    assert same.margins(latents, torch.zeros(6, dtype=torch.int64)).tolist() == [torch.inf] * 6
+
+
+def noise_of(rows):
+    from flowdistill.utils.randomness import indexed_noise
+
+    return indexed_noise((4, 8, 8), 1, range(rows))

@@ -1,0 +1,333 @@
+"""``distill``: a whole run folder, its resume, and the folders and devices it refuses."""
+
+import json
+import math
+import signal
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+import flowdistill
+from flowdistill import UserError
+from flowdistill.config import METHODS, OptimizerConfig, TrainConfig, load_config, save_config
+from flowdistill.evaluation import Report, Row
+from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.optimizer import rate_changes
+from flowdistill.training.roles import prepare_roles
+from flowdistill.training.run import difference, distill, make_accelerator
+from flowdistill.training.signals import Interrupts
+from flowdistill.utils.files import atomic_folder
+from tests.tiny import tiny_unet_pipeline
+from tests.toy_method import ToyConfig, ToyMethod, make_config
+
+
+@pytest.fixture(autouse=True)
+def toy():
+    METHODS.register("toy")(ToyMethod)
+    yield
+    METHODS.unregister("toy")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The toy as a registered method without a teacher, and a list that gets the arguments of every evaluation."""
+    calls = []
+
+    def evaluate(folder, **options):
+        calls.append((folder, options))
+        return Report([Row("student", 1, fid=2.5)], 10, "digits", "digits", 0)
+
+    teacher = exact_teacher(GaussianVelocity(torch.zeros(2), 1.0))
+    monkeypatch.setattr("flowdistill.training.run.load_teacher", lambda *settings, **more: teacher)
+    any_channels = SimpleNamespace(check_channels=lambda channels: None)  # a sample of the toy is two numbers
+    monkeypatch.setattr("flowdistill.training.run.load_features", lambda *given: any_channels)
+    monkeypatch.setattr("flowdistill.training.run.save_comparison", lambda *arguments: None)
+    monkeypatch.setattr("flowdistill.training.run.evaluate", evaluate)
+    return calls
+
+
+def test_a_run_folder_holds_everything_and_a_second_call_changes_nothing(tmp_path, measured, capsys):
+    folder = tmp_path / "run"
+    run = distill(make_config(folder, precision=None))
+    assert (run.output_dir, run.steps, run.completed, run.interrupted) == (folder, 8, True, 0)
+    assert sorted(entry.name for entry in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "report.json",
+        "samples",
+        "student",
+    ]
+    assert (folder / "samples" / "final.png").is_file()
+    assert json.loads((folder / "report.json").read_text())["rows"][0]["fid"] == 2.5 == run.report.rows[0].fid
+    assert "student" in capsys.readouterr().out.splitlines()[2]
+    saved = load_config(folder / "config.yaml")
+    assert saved.train.precision == "fp32" and saved.method == ToyConfig()
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "config.yaml"}
+    again = distill(make_config(folder))
+    assert again.completed and again.report.rows[0].fid == 2.5 and len(measured) == 1
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "config.yaml"}
+    assert {path.name for path in before if before[path] != after.get(path)} <= {"run", "metrics.jsonl"}
+
+    more = distill(make_config(folder, steps=10))
+    assert more.steps == 10 and len(measured) == 2
+
+
+def test_a_file_with_overrides_and_without_evaluation(tmp_path, measured):
+    save_config(make_config(tmp_path / "run"), tmp_path / "toy.yaml")
+    run = distill(tmp_path / "toy.yaml", ["train.steps=3", "evaluation.at_end=false"])
+    assert run.steps == 3 and run.report is None and not measured
+    with pytest.raises(UserError, match="overrides go with a configuration file"):
+        distill(make_config(tmp_path / "run"), ["train.steps=3"])
+
+
+def test_a_method_is_asked_about_the_number_of_steps(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(ToyMethod, "check_length", lambda config, steps: f"{steps} are few")
+    with pytest.warns(UserWarning, match="^8 are few$"):
+        assert distill(make_config(tmp_path)).completed
+    monkeypatch.setattr(ToyMethod, "check_length", lambda config, steps: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(make_config(tmp_path))
+    file = Path(__file__).parents[2] / "configs/digits/disback.yaml"
+    with pytest.raises(UserError, match="train.steps is 60, which ends in stage 1"):
+        distill(file, ["train.steps=60", f"output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_leaves_a_student_and_no_report(tmp_path, measured, monkeypatch):
+    seen = []
+
+    def agreed(self, device, world):
+        seen.append(world)
+        return signal.SIGTERM if len(seen) == 3 else 0
+
+    monkeypatch.setattr(Interrupts, "agreed", agreed)
+    run = distill(make_config(tmp_path))
+    assert (run.steps, run.completed, run.interrupted, run.report) == (3, False, signal.SIGTERM, None)
+    assert (tmp_path / "student").is_dir() and not measured and not (tmp_path / "samples").exists()
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [3]
+    assert distill(make_config(tmp_path)).completed
+
+
+CHANGES = {
+    "seed": lambda config: setattr(config, "seed", 5),
+    "teacher.source": lambda config: setattr(config.teacher, "source", "other"),
+    "method.optimizer.lr": lambda config: setattr(config.method.optimizer, "lr", 0.5),
+    "train.batch_size": lambda config: setattr(config.train, "batch_size", 16),
+    "train.ema_decay": lambda config: setattr(config.train, "ema_decay", 0.5),
+    "train.precision": lambda config: setattr(config.train, "precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path, measured, key):
+    distill(make_config(tmp_path, steps=4))
+    before = (tmp_path / "config.yaml").read_text()
+    changed = make_config(tmp_path, steps=8)
+    CHANGES[key](changed)
+    with pytest.raises(
+        UserError, match=rf"holds another run: {key} is .* there and .* here; choose another output_dir"
+    ):
+        distill(changed)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_what_does_not_decide_what_is_learned_may_change(tmp_path, measured):
+    distill(make_config(tmp_path, steps=4))
+    config = make_config(tmp_path, steps=6, log_every=1, checkpoint_every=3, keep_checkpoints=5, num_samples=9)
+    config.evaluation.num_images = 50
+    assert distill(config).steps == 6
+    assert load_config(tmp_path / "config.yaml").train.log_every == 1
+
+
+RATES = {
+    "cosine": (0.0, 1e-3 * (0.5 + 0.5 * math.cos(math.pi * 4 / 6))),
+    "linear": (0.0, 1e-3 * 2 / 6),
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_a_resume_under_a_schedule_says_the_old_and_the_new_rate(tmp_path, measured, schedule):
+    def config(steps):
+        made = make_config(tmp_path, steps=steps, log_every=1)
+        made.method.optimizer = OptimizerConfig(lr=1e-3, schedule=schedule)
+        return made
+
+    distill(config(4))
+    old, new = RATES[schedule]
+    with pytest.warns(UserWarning) as said:
+        distill(config(6))
+    (text,) = [str(one.message) for one in said if "train.steps" in str(one.message)]
+    assert text.startswith("train.steps was 4 and is 6, so after step 4 the scheduled learning rate goes on elsewhere")
+    assert f"student ({schedule}) from {old:.3g} to {new:.3g}" in text and "\n" not in text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[4]["lr/student"] == pytest.approx(new)  # what was said is what came
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(config(6))  # the same again: nothing to say
+
+
+def test_a_resume_whose_rate_stays_says_nothing(tmp_path, measured):
+    distill(make_config(tmp_path, steps=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(make_config(tmp_path, steps=6))
+    state = tmp_path / "checkpoints" / "step-000006" / "state.json"
+    older = {key: value for key, value in json.loads(state.read_text()).items() if key != "planned_steps"}
+    state.write_text(json.dumps(older))
+    assert distill(make_config(tmp_path, steps=7)).steps == 7  # a checkpoint of an older version
+
+
+def test_rates_that_differ_are_named_by_role():
+    cosine, warm = OptimizerConfig(lr=1.0, schedule="cosine"), OptimizerConfig(schedule="linear", warmup_steps=5)
+    assert rate_changes({"a": cosine, "b": OptimizerConfig(), "c": warm}, 4, 8, 16) == "a (cosine) from 0.5 to 0.854"
+    assert rate_changes({"a": cosine}, 4, 8, 8) == "" == rate_changes({"b": OptimizerConfig(), "c": warm}, 4, 8, 16)
+
+
+def test_a_run_that_never_saved_may_be_replaced(tmp_path, measured):
+    save_config(make_config(tmp_path, seed=3), tmp_path / "config.yaml")
+    assert distill(make_config(tmp_path, steps=2)).completed
+
+
+def test_settings_an_older_version_did_not_write_do_not_count():
+    saved = {"seed": 0, "train": {"steps": 5, "ema_decay": 0.9}, "method": {"name": "toy", "gone": 1}}
+    here = {"seed": 0, "train": {"steps": 9, "ema_decay": 0.9, "new": 2}, "method": {"name": "toy"}}
+    assert difference(saved, here) == ("method.gone", 1, None)
+    here["method"]["gone"] = 1
+    assert difference(saved, here) is None
+
+
+def test_folders_that_cannot_be_used(tmp_path, measured):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output_dir .*file is a file; it must be a folder"):
+        distill(make_config(tmp_path / "file"))
+    with pytest.raises(UserError, match="could not be written: Not a directory"):
+        distill(make_config(tmp_path / "file" / "below"))
+    distill(make_config(tmp_path / "run", steps=1))
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds checkpoints but no config.yaml"):
+        distill(make_config(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text("seed: [")
+    with pytest.raises(UserError, match="config.yaml is damaged"):
+        distill(make_config(tmp_path / "run"))
+
+
+def test_devices_this_machine_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="train.device is 'cuda:3', which this machine does not have"):
+        make_accelerator(make_config(tmp_path, device="cuda:3").train, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"'cuda:3', but this machine has 1 GPU\(s\)"):
+        make_accelerator(make_config(tmp_path, device="cuda:3").train, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes were started"):
+        make_accelerator(make_config(tmp_path, device="cuda:0").train, tmp_path)
+
+
+def test_a_teacher_that_cannot_be_loaded_leaves_no_folder(tmp_path):
+    config = make_config(tmp_path / "run")
+    config.teacher.source = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        distill(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_freeflow_resumes_bit_for_bit(tmp_path):
+    tiny_unet_pipeline().save_pretrained(tmp_path / "teacher")
+
+    def go(name, steps):
+        text = f"""
+output_dir: {tmp_path / name}
+teacher: {{source: {tmp_path / "teacher"}}}
+method: {{name: freeflow}}
+train: {{steps: {steps}, batch_size: 4, log_every: 1, num_samples: 4, trackers: [], device: cpu, precision: bf16}}
+evaluation: {{at_end: false}}
+"""
+        (tmp_path / "config.yaml").write_text(text)
+        return distill(tmp_path / "config.yaml")
+
+    whole, first, second = go("whole", 4), go("parts", 2), go("parts", 4)
+    assert whole.completed and first.steps == 2 and second.steps == 4
+    one, other = flowdistill.load_student(tmp_path / "whole"), flowdistill.load_student(tmp_path / "parts")
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, other.network.state_dict()[name]), name
+    teacher = flowdistill.load_teacher(tmp_path / "teacher")
+    noise = torch.randn(2, 1, 8, 8)
+    labels = teacher.encode(labels=[0, 1])
+    moved = (one(noise, labels) - teacher.sample(noise, labels, steps=1)).abs().max()
+    assert 0 < moved < 0.1
+    figures = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in figures] == [1, 2, 3, 4]
+
+
+def test_the_shipped_launch_configs_are_read_by_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = Path(__file__).parents[2] / "configs" / "accelerate"
+    kinds = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert {name: (config.distributed_type.value, config.mixed_precision) for name, config in kinds.items()} == {
+        "cpu": ("MULTI_GPU", "no"),
+        "single_gpu": ("NO", "bf16"),
+        "multi_gpu_fp16": ("MULTI_GPU", "fp16"),
+        "multi_gpu_bf16": ("MULTI_GPU", "bf16"),
+        "fsdp2": ("FSDP", "bf16"),
+    }
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+
+
+def test_a_kill_after_the_last_checkpoint_leaves_no_older_student(tmp_path, measured, monkeypatch):
+    """The student and report of a shorter run must not pass for those of the longer one."""
+    folder, weights = tmp_path / "run", tmp_path / "run" / "student" / "model.safetensors"
+    distill(make_config(folder))
+    short = weights.read_bytes()
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowdistill.training.run.save_student", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(make_config(folder, steps=12))
+    assert checkpoints(folder / "checkpoints")[-1][0] == 12 and weights.read_bytes() == short
+    assert not (folder / "report.json").exists() and not (folder / "samples" / "final.png").exists()
+    run = distill(make_config(folder, steps=12))
+    assert run.report is not None and (folder / "samples" / "final.png").is_file()
+    distill(make_config(tmp_path / "whole", steps=12))
+    assert weights.read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes() != short
+
+
+def test_a_method_may_refuse_shards():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    with pytest.raises(UserError, match="echodistill cannot be sharded"):
+        prepare_roles(EchoDistill.__new__(EchoDistill), TrainConfig(), "fp32", accelerator)
+
+
+def test_a_folder_is_replaced_only_once_it_is_complete(tmp_path):
+    target = tmp_path / "student"
+    with atomic_folder(target) as new:
+        (new / "a").write_text("1")
+    with pytest.raises(OSError), atomic_folder(target) as new:
+        (new / "a").write_text("2")
+        raise OSError("no space left")
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target) as new:
+        (new / "b").write_text("3")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"] and (target / "b").read_text() == "3"
+    assert not (target / "a").exists()
+
+
+def test_of_another_method_its_name_is_what_differs():
+    saved = {"method": {"critic": "full", "name": "freeflow"}, "seed": 0}
+    assert difference(saved, {"method": {"name": "boot", "metric": "l2"}, "seed": 0}) == (
+        "method.name", "freeflow", "boot")
+    assert difference(saved, {"method": {"critic": "lora", "name": "freeflow"}, "seed": 0}) == (
+        "method.critic", "full", "lora")
