@@ -66,4 +66,4 @@ def make_trainer(folder, method, steps=6, name="run", **train):
 
 def weights(method):
     """Everything that trains, copied."""
-    return {name: value.detach().clone() for name, value in method._trained().items()}
+    return {name: value.detach().clone() for name, value in method.trained().items()}

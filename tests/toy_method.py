@@ -172,7 +172,7 @@ def main(arguments):
     values = {key: value if key == "precision" else int(value) for key, value in pairs}
     slow, pause = values.pop("slow", 0), values.pop("pause", 0)
     if slow:
-        write = checkpoint._write_tensors
+        write = checkpoint.write_tensors
 
         def write_slowly(path, tensors):
             if f"step-{slow:06d}" in str(path):
@@ -180,7 +180,7 @@ def main(arguments):
                 time.sleep(1)
             write(path, tensors)
 
-        checkpoint._write_tensors = write_slowly
+        checkpoint.write_tensors = write_slowly
     trainer = make_trainer(folder, **values)
     print(f"rank {trainer.rank} of {trainer.world} from step {trainer.step}", flush=True)
     if pause:

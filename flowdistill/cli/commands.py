@@ -356,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, run: Any, target: Any, help: str, description: str, examples: Sequence[str]) -> Parser:
+    def command(name: str, run: Any, target: object, help: str, description: str, examples: Sequence[str]) -> Parser:
         epilog = "examples:\n" + "\n".join(f"  flowdistill {name} {example}" for example in examples)
         form = argparse.RawDescriptionHelpFormatter
         added = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=form)

@@ -29,7 +29,7 @@ _ADAPTERS = re.compile(r"lora|\.base_layer\.|\.hada_|\.lokr_")
 _SHOWN = 5  # names of an error message
 
 
-def component_class(entry: Any) -> type[nn.Module] | None:
+def component_class(entry: object) -> type[nn.Module] | None:
     """The class of an entry of model_index.json, ``[library, class]``; None for what is no model, or a foreign one."""
     if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
         return None

@@ -148,5 +148,5 @@ def _move(component: Any, device: torch.device) -> None:
         component.to(device)
 
 
-def _is_there(value: Any) -> bool:
+def _is_there(value: object) -> bool:
     return isinstance(value, (list, tuple)) and value[0] is not None

@@ -92,12 +92,12 @@ def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", hint
 
 
-def is_text(hint: Any) -> bool:
+def is_text(hint: object) -> bool:
     """Whether a setting of this type is a text or null."""
     return set(_alternatives(hint)) <= {str, type(None)}
 
 
-def is_textual(hint: Any) -> bool:
+def is_textual(hint: object) -> bool:
     """Whether a setting of this type holds texts and nothing else: one, a list of them, or a mapping to them."""
     if get_origin(hint) in (list, tuple):
         return all(is_textual(part) for part in get_args(hint) if part is not Ellipsis)
@@ -128,7 +128,7 @@ def with_texts(values: Mapping[str, Any], texts: Mapping[str, Any], hints: Mappi
     return result
 
 
-def replaced(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def replaced(values: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
     """A copy of nested mappings with another value at ``path``, which is there already."""
     return {**values, path[0]: replaced(values[path[0]], path[1:], value) if len(path) > 1 else value}
 
@@ -152,13 +152,13 @@ def found(layers: Sequence[Layer], key: str) -> str:
     return f" ({origins[-1]})" if origins else ""
 
 
-def closest(name: Any, valid: Iterable[str], prefix: str = "") -> str:
+def closest(name: object, valid: Iterable[str], prefix: str = "") -> str:
     """``; did you mean 'x'?`` with the nearest valid name, or an empty string when none is near."""
     matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as YAML users write it, shortened."""
     text = errors.shown(value)
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
@@ -185,7 +185,7 @@ def pruned(values: Mapping[Any, Any], schema: type, prefix: str) -> tuple[dict[A
     return kept, dropped
 
 
-def _has_place(value: Any, is_section: bool, hint: Any, limits: Mapping[str, Any]) -> bool:
+def _has_place(value: object, is_section: bool, hint: object, limits: Mapping[str, Any]) -> bool:
     if is_section or isinstance(value, Mapping):
         return value is None if is_section else hint is Any or get_origin(hint) is dict
     elements = value if isinstance(value, list) else [value]
@@ -229,12 +229,12 @@ def _sections(schema: type, method: type) -> Iterator[tuple[str, tuple[type, boo
                 yield name, (candidate, type(None) in alternatives)
 
 
-def _is_fixed(hint: Any) -> bool:
+def _is_fixed(hint: object) -> bool:
     """Whether a type is a tuple of a fixed number of values."""
     return get_origin(hint) is tuple and Ellipsis not in get_args(hint)
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def _alternatives(hint: object) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 

@@ -108,7 +108,7 @@ def method_config_class(name: str, key: str = "method.name", barred: Sequence[st
     return config
 
 
-def _config_of(method: Any, name: str, key: str) -> type:
+def _config_of(method: object, name: str, key: str) -> type:
     """The settings of a class that a configuration names as ``package.module:Class``, which becomes known so."""
     config = getattr(method, "Config", None)
     if not isinstance(method, type) or not is_dataclass(config):

@@ -15,7 +15,7 @@ MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     choices: Sequence[str] | None = None,

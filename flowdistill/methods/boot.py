@@ -106,7 +106,7 @@ class Boot(SingleStudentMethod):
         duration = h + (t_max - h) * draw.uniform().double()
         before = (duration - h).clamp(min=0)
         with torch.no_grad():
-            goal = self._target(student, prior, before, duration)
+            goal = self.bootstrap_target(student, prior, before, duration)
         bounded = self.config.boundary_weight > 0
         # The boundary's rows ride in the same pass, so that the networks are called once with gradients.
         both, lengths = prior, duration
@@ -124,25 +124,27 @@ class Boot(SingleStudentMethod):
         if boundary is not None:
             # t_max (V(0) - v) is the difference of the two estimates of the signal at the prior.
             with torch.no_grad():
-                first = self._teacher_velocity(prior, prior.start, torch.full_like(duration, t_max))
+                first = self.teacher_velocity(prior, prior.start, torch.full_like(duration, t_max))
             off = (t_max * (boundary - first)).square().mean()
             metrics["boundary_error"] = off.detach()
             loss = loss + self.config.boundary_weight * off
         return loss, metrics
 
-    def _target(self, student: Callable[..., Tensor], prior: StartStates, before: Tensor, duration: Tensor) -> Tensor:
+    def bootstrap_target(
+        self, student: Callable[..., Tensor], prior: StartStates, before: Tensor, duration: Tensor
+    ) -> Tensor:
         """V*(d): one step of the teacher's solver from the student's own state after ``before``."""
         t, s = self.teacher.t_max - before, self.teacher.t_max - duration
         shorter = self._velocity(student, prior, before)
         state = fm.end_point(prior.start, before, shorter)
-        slope = self._teacher_velocity(prior, state, t)
+        slope = self.teacher_velocity(prior, state, t)
         step = duration - before
         if self.config.solver == "heun":
             # Averaged in the denoised estimates, as in the Signal-ODE: f = x - t v, and back by v = (x - f) / t. At
             # s = 0 the second estimate is the state itself, so the pair stays meaningful at the end of the range.
             ahead = state - per_sample(step, state) * slope
             first = state - per_sample(t, state) * slope
-            late = self._teacher_velocity(prior, ahead, s.clamp(min=self.teacher.t_min))
+            late = self.teacher_velocity(prior, ahead, s.clamp(min=self.teacher.t_min))
             second = ahead - per_sample(s, state) * late
             slope = (state - (first + second) / 2) / per_sample(t, state)
         return fm.discrete_target(shorter, slope, duration, step)
@@ -167,7 +169,7 @@ class Boot(SingleStudentMethod):
     def _velocity(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
         return student(prior.start, at_t_max(self.teacher, prior.start), prior.condition, duration=duration)
 
-    def _teacher_velocity(self, prior: StartStates, x: Tensor, t: Tensor) -> Tensor:
+    def teacher_velocity(self, prior: StartStates, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's guided velocity, through its thresholded estimate of the data when that is asked for."""
         velocity = self.teacher.velocity(x, t, prior.condition, self.config.guidance_scale)
         if self.config.threshold == "none":

@@ -64,7 +64,7 @@ class DataFlowMap(SingleStudentMethod):
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        clean, condition = self._data(draw)
+        clean, condition = self.draw_data(draw)
         t_min, t_max, h = self.teacher.t_min, self.teacher.t_max, self.config.finite_difference_step
         time = t_min + (t_max - t_min) * (1 - draw.uniform())
         duration = time * (1 - draw.uniform())
@@ -84,7 +84,7 @@ class DataFlowMap(SingleStudentMethod):
         damped = fm.damp(residual, self.config.damping, self.config.damping_epsilon)
         return fm.velocity_matching_loss(velocity, damped).mean(), {"residual": residual.square().mean()}
 
-    def _data(self, draw: Draw) -> tuple[Tensor, Condition | None]:
+    def draw_data(self, draw: Draw) -> tuple[Tensor, Condition | None]:
         """Latents (B, *shape) of random images, translated; the border is filled with the image's own edge."""
         clean, condition = self.data.draw(draw)
         if self.config.shift_pixels:

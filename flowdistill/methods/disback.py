@@ -158,7 +158,7 @@ class DisBack(Method):
         self.config, self.teacher = config, teacher
         self.host = ScoreDistillation(config.host, teacher, student_network, critic_network, self.name)
         self.targets = TargetSchedule(config)
-        self._node: nn.Module | None = None if self.targets.index == 0 else self._target_network()
+        self.node: nn.Module | None = None if self.targets.index == 0 else self._target_network()
         self._placed = 0  # index of the node that is the host's target now
 
     # --- the two stages
@@ -169,29 +169,29 @@ class DisBack(Method):
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
         path, last = WeightSnapshots(folder / PATH), self.config.degradation_steps
         if 0 < step <= last and (step % self.config.degradation_every == 0 or step == last):
-            score, like = network_tensors(self.host.score), self._node or self.host.score
+            score, like = network_tensors(self.host.score), self.node or self.host.score
             index = -(-step // self.config.degradation_every)
             path.write(index, score, network_tensors(like, self.host.score))
         if step < last:
             return ()
         switched = self.targets.advance(step) or step == last > 0
         if self._placed != self.targets.index or switched:
-            self._place(path)
+            self.place_target(path)
         return ("student", "critic") if switched and self.config.reset_optimizers else ()
 
-    def _place(self, path: WeightSnapshots) -> None:
+    def place_target(self, path: WeightSnapshots) -> None:
         """Make the scheduled node the host's target."""
         index, scale = self.targets.index, self.config.host.guidance_scale
         share = index / self.config.nodes if self.config.nodes else 0.0
         self.host.guidance_scale = scale - share * (scale - 1) if self.config.node_guidance == "linear" else scale
         if index == 0:  # not a file of it: the teacher itself, to the last bit
-            self.host.target, self._node = self.teacher, None
+            self.host.target, self.node = self.teacher, None
         else:
-            assert self._node is not None
-            path.read_into(index, network_tensors(self._node, self.host.score))
+            assert self.node is not None
+            path.read_into(index, network_tensors(self.node, self.host.score))
             if self.host.target is self.teacher:
                 self.host.target = copy.copy(self.teacher)
-                self.host.target.network = self._node
+                self.host.target.network = self.node
         self._placed = index
 
     def _target_network(self) -> nn.Module:
@@ -232,7 +232,7 @@ class DisBack(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.targets.load_state_dict(state)
         if self.targets.index == 0:
-            self._node = None
+            self.node = None
 
     def roles(self) -> dict[str, Role]:
         return self.host.roles()
@@ -242,6 +242,6 @@ class DisBack(Method):
 
     def to(self, device: torch.device | str) -> DisBack:
         self.host.to(device)
-        if self._node is not None:
-            self._node.to(device)
+        if self.node is not None:
+            self.node.to(device)
         return self

@@ -174,7 +174,7 @@ class FreeFlow(SingleStudentMethod):
             teacher = self._teacher_velocity(state, t_max - before, prior, interval)
             goal = fm.discrete_target(shorter, teacher, duration, steps)
             return lambda own: own - goal
-        derivative = self._derivative(student, prior, duration)
+        derivative = self.derivative(student, prior, duration)
 
         def residual(own: Tensor) -> Tensor:
             state = fm.end_point(prior.start, duration, own)
@@ -184,7 +184,7 @@ class FreeFlow(SingleStudentMethod):
         return residual
 
     @torch.no_grad()
-    def _derivative(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
+    def derivative(self, student: Callable[..., Tensor], prior: StartStates, duration: Tensor) -> Tensor:
         """dV/dd, start fixed."""
         if self.forward_mode:
             try:

@@ -143,20 +143,20 @@ class ScoreDistillation(SingleStudentMethod):
     # --- the algorithm
 
     def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        noise, condition = self._prior(draw)
-        sample = self._generate(networks, noise, condition)
-        gradient = self._matching_gradient(sample, condition, networks["critic"], draw)
+        noise, condition = self.draw_start(draw)
+        sample = self.generate(networks, noise, condition)
+        gradient = self.matching_gradient(sample, condition, networks["critic"], draw)
         metrics = {"gradient_size": draw.mean(gradient.abs())}
         if self.data is not None:
-            gradient = gradient + self._adversarial_gradient(sample, condition, networks["critic"], draw)
+            gradient = gradient + self.adversarial_gradient(sample, condition, networks["critic"], draw)
         loss = dm.surrogate_loss(sample, gradient).mean()
         if self.pairs is not None:
-            error = regression_error(self.pairs, self.teacher, draw, partial(self._generate, networks))
+            error = regression_error(self.pairs, self.teacher, draw, partial(self.generate, networks))
             metrics["regression_error"] = error.detach()
             loss = loss + self.config.regression_weight * error
         return loss, metrics
 
-    def _matching_gradient(
+    def matching_gradient(
         self, sample: Tensor, condition: Condition | None, critic: Callable[..., Tensor], draw: Draw
     ) -> Tensor:
         """g (B, *shape): descent moves the sample from the critic's distribution to the target's."""
@@ -176,9 +176,9 @@ class ScoreDistillation(SingleStudentMethod):
         return dm.dmd_gradient(residual, error) if dmd else dm.diff_instruct_gradient(residual, time)
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        prior, condition = self._prior(draw)
+        prior, condition = self.draw_start(draw)
         with torch.no_grad():
-            sample = self._generate(networks, prior, condition)
+            sample = self.generate(networks, prior, condition)
         time, noise = self.config.critic_time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
         state, path = dm.noised(sample, noise, time), self.teacher.path
         if self.data is None:
@@ -196,7 +196,7 @@ class ScoreDistillation(SingleStudentMethod):
         metrics = {"discriminator_accuracy": ((fake < 0).float().mean() + (true > 0).float().mean()).detach() / 2}
         return loss + self.config.adversarial_critic_weight * told, metrics
 
-    def _adversarial_gradient(
+    def adversarial_gradient(
         self, sample: Tensor, condition: Condition | None, critic: Callable[..., Tensor], draw: Draw
     ) -> Tensor:
         """Gradient of the generator's adversarial loss, at noise levels of its own."""
@@ -210,10 +210,12 @@ class ScoreDistillation(SingleStudentMethod):
 
     # --- draws and passes
 
-    def _prior(self, draw: Draw) -> tuple[Tensor, Condition | None]:
+    def draw_start(self, draw: Draw) -> tuple[Tensor, Condition | None]:
+        """Unit normal noise (B, *shape) and a condition for each."""
         return draw.normal(self.teacher.shape), self.teacher.draw_condition(draw)
 
-    def _generate(self, networks: Networks, noise: Tensor, condition: Condition | None) -> Tensor:
+    def generate(self, networks: Networks, noise: Tensor, condition: Condition | None) -> Tensor:
+        """The student's samples (B, *shape) of the noise."""
         return generated(networks["student"], noise, self._student.t_start, condition)
 
 

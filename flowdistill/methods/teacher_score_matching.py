@@ -69,12 +69,12 @@ class TeacherScoreMatching(SingleStudentMethod):
                                                                        config.student_shape))
         self._student = Generator.from_teacher(teacher, StudentInfo(self.name, teacher.source), network=network)
         self.data = None if config.data is None else RealData(teacher, config.data)
-        self._pairs: Pairs | None = None
+        self.pairs: Pairs | None = None
 
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        clean, condition = self._samples(draw) if self.data is None else self.data.draw(draw)
+        clean, condition = self.draw_samples(draw) if self.data is None else self.data.draw(draw)
         time, noise = self.config.time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
         state = clean + time.reshape(-1, *[1] * (clean.ndim - 1)) * (noise - clean)
         with torch.no_grad():
@@ -83,11 +83,12 @@ class TeacherScoreMatching(SingleStudentMethod):
         loss = matching_loss(velocity, goal, time, self.teacher.path).mean()
         return loss, {"velocity_error": (velocity - goal).detach().square().mean()}
 
-    def _samples(self, draw: Draw) -> tuple[Tensor, Condition | None]:
-        if self._pairs is None:  # at the first step: an untrained student needs none
-            self._pairs = teacher_pairs(self.teacher, self.config.samples, self.config.sample_steps)
-        index = draw.integers(len(self._pairs.latents), on_cpu=True)
-        _, latents, condition = self._pairs.rows(index, self.teacher)
+    def draw_samples(self, draw: Draw) -> tuple[Tensor, Condition | None]:
+        """Samples of the teacher (B, *shape) with the conditions they were made for."""
+        if self.pairs is None:  # at the first step: an untrained student needs none
+            self.pairs = teacher_pairs(self.teacher, self.config.samples, self.config.sample_steps)
+        index = draw.integers(len(self.pairs.latents), on_cpu=True)
+        _, latents, condition = self.pairs.rows(index, self.teacher)
         return latents, condition
 
 

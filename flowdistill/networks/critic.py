@@ -83,5 +83,5 @@ class _Keep:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
         self.value = output

@@ -149,7 +149,7 @@ class _AddToTimeEmbedding:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output if self.value is None else output + self.value.to(output.dtype)
 
     def checkpoint(self, around: Callable[[], Any], block: nn.Module, *args: Any) -> Any:

@@ -157,7 +157,7 @@ def _bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
     return total
 
 
-def _modules(value: Any, depth: int = 2) -> list[nn.Module]:
+def _modules(value: object, depth: int = 2) -> list[nn.Module]:
     """Networks that a method keeps, directly or in an object of its own."""
     if isinstance(value, nn.Module):
         return [value]

@@ -56,7 +56,7 @@ class GpuLike(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cast(dtype: torch.dtype, value: Any) -> Any:
+def _cast(dtype: torch.dtype, value: object) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
         return value.to(dtype)
     return value
@@ -109,7 +109,7 @@ class Live(TorchDispatchMode):
         number = self._count
         self.events.append((number, size))
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self.events.append((number, -size))
             self._known.pop(key, None)
 

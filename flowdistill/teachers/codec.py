@@ -78,13 +78,13 @@ class VaeCodec(nn.Module):
             given = torch.tensor(otherwise if None in each else values, dtype=torch.float32)
             self.register_buffer(name, given.reshape(1, -1, 1, 1), persistent=False)
 
-        self._offload_hook: OffloadHook | None = None
+        self.offload_hook: OffloadHook | None = None
 
     def offload_to(self, device: torch.device | str) -> None:
         """Keep the autoencoder on the CPU between calls, which run on ``device``."""
-        if self._offload_hook is not None:
-            self._offload_hook.remove()
-        self._offload_hook = OffloadHook(self.vae, device)
+        if self.offload_hook is not None:
+            self.offload_hook.remove()
+        self.offload_hook = OffloadHook(self.vae, device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def image_channels(self, channels: int) -> int:
@@ -92,8 +92,8 @@ class VaeCodec(nn.Module):
         return int(self.vae.config.get("out_channels") or 3)
 
     def _release(self) -> None:
-        if self._offload_hook is not None:
-            self._offload_hook.offload()
+        if self.offload_hook is not None:
+            self.offload_hook.offload()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Teacher:
         self.prompts = prompts
         self.offload = "none"
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
-        self._offload_hook: OffloadHook | None = None
+        self.offload_hook: OffloadHook | None = None
 
     @property
     def t_min(self) -> float:
@@ -84,18 +84,18 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        if self._offload_hook is not None:
+        if self.offload_hook is not None:
             return self._anchor.device
         return next((p.device for p in self.network.parameters()), self._anchor.device)
 
     def to(self, device: torch.device | str) -> Teacher:
         """Move to ``device``; what :attr:`offload` names goes there by itself when it is called."""
         self._anchor = self._anchor.to(device)
-        if self._offload_hook is not None:
-            self._offload_hook.remove()
-            self._offload_hook = None
+        if self.offload_hook is not None:
+            self.offload_hook.remove()
+            self.offload_hook = None
         if self.offload == "all":
-            self._offload_hook = OffloadHook(self.network, device)
+            self.offload_hook = OffloadHook(self.network, device)
         else:
             self.network.to(device)
         if isinstance(self.codec, VaeCodec) and self.offload != "none":
@@ -106,8 +106,8 @@ class Teacher:
 
     def release(self) -> None:
         """Free the device of a network that only visits it; nothing may want a gradient through it any more."""
-        if self._offload_hook is not None:
-            self._offload_hook.offload()
+        if self.offload_hook is not None:
+            self.offload_hook.offload()
 
     @property
     def takes_guidance(self) -> bool:

@@ -169,7 +169,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
 
-    def walk(prefix: str, value: Any) -> None:
+    def walk(prefix: str, value: object) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
                 walk(f"{prefix}{name}.", inner)
@@ -180,5 +180,5 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,7 +64,7 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for name, content in tensors.items():
-                _write_tensors(partial / f"{name}.safetensors", content)
+                write_tensors(partial / f"{name}.safetensors", content)
             (partial / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             for entry in (*partial.iterdir(), partial):
                 _sync(entry)
@@ -93,7 +93,8 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         return load_file(file)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of a checkpoint; tests slow it down or let it fail."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
 
 

@@ -34,7 +34,7 @@ def shortened(text: str, most: int = VALUE) -> str:
     return f"{text[: 2 * most // 3]}...{text[-(most // 4):]} ({len(text):,} characters)"
 
 
-def shown(value: Any, most: int = VALUE, quoted: bool = True) -> str:
+def shown(value: object, most: int = VALUE, quoted: bool = True) -> str:
     """A value in a sentence, shortened; ``quoted``: as Python writes it, else as a text is printed."""
     return shortened(repr(value) if quoted else str(value), most)
 

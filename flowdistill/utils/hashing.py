@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +54,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in files if not any(map(is_clutter, path.relative_to(folder).parts)))
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """The hash of a JSON value, hexadecimal; the order of a mapping's keys counts."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 

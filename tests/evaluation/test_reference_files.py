@@ -53,7 +53,7 @@ def test_statistics_of_the_named_features_are_read(file, features, mode):
 
 
 def test_the_features_of_clean_fid_are_of_its_mode_clean(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowdistill.features.extractor._inception_file", lambda weights: tmp_path / "weights.pt")
+    monkeypatch.setattr("flowdistill.features.extractor.inception_file", lambda weights: tmp_path / "weights.pt")
     (tmp_path / "weights.pt").write_bytes(b"weights")
     monkeypatch.setattr("cleanfid.inception_torchscript.InceptionV3W", lambda *_, **__: torch.nn.Identity())
     assert load_features("inception", device="cpu").mode == "clean"

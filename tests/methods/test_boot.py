@@ -137,7 +137,7 @@ def test_local_order_of_the_targets(solver, order):
         method, networks = toy(solver=solver)
         n, duration = noise(), column(0.6)
         with torch.no_grad():
-            goal = method._target(networks["student"], StartStates(n, None), duration - h, duration)
+            goal = method.bootstrap_target(networks["student"], StartStates(n, None), duration - h, duration)
         exact = FIELD.average_velocity(n, duration)
         errors.append((0.6 * (goal - exact)).abs().max().item())
     assert 2**order * 0.85 < errors[0] / errors[1] < 2**order * 1.15
@@ -322,7 +322,7 @@ def test_the_dynamic_threshold_keeps_the_denoised_estimate_in_range():
     plain = Boot(BootConfig(guidance_scale=4.0), teacher)
     x = 3 * torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     time, prior = torch.full((6,), 0.4, dtype=torch.float64), StartStates(x, teacher.encode([0, 1, 2, 0, 1, 2]))
-    free, kept = ((x - 0.4 * one._teacher_velocity(prior, x, time)).flatten(1) for one in (plain, method))
+    free, kept = ((x - 0.4 * one.teacher_velocity(prior, x, time)).flatten(1) for one in (plain, method))
     level = free.abs().quantile(0.9, dim=1, keepdim=True).clamp(min=1)
     assert (level > 1.2).all()
     assert torch.allclose(kept, (torch.clamp(free / level, -1, 1)), atol=1e-5)

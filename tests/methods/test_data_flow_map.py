@@ -73,7 +73,7 @@ def test_shift_moves_whole_images_and_keeps_labels():
     for label in range(4):
         images[label, 0, 3, 2 + label] = 1.0
     method = DataFlowMap(DataFlowMapConfig(data="digits", shift_pixels=2), teacher, None, (images, torch.arange(4)))
-    clean, condition = method._data(Draw(0, 0, rows=256))
+    clean, condition = method.draw_data(Draw(0, 0, rows=256))
     places = (clean > 0).flatten(1)
     assert (places.sum(dim=1) == 1).all()
     where = places.int().argmax(dim=1)

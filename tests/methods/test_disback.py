@@ -143,7 +143,7 @@ def test_targets_are_visited_in_reverse_and_end_with_the_teacher(tmp_path):
                 assert same(network.state_dict(), nodes(tmp_path)[visited[-1]])
     assert visited == [2, 2, 1, 1, 0, 0, 0]  # and the last one is not skipped (as in the published code)
     assert host.target is teacher and same(teacher.network.state_dict(), original)
-    assert trainer.method._node is None  # nothing but the teacher is kept in memory
+    assert trainer.method.node is None  # nothing but the teacher is kept in memory
 
 
 def test_stage_two_starts_with_the_last_nodes_critic_and_no_gradient_toward_it(tmp_path):
@@ -158,7 +158,7 @@ def test_stage_two_starts_with_the_last_nodes_critic_and_no_gradient_toward_it(t
     _, metrics = method.host.loss("student", networks, Draw(0, 0, rows=8))
     assert metrics["gradient_size"] > 1e-4
     method.targets.index = 3
-    method._place(WeightSnapshots(tmp_path / "path"))
+    method.place_target(WeightSnapshots(tmp_path / "path"))
     loss, metrics = method.host.loss("student", networks, Draw(0, 0, rows=8))
     loss.backward()
     assert metrics["gradient_size"] == 0
@@ -203,7 +203,7 @@ def test_nodes_have_the_teachers_type(tmp_path):
 def test_low_rank_nodes_hold_the_adapters_only(tmp_path):
     teacher = teacher_of()
     trainer = trainer_of(tmp_path, config_of(host={"critic": "lora", "critic_lora_rank": 2}), teacher)
-    node = trainer.method._node
+    node = trainer.method.node
     shared = {id(p) for p in teacher.network.parameters()}
     assert sum(id(p) in shared for p in node.parameters()) == len(shared)  # the teacher's own tensors
     for _ in range(6):

@@ -103,7 +103,7 @@ def test_sids_gradient_is_that_of_its_loss_at_the_sample():
     """Against differences of the loss in one coordinate of one sample."""
     method, networks = toy("sid", sid_alpha=1.2)
     sample = torch.randn(4, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    gradient = method._matching_gradient(sample, None, networks["critic"], DoubleDraw(0, 0, rows=4))
+    gradient = method.matching_gradient(sample, None, networks["critic"], DoubleDraw(0, 0, rows=4))
     from flowdistill.objectives import distribution_matching as dm
 
     def value(x):
@@ -265,9 +265,9 @@ def test_critic_learns_to_tell_real_digits_from_samples():
 
 def test_generator_moves_where_it_passes_for_real():
     method, networks = adversarial_method(weight=1e4)  # drowns the matching gradient
-    noise, condition = method._prior(Draw(0, 0, rows=16))
-    sample = method._generate(networks, noise, condition).detach()
-    gradient = method._adversarial_gradient(sample, condition, networks["critic"], Draw(1, 0, rows=16))
+    noise, condition = method.draw_start(Draw(0, 0, rows=16))
+    sample = method.generate(networks, noise, condition).detach()
+    gradient = method.adversarial_gradient(sample, condition, networks["critic"], Draw(1, 0, rows=16))
     draw = Draw(1, 0, rows=16)
     time, fresh = method.config.critic_time.draw(method.teacher, draw), draw.normal(method.teacher.shape)
 

@@ -104,8 +104,8 @@ def test_a_smaller_student_comes_near_its_teacher(data):
 def test_without_data_it_learns_on_the_teachers_samples(teacher):
     method = tsm(teacher)
     assert method.data is None
-    latents, condition = method._samples(Draw(0, 0, rows=64))
-    known = method._pairs.latents
+    latents, condition = method.draw_samples(Draw(0, 0, rows=64))
+    known = method.pairs.latents
     assert len(known) == 8 and all(any(torch.equal(row, one) for one in known) for row in latents)
     assert condition.tensors["class_labels"].unique().tolist() == [0, 1, 2, 3]
 
@@ -202,4 +202,4 @@ def test_a_prompt_teacher_matches_on_its_own_samples():
     teacher = load_teacher(stable_diffusion(), prompts=["a red cat", "two birds"])
     method = tsm(teacher, student_shape={"block_out_channels": (8, 8)}, samples=3)
     loss, _ = method.loss("student", {"student": method.roles()["student"].network}, Draw(0, 0, rows=2))
-    assert loss.isfinite() and method._pairs.labels.tolist() == [0, 1, 0]
+    assert loss.isfinite() and method.pairs.labels.tolist() == [0, 1, 0]

@@ -177,11 +177,11 @@ def derivatives(teacher, caplog, **settings):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     n, duration = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.6])
     prior = StartStates(n, teacher.encode([0, 1]), None)
-    exact = method._derivative(student, prior, duration)
-    assert method._derivative(student, prior, duration).equal(exact)
+    exact = method.derivative(student, prior, duration)
+    assert method.derivative(student, prior, duration).equal(exact)
     lines = [record.message for record in caplog.records if record.name == "flowdistill"]
     method.forward_mode = False
-    return exact, method._derivative(student, prior, duration), lines, method
+    return exact, method.derivative(student, prior, duration), lines, method
 
 
 @pytest.mark.parametrize("make", [tiny_unet_pipeline, tiny_dit_pipeline])
@@ -247,7 +247,7 @@ def test_other_errors_are_not_taken_for_a_missing_rule():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        method._derivative(broken, StartStates(torch.zeros(1, 4, 8, 8), None, None), torch.ones(1))
+        method.derivative(broken, StartStates(torch.zeros(1, 4, 8, 8), None, None), torch.ones(1))
 
 
 def test_the_log_is_the_first_processs(monkeypatch, caplog):

@@ -299,7 +299,7 @@ def test_jvp_runs_on_a_real_backbone_and_agrees_with_differences():
     results = {}
     for kind in ("jvp", "finite_difference"):
         method.config.derivative = kind
-        results[kind] = method._derivative(student, StartStates(n, condition, None), duration)
+        results[kind] = method.derivative(student, StartStates(n, condition, None), duration)
     assert results["jvp"].abs().max() > 1e-2
     assert torch.allclose(results["jvp"], results["finite_difference"], rtol=0.05, atol=2e-3)
 

@@ -59,8 +59,8 @@ class Counted(loop.Trainer):
             Counted.real[name] = {"weights": own(role.network)}
         for name, role in self.roles.items():
             Counted.real[name]["average"] = 0 if role.average is None else own(role.average.network)
-        if getattr(self.method, "_node", None) is not None:
-            Counted.real["other networks"] = {"weights": own(self.method._node)}
+        if getattr(self.method, "node", None) is not None:
+            Counted.real["other networks"] = {"weights": own(self.method.node)}
         super().train()
         for name, role in self.roles.items():
             state = [v for values in role.optimizer.state.values() for v in values.values()]

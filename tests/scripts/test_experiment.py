@@ -303,7 +303,7 @@ def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
 
     target = trainer.method.teacher.network
     if config.method.name == "disback":  # in stage 2 with a node as the target
-        target, own = trainer.method._node.velocity, target
+        target, own = trainer.method.node.velocity, target
         own.backbone.register_forward_hook(count("the teacher itself"))
     target.backbone.register_forward_hook(count("teacher"))
     for name, role in trainer.roles.items():

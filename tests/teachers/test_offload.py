@@ -61,8 +61,8 @@ def test_training_is_the_same_and_the_teacher_is_away_for_the_backward_passes(tm
     trainer, moves = trainer_of(tmp_path / "offload", method, "all"), []
     teacher = trainer.method.teacher
     assert teacher.device == torch.device("cpu") and trainer.method.student().codec is teacher.codec
-    recorded(teacher._offload_hook, teacher.network, "network", moves)
-    recorded(teacher.codec._offload_hook, teacher.codec.vae, "codec", moves)
+    recorded(teacher.offload_hook, teacher.network, "network", moves)
+    recorded(teacher.codec.offload_hook, teacher.codec.vae, "codec", moves)
 
     def noted(name):
         return lambda *arguments: moves.append(name)
@@ -108,7 +108,7 @@ def test_the_device_of_a_teacher_is_where_it_works():
     assert torch.equal(latents, plain.sample(n, plain.encode([0, 1]), steps=2))
     assert torch.equal(teacher.decode(latents), plain.decode(latents))
     only_codec = load_teacher(tiny_dit_pipeline(), offload="codec", device="cpu")
-    assert only_codec._offload_hook is None and only_codec.codec._offload_hook is not None
+    assert only_codec.offload_hook is None and only_codec.codec.offload_hook is not None
     only_codec.release()
 
 

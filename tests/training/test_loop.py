@@ -204,7 +204,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_intact(tmp_path):
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_older_checkpoints(tmp_path, monkeypatch):
-    real = checkpoint._write_tensors
+    real = checkpoint.write_tensors
     done = []
 
     def full(path, tensors):
@@ -214,7 +214,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_older_checkpoints(tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(
         UserError, match="step-000008 .older ones are intact. could not be written: No space left"
     ) as stop:

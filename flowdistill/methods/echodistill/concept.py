@@ -43,20 +43,20 @@ class Concept:
                 word.check(text, what)
         self.prompts = list(dict.fromkeys([*trained, *echoed]))
         number = {text: i for i, text in enumerate(self.prompts)}
-        self._captions, self._trained, self.echo = (
+        self.captions, self._trained, self.echo = (
             torch.tensor([number[text] for text in texts]) for texts in (captions, trained, echoed)
         )
         self.ids = word.ids(self.prompts)
 
     def to(self, device: torch.device | str) -> None:
-        for name in ("images", "_captions", "_trained", "echo", "ids"):
+        for name in ("images", "captions", "_trained", "echo", "ids"):
             setattr(self, name, getattr(self, name).to(device))
 
     def draw_prompts(self, draw: Draw, pool: Pool | None) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of what the student is trained on, captions and ``student_prompts`` evenly, and which of them (B,)
         have pictures. A discriminator's pictures say nothing about the other prompts."""
         numbers = self._trained[draw.integers(len(self._trained))]
-        pictured = torch.isin(numbers, self._captions)
+        pictured = torch.isin(numbers, self.captions)
         if pool is not None:
             pictured |= torch.isin(numbers, pool.prompts.to(numbers.device))
         return self.ids[numbers], pictured
@@ -65,7 +65,7 @@ class Concept:
         """Pictures (B, 3, H, W) and ids (B, L); with a pool some are the student's own."""
         index = draw.integers(len(self.images))
         images = augmented(self.images[index], draw, self.config.random_flip, self.config.zoom)
-        numbers = self._captions[index]
+        numbers = self.captions[index]
         if pool is not None:
             echoed, chosen = draw.uniform() >= self.config.echo.real_fraction, draw.integers(len(pool.images))
             own, own_numbers = (values.to(images.device)[chosen] for values in pool)

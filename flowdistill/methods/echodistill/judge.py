@@ -72,8 +72,8 @@ class Judge:
         for start in range(0, len(latents), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
             x, n = latents[rows].to(self.teacher.device), noise[rows].to(self.teacher.device)
-            own = self._error(x, n, prompts[rows])
-            rivals = [self._error(x, n, column) for column in others[rows].unbind(1)]
+            own = self.error(x, n, prompts[rows])
+            rivals = [self.error(x, n, column) for column in others[rows].unbind(1)]
             parts.append((torch.stack(rivals).amin(0) - own).cpu())
         return torch.cat(parts)
 
@@ -87,7 +87,7 @@ class Judge:
         fewest = min((len(row) for row in rows), default=0)
         return torch.tensor([row[:fewest] for row in rows], dtype=torch.int64).reshape(len(rows), fewest)
 
-    def _error(self, x: Tensor, noise: Tensor, prompts: Tensor) -> Tensor:
+    def error(self, x: Tensor, noise: Tensor, prompts: Tensor) -> Tensor:
         """How far off the denoised picture is (B,), over a few times."""
         condition: Condition = self.condition[prompts.to(self.teacher.device)]
         total = torch.zeros(len(x), device=x.device)

@@ -102,7 +102,7 @@ class EchoDistill(Method):
         if self.critics:
             heads = DiscriminatorHeads([critic.width for critic in self.critics])
             self._roles["discriminator"] = Role(heads, config.discriminator_optimizer)
-        self.echo = EchoStage(config.echo, self._judge, self.sample_images, self._trained, self.concept.echo)
+        self.echo = EchoStage(config.echo, self._judge, self.sample_images, self.trained, self.concept.echo)
 
     def roles(self) -> dict[str, Role]:
         return self._roles
@@ -147,10 +147,10 @@ class EchoDistill(Method):
         if config.prior_loss_weight:
             before, other, condition, _ = self.kept.draw(draw)
             both = torch.cat([embeds, condition.tensors["prompt_embeds"].to(embeds)])
-            sample, held = self._make(networks, torch.cat([noise, other]), both).chunk(2)
+            sample, held = self.generate(networks, torch.cat([noise, other]), both).chunk(2)
             terms["prior"] = config.prior_loss_weight * alignment.latent_distance(held, before)
         else:
-            sample = self._make(networks, noise, embeds)
+            sample = self.generate(networks, noise, embeds)
         pictures = self.teacher.codec.pixels(sample)
         terms |= self.align(networks["teacher"], draw, sample, pictures, noise, embeds)
         if self.critics:
@@ -163,14 +163,15 @@ class EchoDistill(Method):
         real, ids = self.concept.draw(draw, self.echo.pool)
         with torch.no_grad():
             embeds = networks["teacher"](ids=ids)  # so that prompts do not tell samples from pictures
-            sample = self._make(networks, draw.normal(self.teacher.shape), embeds)
+            sample = self.generate(networks, draw.normal(self.teacher.shape), embeds)
             pictures = torch.cat([self.teacher.codec.pixels(sample), real])
             seen = [critic(pictures).pooled for critic in self.critics]
         fake, true = networks["discriminator"](seen).chunk(2)
         told = ((fake < 0).float().mean() + (true > 0).float().mean()) / 2
         return 0.5 * adversarial.discriminator_loss(fake, true).sum(1).mean(), {"discriminator_accuracy": told.detach()}
 
-    def _make(self, networks: Networks, noise: Tensor, embeds: Tensor) -> Tensor:
+    def generate(self, networks: Networks, noise: Tensor, embeds: Tensor) -> Tensor:
+        """The student's samples (B, *shape) of the noise, for prompts' embeddings (B, tokens, channels)."""
         condition = Condition({"prompt_embeds": embeds})
         return generated(networks["student"], noise, self._student.t_start, condition)
 
@@ -188,7 +189,7 @@ class EchoDistill(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.echo.history = list(state["echo"])
 
-    def _trained(self) -> dict[str, Tensor]:
+    def trained(self) -> dict[str, Tensor]:
         """Everything that trains, by role and name."""
         return {f"{name}.{key}": value for name, role in self._roles.items()
                 for key, value in network_tensors(role.network).items()}

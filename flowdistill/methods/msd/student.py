@@ -66,7 +66,7 @@ class RoutedStudent(Student):
             student.codec = first.codec  # once in memory
         self.students, self.partition, self.resident = list(students), partition, resident
         self._device = first.device
-        self._here = [] if resident is not None else list(range(len(students)))  # on the device, last used at the end
+        self.on_device = [] if resident is not None else list(range(len(students)))  # last used at the end
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +79,7 @@ class RoutedStudent(Student):
             self.network.to(self._device)
         else:
             self.network.to("cpu")
-            self._here = []
+            self.on_device = []
         return self
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
@@ -88,12 +88,12 @@ class RoutedStudent(Student):
     def student(self, part: int) -> Student:
         """The student of a part, its network on the device."""
         if self.resident is not None:
-            if part in self._here:
-                self._here.remove(part)
-            elif len(self._here) == self.resident:
-                self.students[self._here.pop(0)].network.to("cpu")
+            if part in self.on_device:
+                self.on_device.remove(part)
+            elif len(self.on_device) == self.resident:
+                self.students[self.on_device.pop(0)].network.to("cpu")
             self.students[part].network.to(self._device)
-            self._here.append(part)
+            self.on_device.append(part)
         return self.students[part]
 
     def route(self, condition: Condition) -> Tensor:

@@ -184,7 +184,7 @@ def test_margins_say_which_prompt_denoises_a_picture_best():
     judge = judge_of(flat((1.0, 0, 0)), flat((0, 1.0, 0)), ("a cat", "a dog", "the sea"))
     latents, own = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2] * 2)
     found = judge.margins(latents, own)
-    errors = torch.stack([judge._error(latents, noise_of(6), torch.full((6,), i)) for i in range(3)], 1)
+    errors = torch.stack([judge.error(latents, noise_of(6), torch.full((6,), i)) for i in range(3)], 1)
     others = torch.stack([errors[i, [k for k in range(3) if k != own[i]]].min() for i in range(6)])
     torch.testing.assert_close(found, others - errors[torch.arange(6), own])
     assert (found > 0).any() and (found < 0).any()

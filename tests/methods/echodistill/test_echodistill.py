@@ -86,7 +86,7 @@ def test_prompts_without_pictures_are_not_compared_with_pictures(tmp_path):
     assert len(asked) == 1 and torch.equal(asked[0], captioned.expand(4, -1)) and not torch.equal(captioned, other)
     off = {"latent_weight": 0.0, "identity_weight": 0.0, "texture": "none", "prior_loss_weight": 0.0}
     method = make_method(tmp_path, **off)
-    method.concept._captions = torch.tensor([-1])  # no prompt has a picture
+    method.concept.captions = torch.tensor([-1])  # no prompt has a picture
     assert not gradients(method, "student")
 
 
@@ -179,7 +179,7 @@ def test_the_students_terms_are_their_weights_times_the_objectives(tmp_path):
     before, other, _, _ = method.kept.draw(draw)
     embeds = method.word(ids).detach()
     with torch.no_grad():
-        sample = method._make(bare(method), noise, embeds)
+        sample = method.generate(bare(method), noise, embeds)
         time = config.alignment_time.draw(method.teacher, draw)
         share = alignment.signal_share(time)
         target = method.align.target(bare(method)["teacher"], sample, noise, time, embeds)
@@ -206,7 +206,7 @@ def test_the_prior_terms_measure_the_distance_to_the_untrained_models(tmp_path):
     for name, draw in zip(("student", "teacher"), draws, strict=True):
         assert method.loss(name, bare(method), draw)[1]["prior"].item() < 1e-9
     with torch.no_grad():
-        for value in method._trained().values():
+        for value in method.trained().values():
             value.add_(0.05)
     student, _ = bare(method)["student"], draws
     draw = Draw(0, 1, rows=2)

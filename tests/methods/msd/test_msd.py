@@ -217,7 +217,7 @@ def test_only_some_students_are_on_the_device(run, monkeypatch):
     monkeypatch.setattr(few, "_device", torch.device("cpu", 0))
     for part in (0, 1, 0, 2, 2, 0):
         few.student(part)
-        assert len(few._here) <= 2
+        assert len(few.on_device) <= 2
     moves = [part for part, device in placed if device == "cpu:0"]
     assert moves == [0, 1, 0, 2, 2, 0] and [part for part, device in placed if device == "cpu"] == [1]
     monkeypatch.undo()
