@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flowdistill.config import load_config
 from flowdistill.utils.errors import UserError
+from tests.processes import ROOT, Child
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = "configs/digits/freeflow.yaml"
 
 
@@ -193,9 +195,18 @@ def test_docs_table_is_replaced_between_its_markers_only(tmp_path):
         write_docs(page, "c", "new\n")
 
 
-def test_an_experiment_runs_measures_and_leaves_finished_runs_alone(tmp_path):
+def start(command, stdout, stderr, env) -> Child:
+    """What ``subprocess.Popen`` does with the script's commands, forked."""
+    python, dash_m, module, *arguments = command
+    assert (python, dash_m, stdout) == (sys.executable, "-m", stderr)
+    return Child(module, *arguments, env=env, log=Path(stdout.name))
+
+
+def test_an_experiment_runs_measures_and_leaves_finished_runs_alone(tmp_path, monkeypatch):
+    import run_experiment
     from run_experiment import main
 
+    monkeypatch.setattr(run_experiment, "subprocess", SimpleNamespace(Popen=start))
     settings = (
         "overrides: [train.steps=2, train.batch_size=4, 'train.trackers=[]', train.num_samples=10, "
         "evaluation.num_images=40, 'evaluation.teacher_steps=[1]']\n"
@@ -333,7 +344,7 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     boot = "configs/digits/boot.yaml"
     assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
-    for override, part in (("method.guidance_scale=2", "without guidance"), ("method.metric=a:b", "use l2"),
-                           ("method.name=data_flow_map", "passes of freeflow, boot, dmd2")):
-        assert benchmark_step.main([boot, override]) == 2
+    for overrides, part in ((["method.guidance_scale=2"], "without guidance"), (["method.metric=a:b"], "use l2"),
+                            (["method.name=data_flow_map", "method.data=digits"], "passes of freeflow, boot, dmd2")):
+        assert benchmark_step.main([boot, *overrides]) == 2
         assert part in capsys.readouterr().err
