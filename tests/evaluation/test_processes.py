@@ -67,7 +67,8 @@ def refuse() -> None:
 
 
 def worker(folder: Path) -> None:
-    torch.save(measure(folder), folder / f"rank{Processes.start().rank}.pt")
+    rank = Processes.start().rank
+    torch.save(measure(folder), folder / f"rank{rank}.pt")
 
 
 def image_folder(path: Path) -> None:
