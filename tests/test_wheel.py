@@ -27,18 +27,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, folder: Path, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(site)}
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+COMMANDS = """
+import json, sys
+import flowdistill
+from flowdistill.cli.commands import main
+print(flowdistill.__file__)
+for command in json.loads(sys.argv[1]):
+    assert main(command) == 0, command
+"""
+
+
 def test_the_main_job_runs_by_its_name_in_an_empty_folder(site, tmp_path):
-    where = run(site, tmp_path, "-c", "import flowdistill; print(flowdistill.__file__)")
-    assert Path(where.strip()).is_relative_to(site)
     small = ["train.steps=2", "train.trackers=[]", "evaluation.num_images=40", "evaluation.teacher_steps=[1]"]
-    out = run(site, tmp_path, "-m", "flowdistill", "distill", "digits/freeflow", *small)
+    commands = [["distill", "digits/freeflow", *small], ["inspect", "assets/digits-flow"]]
+    out = run(site, tmp_path, "-c", COMMANDS, json.dumps(commands))
+    assert Path(out.splitlines()[0]).is_relative_to(site)
     report = json.loads((tmp_path / "runs/digits-freeflow/report.json").read_text())
     assert [row["model"] for row in report["rows"]] == ["teacher", "student"] and "report.json" in out
-    said = run(site, tmp_path, "-m", "flowdistill", "inspect", "assets/digits-flow")
-    assert "FlowMatchEulerDiscreteScheduler" in said
+    assert "FlowMatchEulerDiscreteScheduler" in out
+    assert run(site, tmp_path, "-m", "flowdistill", "--version").startswith("flowdistill ")

@@ -20,6 +20,7 @@ import flowdistill
 from flowdistill import UserError, load_teacher
 from flowdistill.data.assets import asset_path
 from flowdistill.students import FlowMap, StudentInfo
+from tests.processes import Child
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
 COMMANDS = ("distill", "sample", "evaluate", "export", "inspect")
@@ -99,8 +100,11 @@ def test_help_of_each_command_has_examples(cli, command: str) -> None:
 
 
 def test_python_dash_m_is_the_same_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "flowdistill", "--version"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "flowdistill"]
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"flowdistill {flowdistill.__version__}\n")
+    result = subprocess.run([*command, "evaluate", "x", "--num-images", "1"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +143,11 @@ def test_arguments_that_do_not_fit(cli, arguments: list[str], expected: str) -> 
 
 
 def test_a_configuration_error_in_a_real_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowdistill", "distill", str(tmp_path / "none.yaml"), "train.steps=1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("flowdistill: error: ")
-    assert f"{tmp_path / 'none.yaml'} does not exist" in result.stderr
-    assert "Traceback" not in result.stderr
+    with Child("flowdistill", "distill", tmp_path / "none.yaml", "train.steps=1") as process:
+        assert process.wait() == 2 and process.output == ""
+    assert process.errors.splitlines()[-1].startswith("flowdistill: error: ")
+    assert f"{tmp_path / 'none.yaml'} does not exist" in process.errors
+    assert "Traceback" not in process.errors
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from flowdistill.methods.boot import Boot
 from flowdistill.training.method import Method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.registry import Registry
+from tests.processes import run
 
 METHOD = '''
 """Regression on the teacher's own samples: the whole method."""
@@ -114,11 +113,10 @@ def outside(tmp_path: Path) -> Path:
 
 
 def python(folder: Path, code: str) -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), root])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What a program in ``folder`` prints, where Python also finds what is installed there."""
+    script = folder / "program.py"
+    script.write_text(code)
+    return run(script, cwd=folder)
 
 
 def test_a_method_and_a_backbone_from_outside_train_together(outside: Path) -> None:

@@ -190,12 +190,13 @@ def test_the_type_a_network_computes_in_follows_it():
 LOAD = """
 import sys, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-kwargs = dict(num_inference_steps=1, class_labels=[0, 1, 2], output_type="pt")
-kwargs["generator"] = torch.Generator().manual_seed(5)
-kwargs |= dict(batch_size=3) if sys.argv[2] == "unet" else dict(guidance_scale=1)
-torch.save(pipe(**kwargs).images, sys.argv[3])
+for family in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(family)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(num_inference_steps=1, class_labels=[0, 1, 2], output_type="pt")
+    kwargs["generator"] = torch.Generator().manual_seed(5)
+    kwargs |= dict(batch_size=3) if family == "unet" else dict(guidance_scale=1)
+    torch.save(pipe(**kwargs).images, family + ".pt")
 assert not any(name.startswith("flowdistill") for name in sys.modules)
 """
 
@@ -220,14 +221,22 @@ def test_exported_pipeline_gives_the_same_images(tmp_path, family, scheduler):
     assert all(torch.equal(before[name], value) for name, value in student.network.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Trained students, and a folder with the export of each and the images that stock diffusers makes with it."""
+    folder = tmp_path_factory.mktemp("exported")
+    students = {family: student_of(family, trained=True)[1] for family in FAMILIES}
+    for family, student in students.items():
+        export(student, folder / family)
+    subprocess.run([sys.executable, "-c", LOAD, *FAMILIES], check=True, cwd=folder)
+    return students, folder
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_export_loads_without_flowdistill(tmp_path, family):
-    _, student = student_of(family, trained=True)
-    export(student, tmp_path / "out")
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "out", family, tmp_path / "images.pt"], check=True,
-                   cwd=tmp_path)
-    images = torch.load(tmp_path / "images.pt")
+def test_export_loads_without_flowdistill(exported, family):
+    students, folder = exported
+    student, images = students[family], torch.load(folder / f"{family}.pt")
     expected = student.decode(student(noise(student), student.encode([0, 1, 2])))
     assert (images - expected).abs().max() < 1e-5
     with pytest.raises(UserError, match="not empty"):
-        export(student, tmp_path / "out")
+        export(student, folder / family)
