@@ -77,13 +77,13 @@ class MsdConfig(HostingConfig):
         if (self.partition == "file") != (self.partition_file is not None):
             raise UserError("method.partition_file goes with method.partition 'file', and 'file' needs one; the "
                             f"partition is '{self.partition}' and the file {self.partition_file or 'null'}")
-        if self.adversarial.steps and self.adversarial.data is None:
-            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but method.adversarial.data is "
-                            "null; name an image set, such as digits")
         if self.adversarial.steps and not isinstance(self.host, HostConfig):
             name = getattr(self.host, "name", "")
             raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but the host '{name}' "
                             "has no adversarial term; set it to 0, or take dmd2, diff_instruct or sid")
+        if self.adversarial.steps and self.adversarial.data is None:
+            raise UserError(f"method.adversarial.steps is {self.adversarial.steps}, but method.adversarial.data is "
+                            "null; name an image set, such as digits")
 
 
 @functools.cache
