@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowdistill.utils.errors import UserError
@@ -60,11 +61,11 @@ def mixed_seed(*parts: int | str) -> int:
 class Draw:
     """Random numbers for one micro-batch of one update, and the mean over the processes.
 
-    Every draw is made for all ``rows`` on the CPU, from a generator seeded by (seed, step, update, micro, number of
-    the call), and this process gets the rows rank, rank + world, rank + 2 * world, ... So the rows of two processes
-    together are the rows of one, on any device, and a resumed run draws what an uninterrupted one does. A method that
-    treats the first share of its rows differently does so to the same rows for any number of processes that divides
-    both shares. All processes must make the same calls in the same order.
+    Every number belongs to (seed, step, update, micro, number of the call, row), and a process makes those of its own
+    rows only, rank, rank + world, rank + 2 * world, ..., on the CPU. So the rows of two processes together are the rows
+    of one, on any device, at a cost that does not grow with the number of processes, and a resumed run draws what an
+    uninterrupted one does. A method that treats the first share of its rows differently does so to the same rows for
+    any number of processes that divides both shares. All processes must make the same calls in the same order.
 
     Args:
         seed: of the run.
@@ -94,17 +95,20 @@ class Draw:
         self.rows, self.rank, self.world = rows, rank, world
         self.device = torch.device(device)
         self._calls = 0
-        self._check(rows)
+        self._own_rows(rows)
 
     def normal(self, shape: Sequence[int], rows: int | None = None) -> Tensor:
         """Unit normal numbers, float32 (local rows, *shape); ``rows`` (over all processes) defaults to all."""
-        count = self.rows if rows is None else rows
-        return self._mine(torch.randn((count, *shape), generator=self._generator()))
+        if not shape:  # the inverse of the distribution function: one number is no work for a generator of its own
+            return self._placed(torch.special.ndtri(self._shares(rows)).float())
+        first, own = self._call_seed(), self._own_rows(rows)
+        return self._placed(seeded_normal(tuple(shape), [first + row for row in own]))
 
     def uniform(self, low: float = 0.0, high: float = 1.0, rows: int | None = None) -> Tensor:
         """Numbers in [low, high), float32 (local rows,)."""
-        count = self.rows if rows is None else rows
-        return self._mine(low + (high - low) * torch.rand(count, generator=self._generator()))
+        # 24 bits, as float32 has them: rounding to it would make a 1 of the largest.
+        share = (self._shares(rows) * _FLOAT32).floor().float() / _FLOAT32
+        return self._placed(low + (high - low) * share)
 
     def logit_normal(self, mean: float, std: float, rows: int | None = None) -> Tensor:
         """sigmoid(mean + std * normal): numbers in (0, 1), float32 (local rows,)."""
@@ -112,15 +116,12 @@ class Draw:
 
     def integers(self, high: int, rows: int | None = None, on_cpu: bool = False) -> Tensor:
         """Integers in [0, high), int64 (local rows,); ``on_cpu`` keeps them there, to index what is there."""
-        count = self.rows if rows is None else rows
-        values = torch.randint(high, (count,), generator=self._generator())
-        return self._local(values) if on_cpu else self._mine(values)
+        values = (self._shares(rows) * high).long().clamp(max=high - 1)
+        return values if on_cpu else self._placed(values)
 
     def choice(self, cumulative: Tensor, rows: int | None = None) -> Tensor:
         """Indices with probabilities given by their running sum (N,) to 1; int64 (local rows,), always on the CPU."""
-        count = self.rows if rows is None else rows
-        values = self._local(torch.rand(count, generator=self._generator(), dtype=torch.float64))
-        return torch.searchsorted(cumulative, values, right=True).clamp(max=len(cumulative) - 1)
+        return torch.searchsorted(cumulative, self._shares(rows), right=True).clamp(max=len(cumulative) - 1)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of a tensor over its elements and over the processes (of equal rows): 0-d, detached, no host sync."""
@@ -130,24 +131,43 @@ class Draw:
             value = value / self.world
         return value
 
-    def _generator(self) -> torch.Generator:
+    def _call_seed(self) -> int:
         self._calls += 1
-        seed = mixed_seed("draw", self.seed, self.step, self.update, self.micro, self._calls)
-        return torch.Generator().manual_seed(seed)
+        return mixed_seed("draw", self.seed, self.step, self.update, self.micro, self._calls)
 
-    def _check(self, rows: int) -> None:
+    def _own_rows(self, rows: int | None) -> range:
+        """The numbers of this process's rows."""
+        rows = self.rows if rows is None else rows
         if rows % self.world:
             raise UserError(f"{rows} rows cannot be shared equally by {self.world} processes")
+        return range(self.rank, rows, self.world)
 
-    def _local(self, values: Tensor) -> Tensor:
-        self._check(len(values))
-        return values[self.rank :: self.world].contiguous()
+    def _shares(self, rows: int | None) -> Tensor:
+        """Numbers in (0, 1), float64 (local rows,), on the CPU."""
+        first, own = self._call_seed(), self._own_rows(rows)
+        return hashed_uniform(first, np.arange(own.start, own.stop, own.step, dtype=np.uint64))
 
-    def _mine(self, values: Tensor) -> Tensor:
-        values = self._local(values)
+    def _placed(self, values: Tensor) -> Tensor:
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
+
+
+_FLOAT32 = 2**24
+
+
+def hashed_uniform(seed: int, rows: NDArray[np.uint64]) -> Tensor:
+    """A number in (0, 1) for each row, float64 (N,), by SplitMix64 (Steele, Lea, Flood 2014): a function of both only.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        rows: (N,).
+    """
+    z = np.uint64(seed) + (rows + np.uint64(1)) * np.uint64(_STRIDE)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return torch.from_numpy(((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
 _STRIDE = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: consecutive seeds land far apart
@@ -161,13 +181,19 @@ def indexed_noise(shape: tuple[int, ...], seed: int, indices: Iterable[int]) -> 
         indices: of at least 0.
     """
     seed, indices = check_seed(seed), list(indices)
-    noise = torch.empty(len(indices), *shape)
-    for index, row in zip(indices, noise.unbind(), strict=True):
-        row.normal_(generator=_generator_at(seed, index))
-    return noise
+    if seed >= _SHORT:
+        return _filled(shape, [generator_of(seed, index) for index in indices])
+    return seeded_normal(shape, [(seed + 1) * _STRIDE + index for index in indices])
 
 
-def _generator_at(seed: int, index: int) -> torch.Generator:
-    if seed < _SHORT:
-        return torch.Generator().manual_seed(((seed + 1) * _STRIDE + index) & 0x7FFFFFFFFFFFFFFF)
-    return generator_of(seed, index)
+def seeded_normal(shape: tuple[int, ...], seeds: Iterable[int]) -> Tensor:
+    """Unit normal noise (N, *shape), float32 on the CPU, a row for each seed, of which the lowest 32 bits count.
+
+    Seeds that follow each other are different ones; of unrelated calls two rows are the same once in 2^32.
+    """
+    return _filled(shape, (torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in seeds))
+
+
+def _filled(shape: tuple[int, ...], generators: Iterable[torch.Generator]) -> Tensor:
+    rows = [torch.empty(shape).normal_(generator=generator) for generator in generators]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)

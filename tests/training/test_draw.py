@@ -78,3 +78,41 @@ def test_mean_is_detached():
 def test_mixed_seed_depends_on_every_part_and_its_place():
     seeds = {mixed_seed(*parts) for parts in [(0, 1), (1, 0), (0, 0), (1, 1), (11,), ("a", 1), (0, 1, 0)]}
     assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_process_makes_its_own_rows_only(monkeypatch):
+    made = []
+    real = torch.Generator.manual_seed
+    monkeypatch.setattr("flowdistill.utils.randomness.torch.Generator", lambda: Counting())
+
+    class Counting:
+        def manual_seed(self, seed):
+            made.append(seed)
+            return real(REAL(), seed)
+
+    draw = Draw(0, 0, rows=64, rank=3, world=16)
+    assert draw.normal((4, 8, 8)).shape == (4, 4, 8, 8) and len(made) == 4
+    assert len(draw.uniform()) == len(draw.integers(5)) == 4 and len(made) == 4
+
+
+REAL = torch.Generator
+
+
+def test_numbers_of_single_rows_have_their_distributions():
+    draw = Draw(3, 1, rows=200_000)
+    uniform, normal = draw.uniform(), draw.normal(())
+    for k in (1, 2, 3, 4):  # moments of the uniform distribution, to five standard errors
+        assert uniform.double().pow(k).mean() == pytest.approx(1 / (k + 1), abs=5 * 200_000**-0.5)
+    assert normal.mean().abs() < 0.012 and normal.std() == pytest.approx(1, abs=0.01)
+    assert normal.pow(4).mean() == pytest.approx(3, abs=0.15) and normal.isfinite().all()
+    assert (uniform[1:] - 0.5).dot(uniform[:-1] - 0.5).div(200_000).abs() < 0.001  # neighbours; variance 1/12
+    counts = torch.bincount(draw.integers(7), minlength=7).double()
+    assert ((counts - 200_000 / 7).square() / (200_000 / 7)).sum() < 22.5  # chi-squared, six degrees: 0.1 %
+    two = Draw(3, 2, rows=200_000).uniform()
+    assert (uniform - 0.5).dot(two - 0.5).div(200_000).abs() < 0.001
+
+
+def test_all_rows_of_a_call_differ():
+    noise = Draw(0, 0, rows=512).normal((2,))
+    assert len({tuple(row) for row in noise.tolist()}) == 512
+    assert len(set(Draw(0, 0, rows=4096).uniform().tolist())) > 4090  # 24 bits

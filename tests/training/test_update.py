@@ -146,7 +146,8 @@ def test_precision_follows_the_launcher_only_when_it_is_left_open(monkeypatch):
 
 def trained_in(precision, folder, steps=4):
     """A trainer after ``steps`` steps of two roles with clipping; fp16 with a scale that the toy does not overflow."""
-    trainer = make_trainer(folder, ToyConfig(critic_updates=2), precision=precision, max_grad_norm=0.05)
+    # A seed without a gradient near 0, of which AdamW sees the sign only: rounding would turn such a step round.
+    trainer = make_trainer(folder, ToyConfig(critic_updates=2), seed=2, precision=precision, max_grad_norm=0.05)
     if precision == "fp16":
         for role in trainer.roles.values():
             role.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
