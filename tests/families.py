@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import string
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class Family:
     null_label: int | None = None
     loop: bool = False
 
-    @property
+    @functools.cached_property
     def prompts(self) -> bool:
         return "prompt" in inspect.signature(self.make().__call__).parameters
 
@@ -193,8 +194,8 @@ def pixart(alpha: bool = False) -> diffusers.PixArtSigmaPipeline | diffusers.Pix
         cross_attention_dim=24, caption_channels=32, use_additional_conditions=alpha, **size,
     ))
     kind = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
-    return kind(tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae(), transformer=transformer,
-                scheduler=DPMSolverMultistepScheduler(**VP))
+    return kind(tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae(mid_block_add_attention=not alpha),
+                transformer=transformer, scheduler=DPMSolverMultistepScheduler(**VP))
 
 
 def sana() -> diffusers.SanaPipeline:

@@ -1,5 +1,6 @@
 """Every family against its own pipeline, on tiny random pipelines of real diffusers classes."""
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -54,12 +55,18 @@ def teacher_of(name, **settings):
     return pipeline, load_teacher(pipeline, image_size=family.image_size, null_label=family.null_label, **settings)
 
 
+@functools.lru_cache(maxsize=2)
+def shared(name, prompted=False):
+    """The same, made once for the tests of a family that change neither the pipeline's networks nor the teacher."""
+    return teacher_of(name, **{"prompts": PROMPTS} if prompted else {})
+
+
 def difference(name, scale, negative=None, steps=4, change=None):
     """Largest difference of latents between a teacher's Euler steps and its pipeline's own call.
 
     ``change(teacher, condition, settings)`` may spoil something, and returns the condition.
     """
-    family, (pipeline, teacher) = SAMPLED[name], teacher_of(name)
+    family, (pipeline, teacher) = SAMPLED[name], shared(name) if change is None else teacher_of(name)
     n = noise(teacher)
     if family.prompts:
         negatives = None if negative is None else [negative] * len(n)
@@ -90,7 +97,7 @@ def test_samples_are_those_of_the_pipeline(name):
 @pytest.mark.parametrize("name", SAMPLED)
 def test_few_steps_are_those_of_the_pipeline(name, steps):
     """One step is one from the teacher's start to data, and never NaN."""
-    family, (pipeline, teacher) = SAMPLED[name], teacher_of(name)
+    family, (pipeline, teacher) = SAMPLED[name], shared(name)
     grid = teacher.path.time_grid(steps)
     assert grid[0] == teacher.t_max and grid[-1] == 0 and len(grid) == steps + 1 and (grid.diff() < 0).all()
     if family.scheduler is trailing_ddim and steps == 3:
@@ -107,6 +114,7 @@ def test_few_steps_are_those_of_the_pipeline(name, steps):
     assert near(ours, n - teacher.velocity(n, 1.0, condition) if teacher.t_max == 1 else
                 teacher.denoise(teacher.t_max * n, teacher.t_max))
     if name == "qwen-image":
+        pipeline, _ = teacher_of(name)
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift_terminal=None)
         assert near(ours, pipeline_latents(pipeline, family, n, 1, 1.0))
 
@@ -162,8 +170,8 @@ def near(one, other):
     return (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
 
 
-def student_of(name, guidance_range=None, trained=False, kind=FlowMap, lora=None, **settings):
-    pipeline, teacher = teacher_of(name, **settings)
+def student_of(name, guidance_range=None, trained=False, kind=FlowMap, lora=None, prompted=False, **settings):
+    pipeline, teacher = teacher_of(name, **settings) if settings else shared(name, prompted)
     student = kind.from_teacher(teacher, StudentInfo("freeflow", name, guidance_range, 1.0), lora=lora)
     if trained:  # stands for training: every weight, and the zero-initialised embeddings above all
         generator = torch.Generator().manual_seed(3)
@@ -212,8 +220,7 @@ METHODS = {
 
 def train_one_step(name, method):
     """One step of each network of a method; checks that the loss is finite and that what can train has moved."""
-    settings = {"prompts": PROMPTS} if FAMILIES[name].prompts else {}
-    teacher = teacher_of(name, **settings)[1]
+    _, teacher = shared(name, prompted=FAMILIES[name].prompts)
     trained = METHODS[method](teacher, 2.0 if teacher.can_guide else 1.0)
     networks = {role: part.network for role, part in trained.roles().items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +245,7 @@ def test_one_training_step(name, method):
 @pytest.mark.parametrize("kind", [FlowMap, Generator])
 @pytest.mark.parametrize("name", TEXT)
 def test_disk_round_trip(tmp_path, name, kind):
-    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, prompts=PROMPTS)
+    _, teacher, student = student_of(name, (1.0, 2.0), trained=True, kind=kind, prompted=True)
     student.save(tmp_path / "s")
     again = load_student(tmp_path / "s")
     n, condition = noise(student), teacher.encode(prompts=PROMPTS[:2])
