@@ -7,6 +7,7 @@ GPU does differently are put right: attention goes to a fused kernel, and half p
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -76,23 +77,35 @@ def _fused_attention(
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of every tensor storage on ``device`` that comes into being, and when it goes.
+    """Counts the bytes of every storage of meta tensors that comes into being, and when it goes.
+
+    torch finds most shapes of meta tensors in Python, which would take most of a plan's time. A network's blocks are
+    alike, so what a function has made of arguments of the same shapes is remembered.
 
     Attributes:
         events: (storage, bytes) in order of time: positive when it comes, negative when it goes.
     """
 
-    def __init__(self, device: str = "meta") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.events: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, Any]] = {}
         self._count = 0
+        self._made: dict[Any, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+        kwargs = kwargs or {}
+        key = _described((func, args, kwargs)) if _makes_new_tensors(func) else None
+        remembered = self._made.get(key)
+        if remembered is not None:
+            out = _again(remembered)
+        else:
+            out = func(*args, **kwargs)
+            if key is not None:
+                old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+                self._made[key] = _layout(out, old)
+        for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._note(tensor.untyped_storage())
         return out
 
@@ -123,6 +136,50 @@ class Live(TorchDispatchMode):
                 alive += size
                 highest = max(highest, alive)
         return highest
+
+
+@functools.cache
+def _makes_new_tensors(func: Any) -> bool:
+    """Whether a function of torch says that it returns no view and changes no argument."""
+    return not func.is_view and not func._schema.is_mutable
+
+
+def _described(value: Any) -> Any:
+    """A key that is equal for tensors of equal layouts and types, and for other arguments that are equal."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value  # 1 == 1.0 == True, and types of results depend on it
+
+
+def _layout(out: Any, old: set[int]) -> Any:
+    """What :func:`_again` makes the like of ``out`` from; None where it has more than meta tensors of new storages.
+
+    Args:
+        old: storages of the arguments, and of the parts of ``out`` that came before.
+    """
+    if isinstance(out, (list, tuple)):
+        parts = [_layout(one, old) for one in out]
+        return None if None in parts else (type(out), parts)
+    if not isinstance(out, Tensor) or not out.is_meta or out.is_conj() or out.is_neg():
+        return None
+    storage = out.untyped_storage()
+    alone = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta").untyped_storage()
+    if storage._cdata in old or storage.nbytes() != alone.nbytes():
+        return None
+    old.add(storage._cdata)
+    return out.shape, out.stride(), out.dtype
+
+
+def _again(layout: Any) -> Any:
+    if isinstance(layout[0], type):
+        kind, parts = layout
+        return kind(map(_again, parts))
+    shape, stride, dtype = layout
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def simulated(networks: dict[str, nn.Module], precision: str, checkpointing: bool) -> dict[str, Callable[..., Any]]:

@@ -11,6 +11,7 @@ from flowdistill.config import load_config
 from flowdistill.plan import advice, make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
+from flowdistill.plan.simulation import Live
 from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
 from flowdistill.training.run import distill, method_class
@@ -124,6 +125,25 @@ def real_peak(update):
         alive += event.nbytes()
         highest = max(highest, alive)
     return highest
+
+
+def test_storages_are_counted_once_each_however_often_a_shape_comes():
+    """What torch has said of some shapes and types is remembered: a new storage for a product, none for a view."""
+    x, w = torch.empty(4, 8, device="meta"), torch.empty(8, 8, device="meta")
+    with Live() as live:
+        a, b = x @ w, x @ w
+        views = [a.view(8, 4), b.view(8, 4), b.add_(1), *a.chunk(2), *b.chunk(2)]
+        views += [torch.ops.aten._unsafe_view(one, [8, 4]) for one in (a, b)]  # no view by its schema
+        numbers = [live.number(one) for one in (a, b, *views)]
+        assert numbers == [1, 2, 1, 2, 2, 1, 1, 2, 2, 1, 2] and live.number(x) is None
+        norms = [torch.native_layer_norm(x, [8], None, None, 1e-5) for _ in range(2)]  # with a mean and a scale a row
+        assert [live.number(part) for norm in norms for part in norm] == [3, 4, 5, 6, 7, 8]
+        assert live.events == [*enumerate([128, 128, *[128, 16, 16] * 2], start=1)]
+        del a, views
+        half = x.to(torch.bfloat16) @ w.to(torch.bfloat16)
+        assert live.number(half) == 11 and live.peak() == 128 + 2 * 160 + 64 + 128 + 64
+        whole = x.long()
+        assert (whole * 2).dtype == torch.int64 and (whole * 2.0).dtype == torch.float32  # although 2 == 2.0
 
 
 WIDE = {"num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 16}
