@@ -275,6 +275,7 @@ def flow_euler(pipeline: Any) -> EvenFlowEuler:
     return EvenFlowEuler(shift=3.0)
 
 
+# Flux and Qwen-Image pack patches of 2 x 2 latents into tokens; diffusers has no public name for it.
 def tokens(latents: Tensor) -> Tensor:
     return diffusers.FluxPipeline._pack_latents(latents, *latents.shape)
 

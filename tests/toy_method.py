@@ -133,7 +133,10 @@ def make_trainer(folder, method=None, seed=0, fsdp2=False, **train):
 
 
 def shard(accelerator, **settings):
-    """Make accelerate shard on the CPU, which it does on GPUs only; its state is shared by all its objects."""
+    """Make accelerate shard on the CPU, which it does on GPUs only; its state is shared by all its objects.
+
+    Nothing public of accelerate's sets it.
+    """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True, **settings
     )

@@ -39,7 +39,7 @@ PLACE_ERRORS = frozenset(
 
 def command() -> NoReturn:
     """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
-    warnings.formatwarning = _warning
+    warnings.formatwarning = format_warning
     exit_process(main())
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(sentence)
 
 
-def _warning(
+def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None,
     python: Callable[..., str] = warnings.formatwarning,
 ) -> str:

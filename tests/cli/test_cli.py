@@ -175,11 +175,11 @@ def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: 
 
 def test_a_warning_of_this_package_is_one_line() -> None:
     from flowdistill.cli.commands import __file__ as own
-    from flowdistill.cli.commands import _warning
+    from flowdistill.cli.commands import format_warning
 
     for file in (own, flowdistill.__file__, load_teacher.__code__.co_filename):
-        assert _warning("short run", UserWarning, file, 3) == "flowdistill: warning: short run\n"
-    assert __file__ in _warning("theirs", UserWarning, __file__, 3)
+        assert format_warning("short run", UserWarning, file, 3) == "flowdistill: warning: short run\n"
+    assert __file__ in format_warning("theirs", UserWarning, __file__, 3)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -145,7 +145,7 @@ def steps_of(scheduler, steps, start):
     for t in timesteps_of(scheduler):
         x = samples[-1]
         native = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        if name == "PNDMScheduler":  # the transfer that all its methods are made of
+        if name == "PNDMScheduler":  # the transfer that its methods are made of, in diffusers' own words only
             samples.append(scheduler._get_prev_sample(x, t, t - 1000 // steps, backbone(native)))
             continue
         out = scheduler.step(backbone(native), t, x, **extra)

@@ -62,23 +62,20 @@ class Counted(loop.Trainer):
             Counted.real[name]["average"] = 0 if role.average is None else own(role.average.network)
         if getattr(self.method, "node", None) is not None:
             Counted.real["other networks"] = {"weights": own(self.method.node)}
-        super().train()
+        apply = loop.apply_update
+
+        def counting(optimizer, *args):
+            (name,) = (name for name, role in self.roles.items() if role.optimizer is optimizer)
+            parameters = self.roles[name].network.parameters()
+            Counted.gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            return apply(optimizer, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "apply_update", counting)
+            super().train()
         for name, role in self.roles.items():
             state = [v for values in role.optimizer.state.values() for v in values.values()]
             Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": Counted.gradients[name]}
-
-    def _update(self, name, update):
-        apply, role = loop.apply_update, self.roles[name]
-
-        def counting(*args):
-            Counted.gradients[name] = sum(p.grad.nbytes for p in role.network.parameters() if p.grad is not None)
-            return apply(*args)
-
-        loop.apply_update = counting
-        try:
-            super()._update(name, update)
-        finally:
-            loop.apply_update = apply
 
 
 RUNS = {

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.average import MovingAverage
