@@ -323,31 +323,42 @@ def test_walk_by_gradient():
 # --- crashes
 
 
-@pytest.mark.parametrize("switch", ["interval", "gradient"])
-@pytest.mark.parametrize("stop", [1, 4, 5, 6, 8, 10])  # within and between nodes and targets, in both stages
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stop, switch):
-    def config():
-        return config_of(switch=switch, gradient_window=1, gradient_fraction=0.95, interval=[3], reset_optimizers=True)
+def crash_config(switch):
+    return config_of(switch=switch, gradient_window=1, gradient_fraction=0.95, interval=[3], reset_optimizers=True)
 
-    whole = trainer_of(tmp_path / "whole", config())
+
+@pytest.fixture(scope="module", params=["interval", "gradient"])
+def uninterrupted(request, tmp_path_factory):
+    """How targets switch; the trainer of a run that saves nothing on its way; the folder of one that saves every step.
+
+    Each test of a crash makes of a copy of that folder what a crash would have left.
+    """
+    folder = tmp_path_factory.mktemp(request.param)
+    whole = trainer_of(folder / "whole", crash_config(request.param))
     whole.train()
-    first = trainer_of(tmp_path / "parts", config(), checkpoint_every=stop, keep_checkpoints=99)
-    first.train()
+    trainer_of(folder / "saved", crash_config(request.param), checkpoint_every=1, keep_checkpoints=99).train()
+    return request.param, whole, folder / "saved"
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 8, 10])  # within and between nodes and targets, in both stages
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, tmp_path, stop):
+    switch, whole, saved = uninterrupted
+    shutil.copytree(saved, tmp_path / "parts")
     for folder in (tmp_path / "parts" / "checkpoints").iterdir():
         if folder.name != f"step-{stop:06d}":
             shutil.rmtree(folder)
     for index, recorded in ((1, 2), (2, 4), (3, 5)):
         if recorded >= stop:  # a crash right after the checkpoint
             (tmp_path / "parts" / "path" / f"node-{index:03d}.safetensors").unlink()
-    second = trainer_of(tmp_path / "parts", config())
+    second = trainer_of(tmp_path / "parts", crash_config(switch))
     assert second.step == stop
     second.train()
     assert same(weights(whole), weights(second))
     assert whole.method.state_dict() == second.method.state_dict()
-    assert all(same(a, b) for a, b in zip(nodes(tmp_path / "whole").values(), nodes(tmp_path / "parts").values(),
-                                          strict=True))
-    targets = [[json.loads(line).get("student/target") for line in (tmp_path / name / "metrics.jsonl").open()]
-               for name in ("whole", "parts")]
+    folders = (whole.folder, tmp_path / "parts")
+    assert all(same(a, b) for a, b in zip(*(nodes(folder).values() for folder in folders), strict=True))
+    targets = [[json.loads(line).get("student/target") for line in (folder / "metrics.jsonl").open()]
+               for folder in folders]
     assert targets[0] == targets[1] and targets[0][:5] == [None] * 5 and targets[0][-1] is not None
 
 

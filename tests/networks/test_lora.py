@@ -126,8 +126,9 @@ def test_only_adapters_and_embeddings_train(tmp_path, method):
     before = {name: p.clone() for name, p in teacher.network.named_parameters()}
     config = RunConfig(output_dir=str(tmp_path), teacher=TeacherConfig(source="tiny"), method=None, train=TrainConfig(
         steps=5, batch_size=8, log_every=1, checkpoint_every=3, trackers=[], device="cpu", precision="fp32"))
-    config.method = METHODS[method](teacher).config
-    config.method.name = METHODS[method](teacher).name
+    untrained = METHODS[method](teacher)
+    config.method = untrained.config
+    config.method.name = untrained.name
 
     def trainer_of(folder, teacher):
         torch.manual_seed(0)
@@ -162,7 +163,7 @@ def test_only_adapters_and_embeddings_train(tmp_path, method):
     n, condition = noise(teacher), some(teacher)
     with torch.no_grad():
         assert torch.equal(again(n, condition), student(n, condition))
-        assert not torch.equal(again(n, condition), METHODS[method](teacher).student()(n, condition))
+        assert not torch.equal(again(n, condition), untrained.student()(n, condition))
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "sd"])
