@@ -158,7 +158,8 @@ def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
             student.prompts.use(read_prompts(options.prompts))
         restrict(evaluator, None if student.classes is None else student.classes.own)
         scale = student.info.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student", 1,
+        row = evaluator.measure(student_sampler(student, scale), student.shape, student.num_classes, "student",
+                                student.num_steps,
                                 condition=prompt_conditions(student))
         return evaluator.report([row], **facts, guidance_scale=scale)
     if (local_path(options.source) / "config.yaml").is_file():

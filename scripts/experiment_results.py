@@ -110,14 +110,18 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         mine = [line for line in lines if line["label"] == label]
         if not mine:
             continue
-        students = [row for line in mine for row in line["rows"] if row["model"] == "student"]
-        minutes = _spread([line["train_seconds"] / 60 for line in mine], ".1f")
-        error = _spread([line["paired_error"] for line in mine], ".4f")
-        fid = _fid([row["fid"] for row in students])
-        accuracy = _percent([row["accuracy"] for row in students])
-        shares = [_share([row.get(name) for row in students]) for name in more]
-        counts = [f"{students[0][key]:,}" for key in ("active_parameters", "stored_parameters")] if several else []
-        text.append(_cells([label, 1, fid, *shares, accuracy, error, f"{minutes} min", *counts]))
+        made = [row for line in mine for row in line["rows"] if row["model"] == "student"]
+        most = max(row["calls"] for row in made)
+        for calls in sorted({row["calls"] for row in made}):
+            students = [row for row in made if row["calls"] == calls]
+            # The paired error is that of all calls.
+            error = _spread([line["paired_error"] for line in mine], ".4f") if calls == most else ""
+            minutes = f"{_spread([line['train_seconds'] / 60 for line in mine], '.1f')} min" if calls == most else ""
+            fid = _fid([row["fid"] for row in students])
+            accuracy = _percent([row["accuracy"] for row in students])
+            shares = [_share([row.get(name) for row in students]) for name in more]
+            counts = [f"{students[0][key]:,}" for key in ("active_parameters", "stored_parameters")] if several else []
+            text.append(_cells([label, calls, fid, *shares, accuracy, error, minutes, *counts]))
     if lines[0]["fid_floor"] is not None:
         floor = ["two random halves of the real images", "", _fid([lines[0]["fid_floor"]])]
         text.append(_cells(floor + [""] * (len(head) - len(floor))))
@@ -192,8 +196,9 @@ def _draw_curve(axis: Any, label: str, mine: Sequence[Line], horizontal: str, ve
 
 
 def run_figures(line: Line) -> Line:
-    """FID of a run's student, and the training time of one student in seconds; several of one size share the time."""
-    row = next(row for row in line["rows"] if row["model"] == "student")
+    """FID of a run's student at all its calls, and the training time of one student in seconds; several of one size
+    share the time."""
+    row = max((row for row in line["rows"] if row["model"] == "student"), key=lambda row: row["calls"])
     share = row["active_parameters"] / row["stored_parameters"] if row.get("stored_parameters") else 1.0
     return {"fid": row["fid"], "seconds_each": share * line["train_seconds"]}
 

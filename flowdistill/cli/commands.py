@@ -196,12 +196,10 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
     device = _device(args.device)
     # A run folder without a student is a run all the same: load_student says what is the matter with it.
     if is_student_folder(args.model) or (local_path(args.model) / "config.yaml").is_file():
-        if args.steps is not None:
-            raise UserError(f"--steps is for pipelines, and {args.model} is a student, which takes one call an image")
         _only_for_pipelines(args, "variant")
         student = load_student(args.model, device=device)
         model: Teacher | Student = student
-        sampler = student_sampler(student, args.guidance_scale)
+        sampler = student_sampler(student, args.guidance_scale, args.steps)
     else:
         model = load_teacher(args.model, device=device, variant=args.variant)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
@@ -399,7 +397,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", metavar="TEXT", action="append", help="text-to-image models; may come several times")
     what.add_argument("--prompts", metavar="FILE", help="the same from a file: a prompt a line, or .jsonl")
     sample.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
-    sample.add_argument("--steps", metavar="N", type=at_least(1), help="steps of a pipeline (default: 50)")
+    sample.add_argument("--steps", metavar="N", type=at_least(1),
+                        help="steps of a pipeline (default: 50), or calls of a student (default: all it has)")
     sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
     sample.add_argument("--variant", metavar="NAME", help=VARIANT)

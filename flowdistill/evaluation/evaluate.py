@@ -75,7 +75,7 @@ def evaluate(
     prompts: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Report:
-    """Measure a teacher at several step counts and its student at one call, on the same noise and labels.
+    """Measure a teacher at several step counts and its student at each number of calls, on the same noise and labels.
 
     Under ``accelerate launch`` or ``torchrun`` the processes share the work; each returns the report.
 
@@ -212,12 +212,18 @@ def pipeline_sampler(teacher: Teacher, steps: int, guidance_scale: float = 1.0) 
     return sample
 
 
-def student_sampler(student: Student, guidance_scale: float | None = None) -> Sampler:
-    """A sampler for ``generate`` from a student's one call."""
+def student_sampler(student: Student, guidance_scale: float | None = None, steps: int | None = None) -> Sampler:
+    """A sampler for ``generate`` from a student's calls; ``steps``: how many of them, None for all.
+
+    Raises:
+        UserError: more steps than the student was trained for.
+    """
+    student.checked_steps(steps)
+    arguments = () if steps is None or student.num_steps == 1 else (steps,)
 
     def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
         condition = _condition(student, given)
-        return student.decode(student(noise.to(student.device), condition, guidance_scale))
+        return student.decode(student(noise.to(student.device), condition, guidance_scale, *arguments))
 
     return sample
 
@@ -271,7 +277,8 @@ def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int,
         models += [("pipeline", teacher.pipeline_calls(count), pipeline_sampler(teacher, count, scale))
                    for count in own]
     if subject.student is not None:
-        models.append(("student", 1, student_sampler(subject.student, scale)))
+        models += [("student", calls, student_sampler(subject.student, scale, calls))
+                   for calls in range(1, subject.student.num_steps + 1)]
     if not models:
         raise UserError(f"nothing to measure in {subject.name}: it has no student, and no teacher rows were asked for")
     return models

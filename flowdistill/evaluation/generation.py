@@ -15,7 +15,7 @@ from flowdistill.conditioning import Condition
 from flowdistill.data.image_sets import batches_of
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
-from flowdistill.utils.randomness import generator_of, indexed_noise
+from flowdistill.utils.randomness import generator_of, indexed_noise, row_digests
 from flowdistill.utils.seeds import check_seed
 
 # (noise, labels or condition) -> images in [0, 1]
@@ -52,9 +52,7 @@ def generators_of(noise: Tensor) -> list[torch.Generator]:
 
     So the images stay a function of noise and labels, row by row, whatever the batch.
     """
-    rows = noise.detach().cpu().contiguous().flatten(1).numpy()
-    digests = (hashlib.blake2b(row.tobytes(), digest_size=4).digest() for row in rows)
-    return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
+    return [torch.Generator().manual_seed(digest) for digest in row_digests(noise, 4)]
 
 
 def balanced_labels(

@@ -22,8 +22,11 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer, local_path
 from flowdistill.utils.text import read_json_object, without_marks
 
-FORMAT = 2
-"""The newest known; 2 has adapters, which need the file BASE."""
+FORMAT = 3
+"""The newest known."""
+ADAPTERS, SEVERAL_STEPS = 2, 3
+"""The formats of networks with adapters, which need the file BASE, and of students of several calls. The oldest that
+has all of a student is written, so that earlier versions load what they can."""
 SIDECAR = "flowdistill.json"
 WEIGHTS = "model.safetensors"
 BASE = "base.safetensors"
@@ -96,7 +99,7 @@ def write_network(network: ExtendedVelocity, scheduler: Any, folder: Path) -> di
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     path = velocity.path
     return {
-        "format": 1 if velocity.lora is None else FORMAT,
+        "format": 1 if velocity.lora is None else ADAPTERS,
         "backbone": velocity.family.backbone_class,
         "path": path.kind,
         "prediction": path.prediction,

@@ -2,7 +2,7 @@
 
 from flowdistill.students.description import describe
 from flowdistill.students.flow_map import FlowMap
-from flowdistill.students.generator import START_UNITS, Generator, generated, start_time
+from flowdistill.students.generator import START_UNITS, Generator, generated, given_times, start_time
 from flowdistill.students.info import StudentInfo
 from flowdistill.students.loading import load_student
 from flowdistill.students.storage import find_student, is_student_folder
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "find_student",
     "generated",
+    "given_times",
     "is_student_folder",
     "load_student",
     "start_time",

@@ -63,7 +63,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
             "labels": None if classes is None or classes.own is None else list(classes.own),
             "text": None if student.prompts is None else _describe_prompts(student.prompts),
             "settings": info.settings,
-        }
+        } | student.own_description()
         (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What all students share: a network called once, its conditions and its codec, and one-step sampling."""
+"""What all students share: a network called once, its conditions and its codec, and sampling."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ STUDENT_KINDS: Registry[type[Student]] = Registry(
 
 
 class Student(nn.Module, ABC):
-    """A network called once at ``t_start``, with its conditions, its codec and how it is used; :class:`FlowMap` and
-    ``Generator`` say what map the call makes.
+    """A network called once, or a few times, with its conditions, its codec and how it is used; :class:`FlowMap` and
+    ``Generator`` say what map the calls make.
 
     Args:
         network: ``(start, t, condition, **scalars) -> velocity``; usually an :class:`ExtendedVelocity`.
         shape, codec, classes, scheduler, prompts: as of its teacher.
-        t_start: linear time of the one call; its input is ``t_start`` times unit noise.
+        t_start: linear time of the first call.
         info: see :class:`StudentInfo`.
     """
 
@@ -100,22 +100,42 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:
-        """The extra conditions of the network's one call to data."""
+        """The extra conditions of the network's call to data."""
 
-    def one_step(
-        self, guidance_scale: float | None = None
+    @property
+    def num_steps(self) -> int:
+        """Network calls of an image."""
+        return 1
+
+    def checked_steps(self, steps: int | None) -> int:
+        """The number of network calls asked for, or of an image (None).
+
+        Raises:
+            UserError: more than the student was trained for, or less than one.
+        """
+        if steps is None:
+            return self.num_steps
+        if not 1 <= steps <= self.num_steps:
+            allowed = "1 call" if self.num_steps == 1 else f"{self.num_steps} calls, and takes 1 to {self.num_steps}"
+            raise UserError(f"steps is {steps}; this student was trained for {allowed}")
+        return steps
+
+    def sampler(
+        self, guidance_scale: float | None = None, steps: int | None = None
     ) -> Callable[[Tensor, Condition | None], Tensor]:
-        """The call to data for many batches of noise: :meth:`forward` bit for bit, its constants computed once.
+        """The way to data for many batches of noise: :meth:`forward` bit for bit, its constants computed once.
 
         Args:
             guidance_scale: see :meth:`forward`.
+            steps: network calls; None for all that the student was trained for.
 
         Returns:
             ``(noise, condition) -> latents``; of the weights as they are now, so not one to keep while they train.
 
         Raises:
-            UserError: a guidance scale outside the student's range.
+            UserError: a guidance scale or steps outside the student's range.
         """
+        self.checked_steps(steps)
         scalars, network = self.scalars(guidance_scale), self.network
         if not isinstance(network, ExtendedVelocity):
             return lambda noise, condition: self(noise, condition, guidance_scale)
@@ -181,8 +201,9 @@ class Student(nn.Module, ABC):
         batch_size: int = 64,
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
+        steps: int | None = None,
     ) -> Tensor:
-        """Images (N, C, H, W) in [0, 1], one network call an image, on the CPU.
+        """Images (N, C, H, W) in [0, 1], on the CPU.
 
         Image i depends on ``seed``, i and its label or prompt only, not on the batch size.
 
@@ -193,11 +214,12 @@ class Student(nn.Module, ABC):
             batch_size: images in one network call.
             guidance_scale: see :meth:`forward`.
             prompts: one an image; None cycles through those a text-to-image student was trained on.
+            steps: network calls an image, 1 to :attr:`num_steps`; None for all.
 
         Raises:
-            UserError: N < 1, a label or a seed out of range, or a guidance scale outside the student's range.
+            UserError: N < 1, a label or a seed out of range, or a guidance scale or steps outside the student's range.
         """
-        return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale, prompts)))
+        return torch.cat(list(self.batches(labels, num_images, seed, batch_size, guidance_scale, prompts, steps)))
 
     @torch.no_grad()
     def batches(
@@ -208,15 +230,16 @@ class Student(nn.Module, ABC):
         batch_size: int = 64,
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
+        steps: int | None = None,
     ) -> Iterator[Tensor]:
         """Generate as :meth:`generate` does, batch by batch: only the current one is in memory."""
         check_seed(seed)
         count, conditions = self.plan(labels, num_images, batch_size, prompts)
-        one_step = self.one_step(guidance_scale)
+        sample = self.sampler(guidance_scale, steps)
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             noise = indexed_noise(self.shape, seed, indices).to(self.device)
-            yield self.decode(one_step(noise, conditions(indices))).cpu()
+            yield self.decode(sample(noise, conditions(indices))).cpu()
 
     def plan(
         self, labels: Sequence[int] | None, num_images: int | None, batch_size: int, prompts: Sequence[str] | None
@@ -250,6 +273,10 @@ class Student(nn.Module, ABC):
     def class_owner(self) -> Sequence[int] | None:
         """Number of the network that makes each class label; None where one network makes all."""
         return None
+
+    def own_description(self) -> dict[str, Any]:
+        """What its description on disk has besides that of every student, or instead of it."""
+        return {}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the student to ``folder`` (safetensors and JSON), replacing it in one move."""

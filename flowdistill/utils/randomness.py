@@ -35,6 +35,13 @@ def generator_of(seed: int, *key: int) -> torch.Generator:
     return generator
 
 
+def row_digests(rows: Tensor, size: int = 8) -> list[int]:
+    """A number of ``size`` bytes for each row (B, ...), a hash of the row's own values: the same in any batch."""
+    values = rows.detach().cpu().contiguous().flatten(1).numpy()
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=size).digest() for row in values)
+    return [int.from_bytes(digest, "little") for digest in digests]
+
+
 def seed_torch(seed: int) -> None:
     """Seed torch's global generators, of all devices, with a seed of 0 to 2^64 - 1; each has its own numbers."""
     torch.manual_seed(check_seed(seed))
@@ -118,6 +125,11 @@ class Draw:
         """Integers in [0, high), int64 (local rows,); ``on_cpu`` keeps them there, to index what is there."""
         values = (self._shares(rows) * high).long().clamp(max=high - 1)
         return values if on_cpu else self._placed(values)
+
+    def one(self, high: int) -> int:
+        """An integer in [0, high), the same for all rows and on every process; on the host, without a wait."""
+        share = hashed_uniform(self._call_seed(), np.zeros(1, dtype=np.uint64)).item()
+        return min(int(share * high), high - 1)
 
     def choice(self, cumulative: Tensor, rows: int | None = None) -> Tensor:
         """Indices with probabilities given by their running sum (N,) to 1; int64 (local rows,), always on the CPU."""

@@ -152,15 +152,15 @@ def test_one_step_is_the_forward_pass_bit_for_bit(family, scheduler, target_time
     n, condition = noise(student), student.encode([0, 1, 2])
     with torch.no_grad():
         for scale in (None, 2.0):
-            one_step = student.one_step(scale)
+            one_step = student.sampler(scale)
             for rows in (3, 1):  # one value serves batches of any size
                 assert torch.equal(one_step(n[:rows], condition[:rows]), student(n[:rows], condition[:rows], scale))
-        kept = student.one_step(2.0)
-        student.one_step(1.0)(n, condition)  # another one does not change it, nor does the map to a middle time
+        kept = student.sampler(2.0)
+        student.sampler(1.0)(n, condition)  # another one does not change it, nor does the map to a middle time
         student(n, condition, duration=0.3)
         assert torch.equal(kept(n, condition), student(n, condition, 2.0))
     with pytest.raises(UserError, match="guidance_scale is 3.0"):
-        student.one_step(3.0)
+        student.sampler(3.0)
 
 
 def test_generate_embeds_its_constants_once_and_images_are_those_of_the_forward_pass():

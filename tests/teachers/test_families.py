@@ -200,7 +200,7 @@ def test_one_step_is_the_forward_pass(name, kind, lora):
     _, _, student = student_of(name, (1.0, 2.0) if kind is FlowMap else None, True, kind, lora)
     n, condition = noise(student), condition_of(name, student)
     with torch.no_grad():
-        assert near(student.one_step()(n, condition), student(n, condition))
+        assert near(student.sampler()(n, condition), student(n, condition))
 
 
 METHODS = {

@@ -107,23 +107,31 @@ class RoutedStudent(Student):
         return condition
 
     def forward(
-        self, noise: Tensor, condition: Condition | None = None, guidance_scale: Tensor | float | None = None
+        self, noise: Tensor, condition: Condition | None = None, guidance_scale: Tensor | float | None = None,
+        steps: int | None = None,
     ) -> Tensor:
-        """Call each student's own ``forward``, differentiable; one network call a row, one pass a student."""
+        """Call each student's own ``forward``, differentiable; its network calls a row, a batch a student."""
+        self.checked_steps(steps)
         condition = self._needed(condition)
         route = self.route(condition)
         parts = route.unique().tolist()
         if len(parts) == 1:
-            return self.student(parts[0])(noise, condition, guidance_scale)
+            return self._made(parts[0], noise, condition, guidance_scale, steps)
         made, order = [], []
         for part in parts:
             rows = (route == part).nonzero().flatten()
             here = rows.to(noise.device)
             each = isinstance(guidance_scale, Tensor) and guidance_scale.ndim > 0
             scale = guidance_scale[here] if each else guidance_scale  # type: ignore[index]
-            made.append(self.student(part)(noise[here], condition[here], scale))
+            made.append(self._made(part, noise[here], condition[here], scale, steps))
             order.append(here)
         return torch.cat(made)[torch.cat(order).argsort()]
+
+    def _made(
+        self, part: int, noise: Tensor, condition: Condition, scale: Tensor | float | None, steps: int | None
+    ) -> Tensor:
+        student = self.student(part)
+        return student(noise, condition, scale) if self.num_steps == 1 else student(noise, condition, scale, steps)
 
     @torch.no_grad()
     def generate(
@@ -134,6 +142,7 @@ class RoutedStudent(Student):
         batch_size: int = 64,
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Generate as :meth:`Student.generate` does, one student after the other, each placed once."""
         check_seed(seed)
@@ -142,14 +151,18 @@ class RoutedStudent(Student):
         route = torch.cat([self.route(self._needed(conditions(span))) for span in spans])
         images: Tensor | None = None
         for part in route.unique().tolist():
-            one_step = self.student(part).one_step(guidance_scale)
+            sample = self.student(part).sampler(guidance_scale, steps)
             for rows in (route == part).nonzero().flatten().split(batch_size):
                 noise = indexed_noise(self.shape, seed, rows.tolist()).to(self.device)
-                made = self.decode(one_step(noise, conditions(rows.tolist()))).cpu()
+                made = self.decode(sample(noise, conditions(rows.tolist()))).cpu()
                 images = made.new_empty(count, *made.shape[1:]) if images is None else images
                 images[rows] = made
         assert images is not None
         return images
+
+    @property
+    def num_steps(self) -> int:
+        return self.students[0].num_steps
 
     @property
     def networks(self) -> Sequence[nn.Module]:

@@ -1,0 +1,162 @@
+"""The times of a student of several calls, and the rule between them.
+
+A student of K calls has times t_1 > ... > t_K > 0 and one network v. It starts at x = s n, and step k gives
+
+    X_k = x - t_k v(x, t_k)                              its estimate of the sample; X_K is the sample
+
+and, before the last, the state of the next step at t' = t_{k+1}:
+
+    stochastic       x' = (1 - t') X_k + t' n_k          with fresh noise (DMD2, Yin et al., arXiv 2405.14867)
+    deterministic    x' = x + (t' - t_k) v(x, t_k)       an Euler step; DDIM on the native path of a VP teacher
+
+The two have different optima: a student that trains with one must be sampled with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.paths.native_path import NativePath
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import generator_of, row_digests
+
+STEPPINGS = ("stochastic", "deterministic")
+MOST_STEPS = 8
+
+Network = Callable[[Tensor, Tensor, Condition | None], Tensor]
+"""``(x, t, condition) -> velocity``, t float64 (B,)."""
+Noise = Callable[[int], Tensor]
+"""``noise(k)``: unit noise (B, *shape) with which step k, from 2 on, is entered."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The calls of a generator.
+
+    Attributes:
+        times: linear times, falling, the last above 0.
+        stepping: one of ``STEPPINGS``; without meaning for a single call.
+        start_scale: the first state is this times unit noise; see :func:`start_scale`.
+    """
+
+    times: tuple[float, ...]
+    stepping: str
+    start_scale: float
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.times, (*self.times[1:], 0.0), strict=False))
+        if not self.times or not falling or self.stepping not in STEPPINGS or not 0 < self.start_scale < math.inf:
+            raise ValueError(f"{self} is no list of falling times above 0 with one of {', '.join(STEPPINGS)}")
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @classmethod
+    def single(cls, t: float) -> Steps:
+        """One call at ``t``."""
+        return cls((t,), STEPPINGS[0], t)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a student's description on disk."""
+        return {"times": list(self.times), "stepping": self.stepping, "start_scale": self.start_scale}
+
+    @classmethod
+    def from_json(cls, content: Any, file: Path) -> Steps:
+        """What :meth:`to_json` gave.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return cls(tuple(map(float, content["times"])), content["stepping"], float(content["start_scale"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged: its steps are {content!r}") from error
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The first state."""
+        return self.start_scale * noise
+
+    def after(self, k: int, state: Tensor, velocity: Tensor, noise: Noise) -> Tensor:
+        """The state of step k + 1 from that of step k (counted from 1) and its velocity there."""
+        t, later = self.times[k - 1], self.times[k]
+        if self.stepping == "deterministic":
+            return state + (later - t) * velocity
+        return (1 - later) * (state - t * velocity) + later * noise(k + 1)
+
+
+def rollout(
+    network: Network, noise: Tensor, steps: Steps, condition: Condition | None, between: Noise, k: int | None = None
+) -> Tensor:
+    """X_k (B, *shape), with a gradient through the call of step k alone: the states before it are given.
+
+    Args:
+        network: see :data:`Network`.
+        noise: unit normal (B, *shape).
+        between: see :data:`Noise`; called for stochastic steps only.
+        k: 1 to K; None: K.
+    """
+    last = len(steps) if k is None else k
+    state = steps.start(noise)
+    with torch.no_grad():
+        for step in range(1, last):
+            state = steps.after(step, state, network(state, _column(steps.times[step - 1], state), condition), between)
+    return estimate(network, state, steps.times[last - 1], condition)
+
+
+def estimate(network: Network, state: Tensor, t: float, condition: Condition | None) -> Tensor:
+    """x - t v(x, t) of the state x (B, *shape) at one time."""
+    return state - t * network(state, _column(t, state), condition)
+
+
+def _column(t: float, state: Tensor) -> Tensor:
+    # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
+    return torch.full((len(state),), t, dtype=torch.float64, device=state.device)
+
+
+def noise_of(start: Tensor) -> Noise:
+    """Noise between the steps that is a function of each row's own start noise: so an image is one of its start noise
+    and its condition, whatever the batch and the number of processes."""
+    digests: list[int] = []
+
+    def noise(k: int) -> Tensor:
+        if not digests:  # not before they are needed: reading a GPU's rows waits for it
+            digests.extend(row_digests(start))
+        rows = [torch.empty(start.shape[1:]).normal_(generator=generator_of(digest, k)) for digest in digests]
+        return torch.stack(rows).to(start)
+
+    return noise
+
+
+def teacher_times(path: NativePath, count: int) -> tuple[float, ...]:
+    """The ``count`` times at which the teacher's own sampler would call it.
+
+    Spacings whose last call is at t_min, where a state is an image already, give theirs for one call more.
+    """
+    grid = path.time_grid(count)[:-1]
+    if count > 1 and grid[-1] <= path.t_min * (1 + 1e-9):
+        grid = path.time_grid(count + 1)[:-2]
+    return tuple(grid.tolist())
+
+
+def start_scale(path: NativePath, times: Sequence[float], stepping: str, prompts: bool) -> float:
+    """s of the first state s n, as the stock pipeline starts that will sample the student.
+
+    One call, and Euler steps of a text-to-image pipeline, start at t_1 n, which is sigma n natively. A VP teacher's
+    other pipelines (LCM's and DDIM's schedulers) start at unit native noise, which is n / (alpha + sigma).
+
+    Args:
+        times: of the student.
+        prompts: whether it is one from text to image.
+    """
+    if len(times) == 1 or path.kind != "vp" or (stepping == "deterministic" and prompts):
+        return times[0]
+    alpha, sigma = path.alpha_sigma(torch.tensor(times[0], dtype=torch.float64))
+    return (1 / (alpha + sigma)).item()
