@@ -1,4 +1,4 @@
-"""Score distillation: a one-step generator that matches the teacher's distribution at every noise level.
+"""Score distillation: a generator of one to eight steps that matches the teacher's distribution at every noise level.
 
 Each step, with an online critic v_phi that follows the generator's samples x = G(n):
 
@@ -9,6 +9,10 @@ Each step, with an online critic v_phi that follows the generator's samples x = 
     dmd            g = -Delta / mean |e|              DMD2 (Yin et al., arXiv 2405.14867), e = v_teacher - (n' - x)
     sid            g = d/dx of -t <Delta, e + alpha Delta> / mean |e|, through both networks
                                                       SiD (Zhou et al., arXiv 2404.04057)
+
+A generator of K steps makes x by backward simulation (DMD2, section 4.5): one k an update, the states before step k by
+the generator's own steps and without a gradient, x its estimate of the image at step k. The losses see x alone, so what
+they train is the mixture of the K estimates.
 
 Guidance is the teacher's only. Without the adversarial term (DMD2) no data is seen; the regression term (DMD, arXiv
 2311.18828) is on some of the teacher's own trajectories.
@@ -31,7 +35,8 @@ from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
 from flowdistill.networks.lora import CriticKind
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
-from flowdistill.students import START_UNITS, Generator, StudentInfo, generated, start_time
+from flowdistill.students import START_UNITS, Generator, StudentInfo, given_times
+from flowdistill.students.steps import MOST_STEPS, STEPPINGS, Steps, estimate, rollout, start_scale
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.real_data import RealData
@@ -41,6 +46,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
 WEIGHTINGS = ("diff_instruct", "dmd", "sid")
+STEP_INPUTS = ("simulated", "data")
 
 
 @dataclass
@@ -49,8 +55,23 @@ class HostConfig(Regression, CriticKind):
 
     weighting: str = option("dmd", "weighting of the matching gradient", choices=WEIGHTINGS)
     sid_alpha: float = option(1.2, "alpha of sid (authors: 1.2, and 1 for AFHQ)")
-    start: float | None = option(None, "time of the generator's one call; null: the teacher's t_max", above=0)
-    start_unit: str = option("linear", "unit of start: t, the network's timestep, or EDM's sigma", choices=START_UNITS)
+    start: float | None = option(None, "time of the generator's first call; null: the teacher's t_max", above=0)
+    start_unit: str = option("linear", "unit of start and step_times: t, the network's timestep, or EDM's sigma",
+                             choices=START_UNITS)
+    steps: int = option(1, "calls of the generator for an image (authors of DMD2: 1 or 4)", at_least=1,
+                        at_most=MOST_STEPS)
+    step_times: list[float] | None = option(
+        None, "times of the calls, falling; null: those of the teacher's own sampler (authors of DMD2 for SDXL: [999, "
+        "749, 499, 249], with start_unit timestep)", at_least=0,
+    )
+    stepping: str = option(
+        "stochastic", "between calls: fresh noise on the estimate (authors of DMD2), or an Euler step (as DDIM)",
+        choices=STEPPINGS,
+    )
+    step_inputs: str = option(
+        "simulated", "states that the later calls train on: the generator's own (authors of DMD2), or noised real "
+        "images of data", choices=STEP_INPUTS,
+    )
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher", at_least=0)
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
@@ -63,15 +84,21 @@ class HostConfig(Regression, CriticKind):
     adversarial_critic_weight: float = option(
         1e-2, "weight of the adversarial term for the critic (authors: 1e-2)", at_least=0,
     )
-    data: str | None = option(None, "named image set of the adversarial term, which needs one")
+    data: str | None = option(None, "named image set of the adversarial term or of step_inputs, which need one")
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
 
     def validate(self) -> None:
-        """UserError for an adversarial term without real images."""
+        """UserError for real images that are needed and not named, or for several steps where there is one."""
         if self.adversarial_weight and self.data is None:
             raise UserError(f"method.adversarial_weight is {self.adversarial_weight}, but method.data is null; name an "
                             "image set, such as digits, or set the weight to 0")
+        if self.step_inputs == "data" and self.data is None:
+            raise UserError("method.step_inputs is data, but method.data is null; name an image set, such as digits, "
+                            "or set step_inputs to simulated")
+        if self.steps > 1 and self.regression_weight:
+            raise UserError(f"method.regression_weight is {self.regression_weight} and method.steps {self.steps}, but "
+                            "pairs are noise and what one call must make of it; set the weight to 0, or steps to 1")
 
 
 @dataclass
@@ -119,15 +146,18 @@ class ScoreDistillation(SingleStudentMethod):
         for levels in (config.time, config.critic_time):
             levels.check(teacher)
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
-        start = start_time(teacher, config.start, config.start_unit)
-        self._student = Generator.from_teacher(teacher, info, start, student_network, config.student_lora)
+        self.steps = steps_of(config, teacher)
+        self._student = Generator.from_teacher(teacher, info, None, student_network, config.student_lora, self.steps)
         score: Any = critic_network or make_critic(teacher.network, config.critic_lora)
         self.score: nn.Module = score
         self.critic: nn.Module = score
-        self.data = None
-        if config.adversarial_weight:
+        self.data: RealData | None = None
+        self.adversarial = config.adversarial_weight > 0
+        self.inputs_from_data = len(self.steps) > 1 and config.step_inputs == "data"
+        if self.adversarial or self.inputs_from_data:
             assert config.data is not None
             self.data = RealData(teacher, config.data)
+        if self.adversarial:
             self.critic = Discriminator(score)
         self.pairs = config.make_pairs(teacher, config.guidance_scale)
 
@@ -143,15 +173,17 @@ class ScoreDistillation(SingleStudentMethod):
     # --- the algorithm
 
     def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        noise, condition = self.draw_start(draw)
-        sample = self.generate(networks, noise, condition)
+        k = self.draw_step(draw)
+        sample, condition = self.draw_sample(networks, draw, k)
         gradient = self.matching_gradient(sample, condition, networks["critic"], draw)
         metrics = {"gradient_size": draw.mean(gradient.abs())}
-        if self.data is not None:
+        if len(self.steps) > 1:
+            metrics |= step_figures(k, sample.detach(), metrics["gradient_size"], draw)
+        if self.adversarial:
             gradient = gradient + self.adversarial_gradient(sample, condition, networks["critic"], draw)
         loss = dm.surrogate_loss(sample, gradient).mean()
         if self.pairs is not None:
-            error = regression_error(self.pairs, self.teacher, draw, partial(self.generate, networks))
+            error = regression_error(self.pairs, self.teacher, draw, partial(self.generate, networks, draw=draw))
             metrics["regression_error"] = error.detach()
             loss = loss + self.config.regression_weight * error
         return loss, metrics
@@ -176,14 +208,15 @@ class ScoreDistillation(SingleStudentMethod):
         return dm.dmd_gradient(residual, error) if dmd else dm.diff_instruct_gradient(residual, time)
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        prior, condition = self.draw_start(draw)
+        k = self.draw_step(draw)
         with torch.no_grad():
-            sample = self.generate(networks, prior, condition)
+            sample, condition = self.draw_sample(networks, draw, k)
         time, noise = self.config.critic_time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
         state, path = dm.noised(sample, noise, time), self.teacher.path
-        if self.data is None:
+        if not self.adversarial:
             velocity = networks["critic"](state, time, condition)
             return critic_loss(velocity, sample, noise, time, path).mean(), {}
+        assert self.data is not None
         # Real samples ride in the same pass: one call of the network with gradients.
         real, real_condition = self.data.draw(draw)
         real = dm.noised(real, draw.normal(self.teacher.shape), time)
@@ -214,9 +247,50 @@ class ScoreDistillation(SingleStudentMethod):
         """Unit normal noise (B, *shape) and a condition for each."""
         return draw.normal(self.teacher.shape), self.teacher.draw_condition(draw)
 
-    def generate(self, networks: Networks, noise: Tensor, condition: Condition | None) -> Tensor:
-        """The student's samples (B, *shape) of the noise."""
-        return generated(networks["student"], noise, self._student.t_start, condition)
+    def draw_step(self, draw: Draw) -> int:
+        """The step k, from 1, of this update: the same for all rows and processes, which call the network k times."""
+        return 1 if len(self.steps) == 1 else 1 + draw.one(len(self.steps))
+
+    def draw_sample(self, networks: Networks, draw: Draw, k: int) -> tuple[Tensor, Condition | None]:
+        """The student's estimates (B, *shape) at step k, with a gradient through this step alone, and their conditions.
+        """
+        if k == 1 or not self.inputs_from_data:
+            noise, condition = self.draw_start(draw)
+            return self.generate(networks, noise, condition, draw, k), condition
+        assert self.data is not None
+        real, condition = self.data.draw(draw)
+        t = self.steps.times[k - 1]
+        state = (1 - t) * real + t * draw.normal(self.teacher.shape)
+        return estimate(networks["student"], state, t, condition), condition
+
+    def generate(
+        self, networks: Networks, noise: Tensor, condition: Condition | None, draw: Draw, k: int | None = None
+    ) -> Tensor:
+        """The student's estimates (B, *shape) at step k (None: its samples) from the noise, by its own steps."""
+        return rollout(networks["student"], noise, self.steps, condition, lambda step: draw.normal(self.teacher.shape),
+                       k)
+
+
+def steps_of(config: HostConfig, teacher: Teacher) -> Steps:
+    """The generator's times, and the rule between them.
+
+    Raises:
+        UserError: see :func:`flowdistill.students.given_times`.
+    """
+    times = given_times(teacher, config.steps, config.start, config.start_unit, config.step_times)
+    scale = start_scale(teacher.path, times, config.stepping, teacher.prompts is not None)
+    return Steps(times, config.stepping, scale)
+
+
+def step_figures(k: int, sample: Tensor, gradient_size: Tensor, draw: Draw) -> dict[str, Tensor]:
+    """What tells early that a step goes astray, under the step's number: mean and standard deviation of its estimates,
+    and the size of their gradient."""
+    mean = draw.mean(sample)
+    return {
+        f"sample_mean/{k}": mean,
+        f"sample_std/{k}": (draw.mean(sample.square()) - mean.square()).clamp(min=0).sqrt(),
+        f"gradient_size/{k}": gradient_size,
+    }
 
 
 def sample_gradient(loss: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:

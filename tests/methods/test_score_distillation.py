@@ -266,7 +266,7 @@ def test_critic_learns_to_tell_real_digits_from_samples():
 def test_generator_moves_where_it_passes_for_real():
     method, networks = adversarial_method(weight=1e4)  # drowns the matching gradient
     noise, condition = method.draw_start(Draw(0, 0, rows=16))
-    sample = method.generate(networks, noise, condition).detach()
+    sample = method.generate(networks, noise, condition, Draw(0, 0, rows=16)).detach()
     gradient = method.adversarial_gradient(sample, condition, networks["critic"], Draw(1, 0, rows=16))
     draw = Draw(1, 0, rows=16)
     time, fresh = method.config.critic_time.draw(method.teacher, draw), draw.normal(method.teacher.shape)
