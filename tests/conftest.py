@@ -5,15 +5,33 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+FOLDER = Path(__file__).parent
 # Before anything imports the libraries that read them. Nothing in the tests may download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads would stand in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONG = (
+    "training/test_sharded.py", "methods/msd/test_msd.py", "scripts/test_experiment.py", "test_readme.py",
+    "test_shipped_configs.py", "training/test_processes.py", "plan/test_plan.py", "methods/test_disback.py",
+    "test_wheel.py",
+)
+"""Files that take longest. They come first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(FOLDER).as_posix()
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
