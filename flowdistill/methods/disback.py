@@ -73,7 +73,10 @@ class DisBackConfig:
         return self.interval * targets if len(self.interval) == 1 else self.interval[:targets]
 
     def validate(self) -> None:
-        """UserError for a list of intervals that does not have one for each target."""
+        """UserError for a list of intervals that does not have one for each target, or nodes that need a step."""
+        if self.host.critic_told_step and self.degradation_steps:
+            raise UserError("method.host.critic_told_step is true, but the nodes are networks of the critic's kind in "
+                            "the teacher's place, which is told no step; set it to false, or degradation_steps to 0")
         wanted = max(self.nodes - 1, 0)
         if len(self.interval) not in (1, wanted):
             raise UserError(f"method.interval has {len(self.interval)} values; {self.nodes} nodes have {wanted} "

@@ -72,6 +72,10 @@ class HostConfig(Regression, CriticKind):
         "simulated", "states that the later calls train on: the generator's own (authors of DMD2), or noised real "
         "images of data", choices=STEP_INPUTS,
     )
+    critic_told_step: bool = option(
+        False, "tell the critic which step made a sample, by an extra embedding that starts at zero; false (all "
+        "authors): it learns the mixture of the steps",
+    )
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher", at_least=0)
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
@@ -148,7 +152,9 @@ class ScoreDistillation(SingleStudentMethod):
         info = StudentInfo(name or self.name, teacher.source, guidance_scale=config.guidance_scale)
         self.steps = steps_of(config, teacher)
         self._student = Generator.from_teacher(teacher, info, None, student_network, config.student_lora, self.steps)
-        score: Any = critic_network or make_critic(teacher.network, config.critic_lora)
+        self.tells_step = config.critic_told_step and len(self.steps) > 1
+        scalars = ("step",) if self.tells_step else ()
+        score: Any = critic_network or make_critic(teacher.network, config.critic_lora, scalars)
         self.score: nn.Module = score
         self.critic: nn.Module = score
         self.data: RealData | None = None
@@ -175,12 +181,13 @@ class ScoreDistillation(SingleStudentMethod):
     def _student_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         k = self.draw_step(draw)
         sample, condition = self.draw_sample(networks, draw, k)
-        gradient = self.matching_gradient(sample, condition, networks["critic"], draw)
+        critic = self.told(networks["critic"], k)
+        gradient = self.matching_gradient(sample, condition, critic, draw)
         metrics = {"gradient_size": draw.mean(gradient.abs())}
         if len(self.steps) > 1:
             metrics |= step_figures(k, sample.detach(), metrics["gradient_size"], draw)
         if self.adversarial:
-            gradient = gradient + self.adversarial_gradient(sample, condition, networks["critic"], draw)
+            gradient = gradient + self.adversarial_gradient(sample, condition, critic, draw)
         loss = dm.surrogate_loss(sample, gradient).mean()
         if self.pairs is not None:
             error = regression_error(self.pairs, self.teacher, draw, partial(self.generate, networks, draw=draw))
@@ -209,12 +216,13 @@ class ScoreDistillation(SingleStudentMethod):
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         k = self.draw_step(draw)
+        critic = self.told(networks["critic"], k)
         with torch.no_grad():
             sample, condition = self.draw_sample(networks, draw, k)
         time, noise = self.config.critic_time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
         state, path = dm.noised(sample, noise, time), self.teacher.path
         if not self.adversarial:
-            velocity = networks["critic"](state, time, condition)
+            velocity = critic(state, time, condition)
             return critic_loss(velocity, sample, noise, time, path).mean(), {}
         assert self.data is not None
         # Real samples ride in the same pass: one call of the network with gradients.
@@ -222,7 +230,7 @@ class ScoreDistillation(SingleStudentMethod):
         real = dm.noised(real, draw.normal(self.teacher.shape), time)
         both = None if condition is None or real_condition is None else Condition.cat([condition, real_condition])
         states, times = torch.cat([state, real]), torch.cat([time, time])
-        velocity, logits = networks["critic"](states, times, both, logits=True)
+        velocity, logits = critic(states, times, both, logits=True)
         fake, true = logits.chunk(2)
         told = adversarial.discriminator_loss(fake, true).mean()
         loss = critic_loss(velocity[: len(state)], sample, noise, time, path).mean()
@@ -240,6 +248,12 @@ class ScoreDistillation(SingleStudentMethod):
             return self.config.adversarial_weight * adversarial.generator_loss(logits)
 
         return sample_gradient(loss, sample)
+
+    def told(self, critic: Callable[..., Tensor], k: int) -> Callable[..., Tensor]:
+        """The critic as it is called for samples of step k."""
+        if not self.tells_step:
+            return critic
+        return partial(critic, step=torch.full((1,), float(k), device=self.teacher.device))
 
     # --- draws and passes
 

@@ -259,6 +259,35 @@ def test_states_from_data_are_noised_images():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+def test_the_critic_can_be_told_the_step(adversarial):
+    """It starts as the one that is not told, learns another velocity for each step, and its loss is that step's."""
+    def method_of_critic(told):
+        data = {"adversarial_weight": adversarial, "data": "digits"} if adversarial else {}
+        method = Dmd2(Dmd2Config(steps=2, critic_told_step=told, **data), TEACHERS["flow"]())
+        if adversarial:  # the head starts at random
+            torch.manual_seed(0)
+            for layer in method.critic.head:
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+        return method, {name: role.network for name, role in method.roles().items()}
+
+    (told, networks), (plain, others) = method_of_critic(True), method_of_critic(False)
+    for role in ("student", "critic"):
+        first = told.loss(role, networks, Draw(0, 0, rows=8))[0]
+        assert torch.allclose(first, plain.loss(role, others, Draw(0, 0, rows=8))[0])
+    optimizer = torch.optim.SGD(networks["critic"].parameters(), lr=0.5)
+    for step in range(4):
+        optimizer.zero_grad()
+        told.loss("critic", networks, Draw(0, step, rows=8))[0].backward()
+        optimizer.step()
+    x, t, condition = torch.randn(3, *told.teacher.shape), torch.full((3,), 0.5), told.teacher.encode([0, 1, 2])
+    one, two = (told.told(networks["critic"], k)(x, t, condition) for k in (1, 2))
+    assert not torch.allclose(one, two, atol=1e-5)
+    with pytest.raises(UserError, match="the nodes are networks of the critic's kind"):
+        DisBack(DisBackConfig(host=Dmd2Config(steps=2, critic_told_step=True)), told.teacher)
+
+
 def test_times_are_the_teachers_or_those_given():
     flow, ddpm = TEACHERS["flow"](), TEACHERS["epsilon"]()
     assert steps_of(Dmd2Config(steps=4), flow).times == (1.0, 0.75, 0.5, 0.25)
