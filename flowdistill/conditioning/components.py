@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import diffusers
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_weight_file
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.text import JsonObject
 
 LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, ImportError, TypeError, KeyError, IndexError)
 """What diffusers and transformers raise for a folder that they cannot load."""
@@ -26,6 +27,7 @@ _WEIGHTS = re.compile(
     r"\.(?:safetensors|bin)"
 )
 _ADAPTERS = re.compile(r"lora|\.base_layer\.|\.hada_|\.lokr_")
+M = TypeVar("M", bound=nn.Module)
 _SHOWN = 5  # names of an error message
 
 
@@ -107,7 +109,7 @@ def check_variant(folder: Path, names: Iterable[str], wanted: str | None) -> Non
         raise UserError(f"teacher.variant is '{wanted}', but {folder} has no weights of it, only {has}")
 
 
-def load_model(folder: Path, kind: Any, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+def load_model(folder: Path, kind: type[M], dtype: torch.dtype | None = None, variant: str | None = None) -> M:
     """The model in ``folder``, with every weight from its files.
 
     Args:
@@ -123,7 +125,8 @@ def load_model(folder: Path, kind: Any, dtype: torch.dtype | None = None, varian
         check_weight_file(file)
     try:
         with quiet_libraries():
-            model, report = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant, output_loading_info=True)
+            load: Callable[..., tuple[M, JsonObject]] = kind.from_pretrained  # type: ignore[attr-defined]
+            model, report = load(folder, torch_dtype=dtype, variant=variant, output_loading_info=True)
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the {kind.__name__} in {folder} could not be loaded: {reason}") from error

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import diffusers
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_encoders import TextEncoders
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder, in_cache, write_cache
 from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import read_json_lines, read_lines, text_of
+from flowdistill.utils.text import JsonObject, read_json_lines, read_lines, text_of
 
 ENCODED_AT_ONCE = 16
 ENCODING = 2
@@ -56,7 +57,7 @@ def read_prompts(path: str | os.PathLike[str]) -> PromptList:
     return PromptList([prompt for prompt, _ in pairs], [weight / total for _, weight in pairs])
 
 
-def _record(record: Any) -> tuple[str, float]:
+def _record(record: JsonObject) -> tuple[str, float]:
     prompt, weight = text_of(record["prompt"]), float(record.get("weight", 1.0))
     if not 0 <= weight < float("inf"):
         raise ValueError(f"{weight} is no weight")
@@ -66,11 +67,15 @@ def _record(record: Any) -> tuple[str, float]:
 class PromptEncoder(Protocol):
     """What turns prompts into tensors: a backbone's family, see :mod:`flowdistill.networks.backbones.base`."""
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
 
-    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+    def encode_negative(
+        self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]
+    ) -> dict[str, Tensor]: ...
 
-    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]: ...
+    def encode_null(
+        self, pipeline: Pipeline, negative: str | None, image_size: tuple[int, int]
+    ) -> dict[str, Tensor]: ...
 
 
 class PromptConditions:

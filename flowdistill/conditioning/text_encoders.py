@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,11 +25,12 @@ from flowdistill.conditioning.components import (
     load_model,
     weight_files,
 )
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.hashing import add_files, add_folder, add_module, files_below
 from flowdistill.utils.logging import quiet_libraries
-from flowdistill.utils.text import read_json_object
+from flowdistill.utils.text import JsonObject, read_json_object
 
 INDEX = "model_index.json"
 
@@ -53,7 +54,7 @@ class TextEncoders:
         self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype, variant: str | None = None
     ) -> None:
         self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
-        self.live = cast(Any, source) if isinstance(source, DiffusionPipeline) else None
+        self.live = cast(Pipeline, source) if isinstance(source, DiffusionPipeline) else None
         self.dtype = dtype
         self.variant = variant
         if self.live is not None:
@@ -70,13 +71,13 @@ class TextEncoders:
         return [str(self._index[name][1]) for name in self.components if name.startswith("text_encoder")]
 
     @contextmanager
-    def opened(self, device: torch.device) -> Iterator[Any]:
+    def opened(self, device: torch.device) -> Iterator[Pipeline]:
         """The pipeline with its text components only, on ``device``; what was loaded is dropped afterwards."""
         if self.live is not None:
             yield self.live
             return
         others = {name: None for name, value in self._index.items() if isinstance(value, list) and not is_text(name)}
-        loaded: dict[str, Any] = {}
+        loaded: dict[str, nn.Module] = {}
         for name in self.components:
             kind = component_class(self._index[name])
             if kind is not None and self.folder is not None and (self.folder / name).is_dir():
@@ -137,13 +138,13 @@ class TextEncoders:
         read = weight_files(place)[chosen_variant(place, self.variant)]
         return [file for file in files_below(place) if not is_weight_file(file) or file in read]
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JsonObject:
         """The pipeline's index without the components that have nothing to do with text."""
         return {name: [None, None] if isinstance(value, (list, tuple)) and not is_text(name) else value
                 for name, value in self._index.items()}
 
 
-def _move(component: Any, device: torch.device) -> None:
+def _move(component: object, device: torch.device) -> None:
     if isinstance(component, nn.Module):
         component.to(device)
 

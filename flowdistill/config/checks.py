@@ -9,11 +9,20 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from flowdistill.config.schema import MISSING, RunConfig
 from flowdistill.utils import errors
 from flowdistill.utils.errors import NAMES, UserError, listed, shortened
+from flowdistill.utils.text import JsonObject
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Values = Mapping[str, Any]
+"""A section's, as YAML takes them or as they are written."""
+Limits = Mapping[str, Any]
+"""What a setting may be, as :func:`flowdistill.config.option` has it in a field's metadata."""
 
 
 class Layer(NamedTuple):
@@ -27,8 +36,8 @@ class Layer(NamedTuple):
     """
 
     origin: str
-    values: dict[str, Any]
-    texts: dict[str, Any]
+    values: JsonObject
+    texts: JsonObject
     group: int
 
 
@@ -45,7 +54,7 @@ def rename_former_keys(layer: Layer, method: type) -> None:
         _rename(layer.texts, RunConfig, "", layer.origin, method)
 
 
-def _rename(values: dict[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
+def _rename(values: JsonObject, schema: type, prefix: str, origin: str, method: type) -> None:
     sections = dict(_sections(schema, method))
     former = {item.metadata["was"]: item.name for item in fields(schema) if "was" in item.metadata}
     for name in [name for name in values if name in former]:
@@ -59,7 +68,7 @@ def _rename(values: dict[Any, Any], schema: type, prefix: str, origin: str, meth
             _rename(value, sections[name][0], f"{prefix}{name}.", origin, method)
 
 
-def validate(config: Any, layers: Sequence[Layer] = (), prefix: str = "") -> None:
+def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: str = "") -> None:
     """Check every range of a configuration and call the ``validate()`` of every section that has one.
 
     ``config`` is a RunConfig or one section of it; ``prefix`` is the section's path with a dot behind it. ``layers``
@@ -72,7 +81,7 @@ def validate(config: Any, layers: Sequence[Layer] = (), prefix: str = "") -> Non
         if value is not None and length is not None and len(elements) != length:
             raise UserError(f"'{key}' must have {length} values, not {len(elements)}{found(layers, key)}")
         for element in elements:
-            if is_dataclass(element):
+            if is_dataclass(element) and not isinstance(element, type):
                 validate(element, layers, f"{key}.")
             elif element is not None and (allowed := _violation(element, item.metadata)):
                 every = "every value of " if elements is value else ""
@@ -82,7 +91,7 @@ def validate(config: Any, layers: Sequence[Layer] = (), prefix: str = "") -> Non
         config.validate()
 
 
-def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(full key, type) of everything below ``schema`` that is not a section."""
     sections = dict(_sections(schema, method))
     for name, hint in get_type_hints(schema).items():
@@ -107,7 +116,7 @@ def is_textual(hint: object) -> bool:
     return is_text(hint) or (len(parts) > 1 and all(part is type(None) or is_textual(part) for part in parts))
 
 
-def in_words(hint: Any) -> str:
+def in_words(hint: object) -> str:
     """A type in words: ``list[int] | None`` is 'a list of integers or null'."""
     if get_origin(hint) in (list, tuple):
         many = {int: "integers", float: "numbers", str: "texts"}
@@ -115,11 +124,12 @@ def in_words(hint: Any) -> str:
         return f"a list of {count}{many.get(get_args(hint)[0], 'values')}"
     if len(_alternatives(hint)) > 1:
         return " or ".join(in_words(part) for part in _alternatives(hint))
-    one = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    one: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text",
+                              type(None): "null"}
     return one.get(hint, "a mapping" if get_origin(hint) is dict else f"a {getattr(hint, '__name__', hint)}")
 
 
-def with_texts(values: Mapping[str, Any], texts: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+def with_texts(values: JsonObject, texts: JsonObject, hints: Mapping[str, object]) -> JsonObject:
     """A copy of ``values`` in which the settings that are texts are as ``texts`` has them, the same tree as written."""
     result = dict(values)
     for key, hint in hints.items():
@@ -128,7 +138,7 @@ def with_texts(values: Mapping[str, Any], texts: Mapping[str, Any], hints: Mappi
     return result
 
 
-def replaced(values: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
+def replaced(values: JsonObject, path: Sequence[str], value: object) -> JsonObject:
     """A copy of nested mappings with another value at ``path``, which is there already."""
     return {**values, path[0]: replaced(values[path[0]], path[1:], value) if len(path) > 1 else value}
 
@@ -138,9 +148,9 @@ def section_type(schema: type, name: str) -> type:
     return dict(_sections(schema, schema))[name][0]
 
 
-def raw_value(values: Mapping[str, Any], key: str) -> Any:
+def raw_value(values: JsonObject, key: str) -> Any:
     """The value at a dotted key of nested mappings, or MISSING."""
-    node: Any = values
+    node: object = values
     for part in key.split("."):
         node = node.get(part, MISSING) if isinstance(node, Mapping) else MISSING
     return node
@@ -164,13 +174,13 @@ def shown(value: object) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
-def pruned(values: Mapping[Any, Any], schema: type, prefix: str) -> tuple[dict[Any, Any], list[str]]:
+def pruned(values: Values, schema: type, prefix: str) -> tuple[JsonObject, list[str]]:
     """What of ``values`` the section ``schema`` has a place for, and the keys of the rest.
 
     A value goes as well where the section wants another kind of value (keys below it or none) or does not list it among
     the choices.
     """
-    kept: dict[Any, Any] = {}
+    kept: JsonObject = {}
     dropped: list[str] = []
     sections, hints = dict(_sections(schema, schema)), get_type_hints(schema)
     limits = {item.name: item.metadata for item in fields(schema)}
@@ -185,14 +195,14 @@ def pruned(values: Mapping[Any, Any], schema: type, prefix: str) -> tuple[dict[A
     return kept, dropped
 
 
-def _has_place(value: object, is_section: bool, hint: object, limits: Mapping[str, Any]) -> bool:
+def _has_place(value: object, is_section: bool, hint: object, limits: Limits) -> bool:
     if is_section or isinstance(value, Mapping):
         return value is None if is_section else hint is Any or get_origin(hint) is dict
     elements = value if isinstance(value, list) else [value]
     return all(element is None or element in limits.get("choices", elements) for element in elements)
 
 
-def _check_keys(values: Mapping[Any, Any], schema: type, prefix: str, origin: str, method: type) -> None:
+def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: type) -> None:
     sections, hints = dict(_sections(schema, method)), get_type_hints(schema)
     names = [item.name for item in fields(schema)]
     for name, value in values.items():
@@ -234,11 +244,11 @@ def _is_fixed(hint: object) -> bool:
     return get_origin(hint) is tuple and Ellipsis not in get_args(hint)
 
 
-def _alternatives(hint: object) -> tuple[Any, ...]:
+def _alternatives(hint: object) -> tuple[object, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _violation(value: Any, limits: Mapping[str, Any]) -> str:
+def _violation(value: Any, limits: Limits) -> str:
     """What would be allowed, in words, when ``value`` is not; else an empty string."""
     if "choices" in limits and value not in limits["choices"]:
         return f"one of {listed(limits['choices'])}"

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
 
 from flowdistill.config.checks import (
     Layer,
@@ -33,7 +32,7 @@ from flowdistill.utils.errors import UserError, listed, shortened
 from flowdistill.utils.files import local_path
 from flowdistill.utils.objects import is_object, load_object
 from flowdistill.utils.shipped import find_config
-from flowdistill.utils.text import dump_yaml, parse_yaml, read_text
+from flowdistill.utils.text import JsonObject, dump_yaml, parse_yaml, read_text
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -118,7 +117,7 @@ def _config_of(method: object, name: str, key: str) -> type:
     return config
 
 
-def accept_former_names(values: dict[Any, Any], method: type) -> None:
+def accept_former_names(values: JsonObject, method: type) -> None:
     """Give the method and the settings in a saved configuration their present names, in place and without a word."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -144,7 +143,7 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     return [*_file_layers(path.parent / local_path(base), (*above, path.resolve())), own]
 
 
-def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path, name: str) -> tuple[JsonObject, JsonObject]:
     """The values and the texts of a file; see :class:`Layer`."""
     if path.parent.is_dir() and not path.exists():
         siblings = [entry.name for entry in path.parent.glob("*.y*ml")]
@@ -159,7 +158,7 @@ def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, texts
 
 
-def _check_interpolations(values: dict[str, Any], name: str) -> None:
+def _check_interpolations(values: JsonObject, name: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -171,7 +170,7 @@ def _check_interpolations(values: dict[str, Any], name: str) -> None:
         raise UserError(f"{name} is not valid: it contains itself") from None
 
 
-def _override_layer(text: str, hints: Mapping[str, Any]) -> Layer:
+def _override_layer(text: str, hints: Mapping[str, object]) -> Layer:
     """A ``key=value`` text; the value of a setting that is a text is taken as it stands, that of others is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
@@ -250,7 +249,7 @@ def _without_former(layers: Sequence[Layer], section: str, schema: type) -> list
     return kept
 
 
-def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, Any]) -> UserError:
+def _value_error(error: Exception, layers: Sequence[Layer], hints: Mapping[str, object]) -> UserError:
     """One sentence for what OmegaConf says about one value."""
     from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError, ValidationError
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flowdistill.config.checks import leaf_types, with_texts
 from flowdistill.config.schema import EvaluationConfig, TeacherConfig
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
-from flowdistill.utils.text import parse_yaml, read_text
+from flowdistill.utils.text import JsonObject, parse_yaml, read_text
 
 CONFIG = "config.yaml"
 
 
-def run_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def run_settings(folder: str | os.PathLike[str]) -> JsonObject:
     """The settings in a run folder's ``config.yaml``, as they are there: also of another version, and unchecked.
 
     Raises:
@@ -30,7 +29,7 @@ def run_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     values, texts = (parse_yaml(text, str(file), as_written) for as_written in (False, True))
     if not isinstance(values, dict):
         raise UserError(f"{file} is not the configuration of a run")
-    hints = {"output_dir": str, "started_in": str}
+    hints: dict[str, object] = {"output_dir": str, "started_in": str}
     for section, schema in (("teacher", TeacherConfig), ("evaluation", EvaluationConfig)):
         hints |= dict(leaf_types(schema, schema, f"{section}."))
     values = with_texts(values, texts, hints)

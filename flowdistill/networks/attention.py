@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from typing import Any
 
 import torch
 from diffusers import attention_backend
@@ -24,6 +23,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowdistill.networks.backbones import Backbone
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import log_once, quiet_libraries
 
@@ -55,7 +55,7 @@ def choose_attention(wanted: str, backbone: nn.Module, masked: bool, device: tor
     return "sdpa"
 
 
-def use_attention(backbone: Any, kernel: str) -> None:
+def use_attention(backbone: Backbone, kernel: str) -> None:
     """Set the attention layers that diffusers can switch to xformers, or those that are back to torch's own."""
     fused = kernel == "xformers"
     swap = PROCESSORS if fused else {there: here for here, there in PROCESSORS.items()}
@@ -69,7 +69,7 @@ def use_attention(backbone: Any, kernel: str) -> None:
             backbone.set_attention_backend("xformers" if fused else "native")
 
 
-def attention_kernels(kernel: str) -> Any:
+def attention_kernels(kernel: str) -> contextlib.AbstractContextManager[None]:
     """The context in which a network with ``kernel`` is called."""
     return sdpa_kernel(SDPBackend.MATH) if kernel == "math" else contextlib.nullcontext()
 
@@ -115,7 +115,7 @@ def _dispatches(module: nn.Module) -> bool:
     return hasattr(getattr(module, "processor", None), "_attention_backend")
 
 
-def _refusal(backbone: Any, masked: bool, device: torch.device) -> str | None:
+def _refusal(backbone: Backbone, masked: bool, device: torch.device) -> str | None:
     """Why xformers cannot compute this network's attention, or None."""
     try:
         ops = importlib.import_module("xformers.ops")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.lora import LoraSettings
-from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
+from flowdistill.networks.velocity import Around, ExtendedVelocity, VelocityNetwork
 from flowdistill.objectives.distribution_matching import flow_matching_loss
 from flowdistill.paths.native_path import NativePath
 
@@ -63,7 +61,7 @@ class Discriminator(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition | None = None, logits: bool = False, **scalars: Tensor
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         velocity = self.critic(x, t, condition, **scalars)
         features, self._features.value = self._features.value, None
         if not logits:
@@ -73,7 +71,7 @@ class Discriminator(nn.Module):
         positions = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
         return velocity, self.head(positions).mean(dim=(1, 2)).float()
 
-    def enable_gradient_checkpointing(self, around: Callable[[], Any] = contextlib.nullcontext) -> None:
+    def enable_gradient_checkpointing(self, around: Around = contextlib.nullcontext) -> None:
         self.critic.enable_gradient_checkpointing(around)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -83,7 +83,7 @@ def add_lora(backbone: nn.Module, settings: LoraSettings, gaussian: bool = False
                         f"has no linear or convolution layer whose name ends so; there are {last}")
     backbone.requires_grad_(False)
     alpha: Any = settings.rank if settings.alpha is None else settings.alpha
-    start: Any = "gaussian" if gaussian else True
+    start: bool | Literal["gaussian"] = "gaussian" if gaussian else True
     wanted = LoraConfig(r=settings.rank, lora_alpha=alpha, init_lora_weights=start, target_modules=names)
     inject_adapter_in_model(wanted, backbone, ADAPTER)
     for parameter in backbone.parameters():

@@ -7,21 +7,19 @@ left out only where no width alone comes near the budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from flowdistill.networks.backbones import family_of
+from flowdistill.networks.backbones import Backbone, family_of
 from flowdistill.utils.errors import WORD, UserError, shown
+from flowdistill.utils.text import JsonObject
 
 NEAR = 0.9
 """A network with this share of its budget is near it."""
 
-Config = dict[str, Any]
 
-
-def smaller(backbone: Any, share: float) -> Config:
+def smaller(backbone: Backbone, share: float) -> JsonObject:
     """What to change in ``backbone.config`` for the largest network with at most ``share`` of its parameters.
 
     Args:
@@ -34,10 +32,10 @@ def smaller(backbone: Any, share: float) -> Config:
     name = type(backbone).__name__
     widths, layers, resized = family_of(backbone).sizes(backbone.config)
     budget = share * parameters(backbone)
-    best: tuple[int, Config] | None = None
+    best: tuple[int, JsonObject] | None = None
     for depth in range(layers, 0, -1):
 
-        def of_this_depth(width: int, depth: int = depth) -> Config:
+        def of_this_depth(width: int, depth: int = depth) -> JsonObject:
             return resized(width, depth)
 
         found = _widest(backbone, widths, of_this_depth, budget)
@@ -51,7 +49,7 @@ def smaller(backbone: Any, share: float) -> Config:
     return best[1]
 
 
-def reshaped(backbone: Any, changes: Mapping[str, Any]) -> nn.Module:
+def reshaped(backbone: Backbone, changes: Mapping[str, object]) -> nn.Module:
     """A new, random network of the same class with ``changes`` in its configuration.
 
     Raises:
@@ -81,8 +79,8 @@ def parameters(network: nn.Module) -> int:
 
 
 def _widest(
-    backbone: nn.Module, widths: int, config: Callable[[int], Config], budget: float
-) -> tuple[int, Config] | None:
+    backbone: nn.Module, widths: int, config: Callable[[int], JsonObject], budget: float
+) -> tuple[int, JsonObject] | None:
     """The largest of the widths 1 ... ``widths`` within the budget, by bisection, with its size."""
     low, high, best = 1, widths, None
     while low <= high:

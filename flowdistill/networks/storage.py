@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,10 +16,11 @@ from torch import Tensor
 from flowdistill.networks.backbones import FAMILIES
 from flowdistill.networks.lora import LoraSettings, split
 from flowdistill.networks.velocity import TARGET_TIMES, ExtendedVelocity, VelocityNetwork
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler, path_from_scheduler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer, local_path
-from flowdistill.utils.text import read_json_object, without_marks
+from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
 FORMAT = 3
 """The newest known."""
@@ -74,7 +74,7 @@ def _download(repository: str) -> Path | None:
         raise UserError(f"{repository} is no folder here and could not be fetched from the hub: {reason}") from error
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> JsonObject:
     """The JSON of a stored network, with at least ``kind`` and ``format``.
 
     Raises:
@@ -87,7 +87,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def write_network(network: ExtendedVelocity, scheduler: Any, folder: Path) -> dict[str, Any]:
+def write_network(network: ExtendedVelocity, scheduler: Scheduler, folder: Path) -> JsonObject:
     """Write weights, the backbone's configuration and the scheduler into ``folder``; returns the description."""
     velocity = network.velocity
     velocity.backbone.save_config(folder / "backbone")
@@ -111,7 +111,7 @@ def write_network(network: ExtendedVelocity, scheduler: Any, folder: Path) -> di
     }
 
 
-def read_network(folder: Path, description: dict[str, Any]) -> tuple[ExtendedVelocity, Any]:
+def read_network(folder: Path, description: JsonObject) -> tuple[ExtendedVelocity, Scheduler]:
     """The network of a folder, and its scheduler.
 
     Raises:

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
@@ -16,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.attention import attention_kernels, only_math
-from flowdistill.networks.backbones import BackboneFamily
+from flowdistill.networks.backbones import Backbone, BackboneFamily
 from flowdistill.networks.lora import LoraSettings, add_lora
 from flowdistill.paths.native_path import Coefficients, NativePath
 
 EMBEDDING_FREQUENCIES = 256
+Around = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes the context in which a block that is recomputed runs, each time."""
 TARGET_TIMES = ("separate", "reuse")
 
 
@@ -42,14 +43,14 @@ class VelocityNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         path: NativePath,
         family: BackboneFamily,
         attention: str = "sdpa",
         lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
-        self.backbone: Any = backbone if lora is None else add_lora(backbone, lora)
+        self.backbone: Backbone = backbone if lora is None else add_lora(backbone, lora)
         self.lora = lora
         self.path = path
         self.family = family
@@ -152,12 +153,12 @@ class _AddToTimeEmbedding:
     def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output if self.value is None else output + self.value.to(output.dtype)
 
-    def checkpoint(self, around: Callable[[], Any], block: nn.Module, *args: Any) -> Any:
+    def checkpoint(self, around: Around, block: nn.Module, *args: object) -> object:
         """Activation checkpointing that recomputes a block with the embedding, and by the attention kernels, of its own
         forward pass."""
         value, kernel = self.value, "math" if only_math() else "sdpa"
 
-        def run(*inner: Any) -> Any:
+        def run(*inner: object) -> object:
             current, self.value = self.value, value
             try:
                 with attention_kernels(kernel), around():
@@ -235,7 +236,7 @@ class ExtendedVelocity(nn.Module):
             total = part if total is None else total + part
         return total
 
-    def enable_gradient_checkpointing(self, around: Callable[[], Any] = contextlib.nullcontext) -> None:
+    def enable_gradient_checkpointing(self, around: Around = contextlib.nullcontext) -> None:
         """Recompute activations in the backward pass (diffusers' blocks) to save memory.
 
         ``around`` makes a context in which each block runs, the first time and again.

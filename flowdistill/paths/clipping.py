@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowdistill.paths.scheduler_protocol import SchedulerConfig
 
 # The options that the step of each class obeys; TCDScheduler has both among its settings and reads neither.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ class Clipping:
                 f"and {self.limit:g}, and divided by it (thresholding)")
 
 
-def clipping_of(name: str, config: Mapping[str, Any]) -> Clipping | None:
+def clipping_of(name: str, config: SchedulerConfig) -> Clipping | None:
     """What a scheduler of class ``name`` with this config does; thresholding goes before clipping, as in its step."""
     options = OPTIONS.get(name, ())
     keeps_noise = name in KEEPS_NOISE

@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowdistill.paths.clipping import Clipping, clipping_of
+from flowdistill.paths.scheduler_protocol import Scheduler, SchedulerConfig
 from flowdistill.utils.errors import UserError
 
 VP_SCHEDULERS = (
@@ -163,7 +163,7 @@ class NativePath:
         return _karras_grid(points, self.t_min, self.t_max).flip(0)
 
 
-def path_from_scheduler(scheduler: Any) -> NativePath:
+def path_from_scheduler(scheduler: Scheduler) -> NativePath:
     """Read the path off a diffusers scheduler object.
 
     Raises:
@@ -173,7 +173,7 @@ def path_from_scheduler(scheduler: Any) -> NativePath:
     return replace(_unclipped_path(scheduler, name), clipping=clipping_of(name, scheduler.config))
 
 
-def _unclipped_path(scheduler: Any, name: str) -> NativePath:
+def _unclipped_path(scheduler: Scheduler, name: str) -> NativePath:
     config = scheduler.config
     prediction = config.get("prediction_type", "epsilon")
     if name in FLOW_SCHEDULERS:
@@ -265,7 +265,7 @@ def _vp_path(name: str, prediction: str, alphas_cumprod: Tensor, spacing: str) -
     return NativePath("vp", prediction, t_min, t_max, name, coefficients, grid, time_of)
 
 
-def _edm_path(name: str, prediction: str, config: Any) -> NativePath:
+def _edm_path(name: str, prediction: str, config: SchedulerConfig) -> NativePath:
     """EDM preconditioning, Karras et al. 2022, Table 1: D = c_skip x_nat + c_out F(c_in x_nat, 0.25 log sigma)."""
     sign = 1.0 if prediction == "epsilon" else -1.0
     sigma_min, sigma_max, sigma_data = config.sigma_min, config.sigma_max, config.sigma_data

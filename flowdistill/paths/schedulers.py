@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import diffusers
 
 from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.text import read_json_object
 
 __all__ = ["load_scheduler", "path_from_scheduler"]
 
 
-def load_scheduler(folder: Path) -> Any:
+def load_scheduler(folder: Path) -> Scheduler:
     """The scheduler saved in ``folder``, of exactly the class its config names."""
     file = folder / "scheduler_config.json"
     if not file.is_file():

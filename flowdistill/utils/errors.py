@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 VALUE = 80  # characters of a value that a sentence repeats
 WORD = 400  # characters of a word, so that the paths of deep folders stay whole
@@ -39,7 +38,7 @@ def shown(value: object, most: int = VALUE, quoted: bool = True) -> str:
     return shortened(repr(value) if quoted else str(value), most)
 
 
-def listed(names: Iterable[Any], most: int = NAMES) -> str:
+def listed(names: Iterable[object], most: int = NAMES) -> str:
     """Names in a sentence, separated by commas; of many, the first ones and how many more there are."""
     texts = [shortened(str(name)) for name in names]
     rest = len(texts) - most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import SupportsIndex
 
 from flowdistill.utils.errors import UserError, shown
 
@@ -11,7 +11,7 @@ SEEDS = 2**64
 """Seeds are 0 to 2^64 - 1, each different from every other."""
 
 
-def check_seed(seed: Any, name: str = "the seed") -> int:
+def check_seed(seed: SupportsIndex, name: str = "the seed") -> int:
     """``seed`` as a Python integer; UserError, with ``name`` in it, for anything but an integer of 0 to 2^64 - 1."""
     try:
         number = operator.index(seed)

@@ -22,6 +22,8 @@ from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import local_path
 
 T = TypeVar("T")
+JsonObject = dict[str, Any]
+"""An object of a JSON file or a mapping of a YAML one, whose values whoever reads it knows or checks."""
 
 MARK = "\ufeff"
 # The mark of UTF-32 begins with that of UTF-16.
@@ -79,7 +81,7 @@ def read_json(path: str | os.PathLike[str], name: str | None = None) -> Any:
         raise UserError(f"{name or local_path(path)} is not valid JSON: {error}") from error
 
 
-def read_json_object(path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], name: str | None = None) -> JsonObject:
     """Read a JSON file that holds an object.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowdistill.networks.backbones.base import FAMILIES, Backbone, BackboneFamily, last_linear, register_family
 from flowdistill.utils.errors import UserError, listed, shown
 
-__all__ = ["FAMILIES", "BackboneFamily", "family_of", "last_linear", "register_family"]
+__all__ = ["FAMILIES", "Backbone", "BackboneFamily", "family_of", "last_linear", "register_family"]
 
 
 def family_of(network: Backbone) -> BackboneFamily:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.registry import Registry
+from flowdistill.utils.text import JsonObject
 
 Backbone = Any
 """A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
@@ -32,7 +35,7 @@ class Sizes(NamedTuple):
 
     widths: int
     layers: int
-    changes: Callable[[int, int], dict[str, Any]]
+    changes: Callable[[int, int], JsonObject]
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,11 @@ class BackboneFamily(ABC):
         return self.output_channels(network) - self.shape(network)[0]
 
     @property
-    def backbone_type(self) -> Any:
+    def backbone_type(self) -> type[Backbone]:
         """The backbone's class; one that is not in diffusers overrides this."""
         return getattr(diffusers, self.backbone_class)
 
-    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+    def sizes(self, config: JsonObject) -> Sizes:
         """The smaller networks of the family that a backbone with this configuration can shrink to.
 
         Raises:
@@ -167,7 +170,7 @@ class BackboneFamily(ABC):
 
     # --- text to image
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         """The tensors of a :class:`Condition` for ``prompts``, by the pipeline's own ``encode_prompt``.
 
         Args:
@@ -176,11 +179,11 @@ class BackboneFamily(ABC):
         """
         raise NotImplementedError
 
-    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_negative(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         """The same for the other side of guidance; some pipelines treat it in another way."""
         return self.encode(pipeline, prompts, image_size)
 
-    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_null(self, pipeline: Pipeline, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
         """One row: the negative prompt of guidance, or what the pipeline takes where none is given (None)."""
         return self.encode_negative(pipeline, [negative or ""], image_size)
 
@@ -202,7 +205,7 @@ class BackboneFamily(ABC):
         """Classifier-free guidance of velocities (B, C, H, W) at ``scale`` (B, 1, 1, 1)."""
         return null + scale * (conditional - null)
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         """Prepare a flow-matching scheduler as the family's pipeline does for latents of ``shape`` (C, H, W)."""
         scheduler.set_timesteps(steps)
 
@@ -222,7 +225,7 @@ def register_family(cls: F) -> F:
 
 
 def convolutional_sizes(
-    config: Mapping[str, Any], unit: int, heads: Callable[[list[int]], dict[str, Any]]
+    config: JsonObject, unit: int, heads: Callable[[list[int]], JsonObject]
 ) -> Sizes:
     """Sizes of a UNet: widths in the ratios they have, each a multiple of ``unit``, and fewer layers a block.
 
@@ -231,7 +234,7 @@ def convolutional_sizes(
     """
     channels = list(config["block_out_channels"])
 
-    def changes(width: int, layers: int) -> dict[str, Any]:
+    def changes(width: int, layers: int) -> JsonObject:
         widths = [max(1, round(width * channel / max(channels))) * unit for channel in channels]
         return {"block_out_channels": widths, "layers_per_block": layers} | heads(widths)
 
@@ -244,7 +247,7 @@ def last_linear(embedding: nn.Module) -> nn.Linear:
 
 
 def set_shifted(
-    scheduler: Any, steps: int, length: int, max_shift: float = 1.15, sigmas: bool = True
+    scheduler: Scheduler, steps: int, length: int, max_shift: float = 1.15, sigmas: bool = True
 ) -> None:
     """``set_timesteps`` with a shift that grows with the number of image tokens, where the scheduler asks for one.
 
@@ -254,7 +257,7 @@ def set_shifted(
         sigmas: whether the pipeline gives the scheduler evenly spaced times of its own, 1 to 1 / steps.
     """
     config = scheduler.config
-    settings: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()} if sigmas else {}
+    settings: dict[str, object] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()} if sigmas else {}
     if config.get("use_dynamic_shifting"):
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
@@ -276,7 +279,7 @@ def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     return x.reshape(len(tokens), -1, height, width)
 
 
-def longest_prompt(pipeline: Any) -> int:
+def longest_prompt(pipeline: type[Pipeline]) -> int:
     """Tokens of a prompt that a pipeline's ``encode_prompt`` keeps."""
     return int(inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from flowdistill.networks.backbones.base import (
     register_family,
 )
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.text import JsonObject
 
 
 @register_family
@@ -49,7 +48,7 @@ class DiTFamily(BackboneFamily):
     def middle_channels(self, network: Backbone) -> int:
         return network.config.num_attention_heads * network.config.attention_head_dim
 
-    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+    def sizes(self, config: JsonObject) -> Sizes:
         """Fewer heads of the same size, then fewer blocks.
 
         Positions are sines and cosines in two directions, so 4 divides the width.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -21,6 +21,7 @@ from flowdistill.networks.backbones.base import (
     tensors,
     unpacked,
 )
+from flowdistill.paths.scheduler_protocol import Scheduler
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of its own
 
@@ -67,7 +68,7 @@ class FluxFamily(BackboneFamily):
     def takes_guidance(self, network: Backbone) -> bool:
         return bool(network.config.guidance_embeds)
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
@@ -76,5 +77,5 @@ class FluxFamily(BackboneFamily):
         return {"prompt_embeds": (longest_prompt(pipeline), config.joint_attention_dim),
                 "pooled_embeds": (config.pooled_projection_dim,)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -18,6 +18,7 @@ from flowdistill.networks.backbones.base import (
     set_shifted,
     tensors,
 )
+from flowdistill.paths.scheduler_protocol import Scheduler
 
 
 @register_family
@@ -38,13 +39,13 @@ class Lumina2Family(BackboneFamily):
     def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.x_embedder, network.norm_out.linear_2
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=pipeline.text_encoder.device
         )
         return {"prompt_embeds": embeds, "attention_mask": mask}
 
-    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_negative(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         # Without the system prompt.
         _, _, embeds, mask = pipeline.encode_prompt(
             prompts, negative_prompt=prompts, device=pipeline.text_encoder.device
@@ -61,6 +62,6 @@ class Lumina2Family(BackboneFamily):
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         # The pipeline takes the number of channels for the number of tokens; its shift is then constant.
         set_shifted(scheduler, steps, shape[0])

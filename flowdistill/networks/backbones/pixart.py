@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -46,7 +45,7 @@ class PixArtFamily(BackboneFamily):
         return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,),
                 "image_size": (2,)}
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,

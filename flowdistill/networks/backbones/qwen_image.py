@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -20,6 +20,7 @@ from flowdistill.networks.backbones.base import (
     tensors,
     unpacked,
 )
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
@@ -61,7 +62,7 @@ class QwenImageFamily(BackboneFamily):
     def output_channels(self, network: Backbone) -> int:
         return network.out_channels
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, mask = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask  # None: nothing is padding
         return {"prompt_embeds": embeds, "attention_mask": mask}
@@ -76,5 +77,5 @@ class QwenImageFamily(BackboneFamily):
         guided, own = packed(null + scale * (conditional - null)), packed(conditional)
         return unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), null.shape)
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))

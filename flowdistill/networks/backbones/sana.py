@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -46,7 +46,7 @@ class SanaFamily(BackboneFamily):
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.caption_channels), "attention_mask": (length,)}
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts,
@@ -56,7 +56,7 @@ class SanaFamily(BackboneFamily):
         )
         return {"prompt_embeds": embeds, "attention_mask": mask}
 
-    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_negative(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         # Without the instruction that comes before a prompt.
         _, _, embeds, mask = pipeline.encode_prompt(
             prompts, negative_prompt=prompts, device=pipeline.text_encoder.device

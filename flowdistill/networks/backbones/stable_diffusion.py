@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.text_pipeline import Pipeline, TwoEncoderPipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -22,6 +22,7 @@ from flowdistill.networks.backbones.base import (
     tensors,
 )
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.text import JsonObject
 
 
 @register_family
@@ -66,7 +67,7 @@ class StableDiffusionFamily(BackboneFamily):
     def takes_guidance(self, network: Backbone) -> bool:
         return network.config.time_cond_proj_dim is not None
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         common = {"device": pipeline.text_encoder_2.device if _is_xl(pipeline) else pipeline.text_encoder.device,
                   "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         if not _is_xl(pipeline):
@@ -84,13 +85,13 @@ class StableDiffusionFamily(BackboneFamily):
             shapes |= {"pooled_embeds": (config.projection_class_embeddings_input_dim - ids,), "time_ids": (6,)}
         return shapes
 
-    def encode_null(self, pipeline: Any, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode_null(self, pipeline: Pipeline, negative: str | None, image_size: tuple[int, int]) -> dict[str, Tensor]:
         row = super().encode_null(pipeline, negative, image_size)
-        if negative is None and _is_xl(pipeline) and pipeline.config.force_zeros_for_empty_prompt:
+        if negative is None and _is_xl(pipeline) and pipeline.config["force_zeros_for_empty_prompt"]:
             row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_embeds")}
         return row
 
-    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+    def sizes(self, config: JsonObject) -> Sizes:
         """There ``attention_head_dim`` is the number of heads (diffusers), one or one a block."""
         if config["num_attention_heads"] is not None or isinstance(config["layers_per_block"], (list, tuple)):
             raise UserError("the teacher's UNet2DConditionModel has num_attention_heads or a number of layers for each "
@@ -105,5 +106,5 @@ class StableDiffusionFamily(BackboneFamily):
                                    lambda widths: {"attention_head_dim": [width // size for width in widths]})
 
 
-def _is_xl(pipeline: Any) -> bool:
+def _is_xl(pipeline: Pipeline) -> TypeGuard[TwoEncoderPipeline]:
     return type(pipeline).__name__ == "StableDiffusionXLPipeline"

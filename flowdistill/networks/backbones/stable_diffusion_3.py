@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -17,6 +17,7 @@ from flowdistill.networks.backbones.base import (
     set_shifted,
     tensors,
 )
+from flowdistill.paths.scheduler_protocol import Scheduler
 
 
 @register_family
@@ -35,7 +36,7 @@ class StableDiffusion3Family(BackboneFamily):
     def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.pos_embed.proj, network.proj_out
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
@@ -46,5 +47,5 @@ class StableDiffusion3Family(BackboneFamily):
         return {"prompt_embeds": (clip_tokens + longest_prompt(pipeline), config.joint_attention_dim),
                 "pooled_embeds": (config.pooled_projection_dim,)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2), max_shift=1.16, sigmas=False)

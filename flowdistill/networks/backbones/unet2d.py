@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from flowdistill.networks.backbones.base import (
     register_family,
 )
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.text import JsonObject
 
 
 @register_family
@@ -56,7 +55,7 @@ class UNet2DFamily(BackboneFamily):
     def projections(self, network: Backbone) -> tuple[nn.Module, nn.Module]:
         return network.conv_in, network.conv_out
 
-    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+    def sizes(self, config: JsonObject) -> Sizes:
         """Channels that norm groups and the size of a head divide: there the number of heads follows from the width."""
         groups, head = config["norm_num_groups"] or 1, config["attention_head_dim"] or 1
         unit = math.lcm(groups, config.get("attn_norm_num_groups") or 1, head)

@@ -6,12 +6,12 @@ The pipeline's ``guidance_scale`` counts from 0: this g is its value plus 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
@@ -21,6 +21,7 @@ from flowdistill.networks.backbones.base import (
     set_shifted,
     tensors,
 )
+from flowdistill.paths.scheduler_protocol import Scheduler
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents
 
@@ -51,7 +52,7 @@ class ZImageFamily(BackboneFamily):
     def output_channels(self, network: Backbone) -> int:
         return network.out_channels
 
-    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         texts, _ = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
@@ -65,5 +66,5 @@ class ZImageFamily(BackboneFamily):
         length = longest_prompt(pipeline)
         return {"prompt_embeds": (length, network.config.cap_feat_dim), "attention_mask": (length,)}
 
-    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))
