@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
 from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, seed_number
@@ -224,7 +224,7 @@ def _only_for_pipelines(args: argparse.Namespace, *names: str) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from flowdistill.evaluation import evaluate
 
-    model: Any = args.model
+    model: str | Teacher = args.model
     if args.variant is not None:
         from flowdistill.students import is_student_folder
         from flowdistill.teachers import load_teacher
@@ -354,7 +354,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, run: Any, target: object, help: str, description: str, examples: Sequence[str]) -> Parser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], target: object, help: str, description: str,
+        examples: Sequence[str],
+    ) -> Parser:
         epilog = "examples:\n" + "\n".join(f"  flowdistill {name} {example}" for example in examples)
         form = argparse.RawDescriptionHelpFormatter
         added = commands.add_parser(name, help=help, description=description, epilog=epilog, formatter_class=form)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import local_path
 from flowdistill.utils.shipped import shipped_folder
 from flowdistill.utils.text import read_json_object
 
+if TYPE_CHECKING:
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
 ASSETS = shipped_folder("assets")
 
 _TEXT_TO_IMAGE = (
@@ -60,7 +64,7 @@ def asset_path(name: str) -> Path:
     return folder
 
 
-def load_network(kind: type[Any], folder: str | os.PathLike[str], what: str) -> Any:
+def load_network(kind: type[M], folder: str | os.PathLike[str], what: str) -> M:
     """The network in a folder with ``config.json`` and ``model.safetensors``, frozen, in eval mode, on the CPU.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdistill.conditioning.conditions import Condition
 from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, collect
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
@@ -22,6 +23,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.text import JsonObject
 
 
 class Evaluator:
@@ -82,7 +84,7 @@ class Evaluator:
         name: str = "student",
         calls: int | None = 1,
         *,
-        condition: Callable[[range], Any] | None = None,
+        condition: Callable[[range], Condition | None] | None = None,
     ) -> Row:
         """Generate ``num_images`` images and measure them; every process gets the row.
 
@@ -156,7 +158,7 @@ class Evaluator:
         collected = collect(batches, self.extractor, len(images), processes, len(self.reference.mean))
         return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
 
-    def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: Any) -> Report:
+    def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: object) -> Report:
         """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
         total = self.num_images if num_images is None else num_images
         return Report(
@@ -175,18 +177,18 @@ class Evaluator:
         return Processes.current().on_main(self.reference.fid_floor)
 
     @cached_property
-    def _metrics_protocol(self) -> dict[str, Any]:
+    def _metrics_protocol(self) -> JsonObject:
         """What the metrics say of themselves; made by the main process, known to all."""
         return Processes.current().on_main(
             lambda: {name: value for metric in self.metrics for name, value in metric.protocol(self.reference).items()}
         )
 
-    def protocol(self, num_images: int | None = None) -> dict[str, Any]:
+    def protocol(self, num_images: int | None = None) -> JsonObject:
         """How the figures come about: what one needs to know to get the same ones."""
         extractor, reference = self.extractor, self.reference
         total = self.num_images if num_images is None else num_images
         size = len(reference.mean)
-        protocol: dict[str, Any] = {
+        protocol: JsonObject = {
             "features": extractor.name,
             "features_sha256": extractor.hash,
             "feature_size": size,
@@ -214,7 +216,7 @@ class Evaluator:
         classes: Tensor | None,
     ) -> Row:
         images = MeasuredImages(collected, labels, classes, self.owner, self.seed)
-        figures: dict[str, Any] = {}
+        figures: JsonObject = {}
         for metric in self.metrics:
             figures |= metric.measure(images, self.reference)
         return Row(name, calls, speed, **figures)
@@ -225,7 +227,7 @@ def evaluate_models(
     shape: Sequence[int],
     num_classes: int | None,
     evaluator: Evaluator,
-    condition: Callable[[range], Any] | None = None,
+    condition: Callable[[range], Condition | None] | None = None,
     **protocol: Any,
 ) -> Report:
     """Measure several (name, network calls, sampler) on the same noise and labels or conditions."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowdistill.evaluation.metrics import all_metrics
 from flowdistill.utils.files import atomic_write
-from flowdistill.utils.text import read_json_object
+from flowdistill.utils.text import JsonObject, read_json_object
 
 
 @dataclass(init=False)
@@ -33,7 +33,7 @@ class Row:
     images_per_second: float | None
     stored_parameters: int | None
     active_parameters: int | None
-    figures: dict[str, Any]
+    figures: JsonObject
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Row:
         images_per_second: float | None = None,
         stored_parameters: int | None = None,
         active_parameters: int | None = None,
-        **figures: Any,
+        **figures: object,
     ) -> None:
         self.model, self.calls, self.images_per_second = model, calls, images_per_second
         self.stored_parameters, self.active_parameters = stored_parameters, active_parameters
@@ -55,7 +55,7 @@ class Row:
             return self.figures.get(name)
         raise AttributeError(f"a row has no {name!r}, and no known metric measures it")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """JSON values, null for what was not measured."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "figures"}
         known = [name for metric in all_metrics() for name in metric.figures]
@@ -72,15 +72,15 @@ class Report:
     reference: str
     seed: int
     fid_floor: float | None = None
-    protocol: dict[str, Any] = field(default_factory=dict)
+    protocol: JsonObject = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The JSON shape of ``evaluate --json`` and ``report.json``."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return values | {"rows": [row.to_dict() for row in self.rows]}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Report:
+    def from_dict(cls, values: JsonObject) -> Report:
         """The inverse of ``to_dict``; keys that are not known are left out."""
         known = {item.name for item in dataclasses.fields(cls)}
         rows = [Row(**row) for row in values["rows"]]

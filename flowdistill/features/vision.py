@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Vision(nn.Module):
         network: nn.Module,
         read: Callable[[nn.Module, Tensor], VisionFeatures],
         size: int | None,
-        normal: Any = ((0.5,) * 3, (0.5,) * 3),
+        normal: tuple[Sequence[float], Sequence[float]] = ((0.5,) * 3, (0.5,) * 3),
     ) -> None:
         super().__init__()
         self.name, self.size = name, size
@@ -176,7 +176,7 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
     pools = not report["missing_keys"]
     network = getattr(network, "vision_model", network)  # CLIP and SigLIP have a text side as well
     size = getattr(network.config, "image_size", None) or 224
-    normal: Any = IMAGENET
+    normal: tuple[Sequence[float], Sequence[float]] = IMAGENET
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
         values = read_json_object(processor)

@@ -14,7 +14,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.text import JsonObject
 
 PATH = "path"
 """The folder of the nodes in the run folder."""
@@ -136,11 +136,11 @@ class TargetSchedule:
         if self.index and self.config.switch == "gradient":
             self.total, self.count = self.total + size, self.count + 1
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         return {"index": self.index, "since": self.since, "first": self.first, "total": float(self.total),
                 "count": self.count}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         self.index, self.since, self.first = state["index"], state["since"], state["first"]
         self.count = state["count"]
         self.total = torch.tensor(state["total"]) if self.count else 0.0  # float32, as it was summed
@@ -229,10 +229,10 @@ class DisBack(Method):
     def check_length(cls, config: DisBackConfig, steps: int) -> str | None:
         return config.check_steps(steps)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         return self.targets.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         self.targets.load_state_dict(state)
         if self.targets.index == 0:
             self.node = None

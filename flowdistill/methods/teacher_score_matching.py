@@ -99,7 +99,7 @@ def matching_loss(velocity: Tensor, goal: Tensor, t: Tensor, path: NativePath) -
 
 
 def student_velocity(
-    teacher: Teacher, size: float | None = None, shape: Mapping[str, Any] | None = None
+    teacher: Teacher, size: float | None = None, shape: Mapping[str, object] | None = None
 ) -> VelocityNetwork:
     """A random network of the teacher's family, of ``size`` times its parameters or of a given ``shape``, that trains.
 

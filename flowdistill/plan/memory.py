@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from flowdistill.config import RunConfig
 from flowdistill.plan.meta_teacher import META, Architecture, meta_teacher, read_architecture
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
 from flowdistill.training.average import MovingAverage
-from flowdistill.training.method import Method
+from flowdistill.training.method import Method, NetworkCall
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
@@ -122,7 +121,7 @@ def make_plan(config: RunConfig) -> Plan:
     return plan
 
 
-def _update(method: Method, role: str, calls: dict[str, Any], config: RunConfig, rows: int) -> int:
+def _update(method: Method, role: str, calls: dict[str, NetworkCall], config: RunConfig, rows: int) -> int:
     """Bytes that an update of ``role`` takes at its worst moment beyond its gradients."""
     draw = Draw(config.seed, 0, rows=rows, device=META)
     with teacher_like_a_gpu(method.teacher.network), Live() as live:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -19,6 +19,7 @@ from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.backbones import BackboneFamily
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import DTYPES, Parts, assemble, check_source, models_of, read_record
 from flowdistill.teachers.teacher import Teacher
@@ -26,7 +27,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import read_json_object
+from flowdistill.utils.text import JsonObject, read_json_object
 
 META = torch.device("meta")
 CLIP_TOKENS = 77
@@ -44,7 +45,7 @@ class Architecture(NamedTuple):
 
     origin: str
     pipeline: str
-    components: dict[str, dict[str, Any]]
+    components: dict[str, JsonObject]
     null_label: int | None = None
 
 
@@ -82,9 +83,9 @@ def read_architecture(source: str, variant: str | None = None) -> Architecture:
                     f"cache, and flowdistill has no description of it; it has those of {', '.join(sorted(shipped))}")
 
 
-def shipped_architectures() -> dict[str, dict[str, Any]]:
+def shipped_architectures() -> dict[str, JsonObject]:
     """Source -> pipeline class and the components' configurations."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     for file in resources.files("flowdistill.plan").joinpath("architectures").iterdir():
         if file.name.endswith(".json"):
             with resources.as_file(file) as path:
@@ -149,7 +150,7 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
     return teacher
 
 
-def _on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _on_meta(config: JsonObject, dtype: torch.dtype) -> nn.Module:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise UserError(f"a component is a {config.get('_class_name')}, which diffusers does not have")
@@ -168,7 +169,7 @@ def _on_meta(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def _scheduler(config: dict[str, Any]) -> Any:
+def _scheduler(config: JsonObject) -> Scheduler:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
         raise UserError(f"the scheduler is a {config.get('_class_name')}, which diffusers does not have")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -103,7 +103,7 @@ def teacher_pairs(
 
 def _key(teacher: Teacher, *settings: float) -> str:
     path = teacher.path
-    facts: list[Any] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max]
+    facts: list[object] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max]
     facts += [*teacher.shape, *settings]
     # The schedule itself, whatever it was made from.
     grid = path.time_grid(10)[:-1]

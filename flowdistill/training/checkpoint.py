@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
-from flowdistill.utils.text import read_json_object
+from flowdistill.utils.text import JsonObject, read_json_object
 
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d{6,})")
@@ -44,7 +43,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: JsonObject, keep: int
 ) -> Path:
     """Write ``step-000500/`` and then delete all but the ``keep`` newest.
 
@@ -80,7 +79,7 @@ def write_checkpoint(
     return target
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> JsonObject:
     """The JSON values of a checkpoint."""
     with _damage(checkpoint / STATE):
         return read_json_object(checkpoint / STATE)

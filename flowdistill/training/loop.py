@@ -7,10 +7,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from flowdistill.config import RunConfig
 from flowdistill.students import Student
@@ -27,6 +27,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors, local_path
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw, mixed_seed
+from flowdistill.utils.text import JsonObject
 
 
 class TrainingDiverged(UserError):
@@ -174,8 +175,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step; all processes must call this together."""
-        tensors: dict[str, Any] = {}
-        roles: dict[str, Any] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        roles: JsonObject = {}
         for name, role in self.roles.items():
             parts = {name: network_tensors(role.network)}
             parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer)
@@ -240,7 +241,7 @@ class Trainer:
                           f"learning rate goes on elsewhere: {changes}; a run of {self.settings.steps} steps from the "
                           "start, in another output_dir, would have learned otherwise", stacklevel=2)
 
-    def _restore(self, role: TrainedRole, name: str, path: Path, state: dict[str, Any]) -> None:
+    def _restore(self, role: TrainedRole, name: str, path: Path, state: JsonObject) -> None:
         assign(network_tensors(role.network), read_tensors(path, name), f"{path}/{name}.safetensors")
         assign_optimizer(role.network, role.optimizer, read_tensors(path, f"{name}.optimizer"))
         if role.average is not None:
@@ -273,7 +274,7 @@ class Trainer:
                     f"start resumes from {self._last_checkpoint()}"
                 )
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self) -> JsonObject:
         return {"step": self.step, "images": self.step * self.settings.batch_size, "seconds": round(self.seconds, 3)}
 
     def _last_checkpoint(self) -> str:

@@ -15,13 +15,16 @@ from flowdistill.config import METHODS, OptimizerConfig, RunConfig, register_met
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.text import JsonObject
 
 if TYPE_CHECKING:
     from flowdistill.training.run import Run
 
 __all__ = ["METHODS", "Draw", "Figures", "Method", "Networks", "Role", "SingleStudentMethod", "register_method"]
 
-Networks = Mapping[str, Callable[..., Any]]
+NetworkCall = Callable[..., Any]
+"""A network as it is called; it returns what its ``forward`` does."""
+Networks = Mapping[str, NetworkCall]
 """A method's networks by role name, called as the bare networks are; they run under the chosen precision, distributed,
 and return float32."""
 Figures = dict[str, Tensor]
@@ -66,7 +69,7 @@ class Method(ABC):
     TOGETHER: ClassVar[tuple[tuple[str, str], ...]] = (("state_dict", "load_state_dict"),)
     """Methods of which one alone is a mistake: state that is saved and not restored is lost on resume."""
 
-    def __init_subclass__(cls, **settings: Any) -> None:
+    def __init_subclass__(cls, **settings: object) -> None:
         """Check a class when it is defined.
 
         Raises:
@@ -142,11 +145,11 @@ class Method(ABC):
         """What the scheduled learning rate of ``role`` at ``step`` is multiplied by."""
         return 1.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """State besides the networks, as JSON values, the same on every process."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: JsonObject) -> None:  # noqa: B027
         """Go on from what :meth:`state_dict` gave; the next call is :meth:`begin_step`."""
 
     def conclude(self, step: int, folder: Path) -> None:  # noqa: B027

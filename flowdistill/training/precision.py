@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -17,6 +17,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from flowdistill.utils.errors import UserError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,7 +39,7 @@ def resolve_precision(configured: str | None, device: torch.device) -> str:
     return name
 
 
-class HalfPrecisionForward:
+class HalfPrecisionForward(Generic[P, R]):
     """A network that runs under autocast and returns float32; called as the network is.
 
     One autocast region a call: weights that autocast has cast are not kept between a pass without gradients and one
@@ -45,12 +47,12 @@ class HalfPrecisionForward:
     not go with autocast (GroupNorm's mixes the types), and a derivative wants the digits anyway.
     """
 
-    def __init__(self, network: Callable[..., Any], precision: str, device: torch.device) -> None:
+    def __init__(self, network: Callable[P, R], precision: str, device: torch.device) -> None:
         self.network = network
         self.dtype = DTYPES[precision]
         self.device_type = device.type
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if any(unpack_dual(value).tangent is not None for value in tensors):
             return self.network(*args, **kwargs)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from flowdistill.config import OptimizerConfig, TrainConfig
 from flowdistill.teachers import Teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.fsdp import cut
-from flowdistill.training.method import Method, Role
+from flowdistill.training.method import Method, NetworkCall, Role
 from flowdistill.training.optimizer import make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
 from flowdistill.training.state import assign, gather, network_tensors
@@ -49,7 +48,7 @@ class TrainedRole:
 
     network: nn.Module
     prepared: nn.Module
-    call: Callable[..., Any]
+    call: NetworkCall
     optimizer: torch.optim.AdamW
     config: OptimizerConfig
     scaler: torch.amp.GradScaler
@@ -106,7 +105,7 @@ def check_not_shared(teacher: Teacher, networks: Iterable[nn.Module]) -> None:
 
 
 def loss_of(
-    method: Method, name: str, networks: dict[str, Callable[..., Any]], draw: Draw
+    method: Method, name: str, networks: dict[str, NetworkCall], draw: Draw
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's loss of a role; a teacher that only visits the device is away for the backward pass."""
     loss = method.loss(name, networks, draw)

@@ -9,8 +9,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = 0
         self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +50,7 @@ def seed_torch(seed: int) -> None:
 
 def _twister_state(seed: int, *key: int) -> Tensor:
     """The state of a CPU generator as torch stores it: seed, words left, next word, 624 words, and the rest zero."""
-    words: Any = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=key)).state["state"]
-    words = words["key"]
+    words: NDArray[np.uint32] = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=key)).state["state"]["key"]
     state = torch.Generator().manual_seed(0).get_state().view(torch.int64).clone()
     state[0] = seed % 2**63
     state[3 : 3 + len(words)] = torch.from_numpy(words.astype(np.int64))

@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from torch import Tensor
 
 from flowdistill.evaluation.collect import Collected
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.registry import Registry
+from flowdistill.utils.text import JsonObject
 
-Figures = Mapping[str, Any]
+if TYPE_CHECKING:
+    from flowdistill.evaluation.report import Row
+
+Figures = Mapping[str, object]
 """What was measured, by name: a number, numbers by class or part, or None where it could not be."""
 
 
@@ -72,12 +76,12 @@ class Metric(ABC):
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         """The figures; what is missing in the result counts as not measured."""
 
-    def protocol(self, reference: Reference) -> dict[str, Any]:
+    def protocol(self, reference: Reference) -> JsonObject:
         """What one needs to know to get the same figures, by name."""
         return {}
 
     @classmethod
-    def remarks(cls, rows: Sequence[Any], protocol: Mapping[str, Any]) -> list[str]:
+    def remarks(cls, rows: Sequence[Row], protocol: JsonObject) -> list[str]:
         """Sentences under a table with these rows, each with its figures as attributes."""
         return []
 

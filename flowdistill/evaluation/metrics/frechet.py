@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.text import JsonObject
 
 
 @register_metric
@@ -24,5 +23,5 @@ class Frechet(Metric):
             return {}
         return {"fid": frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)}
 
-    def protocol(self, reference: Reference) -> dict[str, Any]:
+    def protocol(self, reference: Reference) -> JsonObject:
         return {"fid": "float64 moments, unbiased covariances"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from flowdistill.evaluation.metrics.base import Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference, moments_of
+from flowdistill.utils.text import JsonObject
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation.report import Row
 
 
 @register_metric
@@ -33,7 +37,7 @@ class FrechetByClass(Metric):
         return found
 
     @classmethod
-    def remarks(cls, rows: Sequence[Any], protocol: Mapping[str, Any]) -> list[str]:
+    def remarks(cls, rows: Sequence[Row], protocol: JsonObject) -> list[str]:
         lines = []
         for row in rows:
             if row.per_part_fid is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.randomness import seed_torch
+from flowdistill.utils.text import JsonObject
+
+if TYPE_CHECKING:
+    from flowdistill.evaluation.report import Row
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -41,7 +45,7 @@ class Kernel(Metric):
         theirs = 0.0 if reference.labelled is None else evenness_term(*reference.labelled)
         return {"kid": distance + own + theirs}
 
-    def protocol(self, reference: Reference) -> dict[str, Any]:
+    def protocol(self, reference: Reference) -> JsonObject:
         copies = None
         if reference.features is not None and reference.count == len(reference.features):
             copies = copies_distance(reference.features, reference.labels)
@@ -52,7 +56,7 @@ class Kernel(Metric):
         }
 
     @classmethod
-    def remarks(cls, rows: Sequence[Any], protocol: Mapping[str, Any]) -> list[str]:
+    def remarks(cls, rows: Sequence[Row], protocol: JsonObject) -> list[str]:
         copies = protocol.get("kid_of_copies")
         if copies is None or not any(row.kid is not None and row.kid < 0 for row in rows):
             return []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.randomness import generator_of
+from flowdistill.utils.text import JsonObject
 
 NEIGHBOURS = 3
 MOST_SAMPLES = 10_000
@@ -31,7 +30,7 @@ class PrecisionRecall(Metric):
         found = precision_recall(images.collected.features, reference.features, seed=images.seed)
         return {} if found is None else {"precision": found[0], "recall": found[1]}
 
-    def protocol(self, reference: Reference) -> dict[str, Any]:
+    def protocol(self, reference: Reference) -> JsonObject:
         return {"precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.teachers.teacher import Teacher
@@ -73,7 +74,7 @@ def _check_latents(teacher: Teacher, student: Teacher) -> None:
                         f"({problem}); give a student with the teacher's autoencoder")
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> float | None:
+def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:
     """Largest difference of two networks' weights, each relative to its tensor's size; None: they are not alike."""
     if one.keys() != other.keys() or any(one[name].shape != other[name].shape for name in one):
         return None

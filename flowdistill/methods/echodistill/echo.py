@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.images import save_grid
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.text import JsonObject
 
 FOLDER = "echo"
 VALIDATION_SEED = 77_001
@@ -81,7 +82,7 @@ class EchoStage:
         self.config, self.sample, self.tensors, self.prompts = config, sample, tensors, prompts
         self._make_judge = judge
         self._judge: Judge | None = None
-        self.history: list[dict[str, Any]] = []
+        self.history: list[JsonObject] = []
         self.pool: Pool | None = None
         self._current = -1  # the round whose pool is in memory
 
@@ -113,7 +114,7 @@ class EchoStage:
         """Measure, remember the weights, make the student's pictures and keep the best."""
         WeightSnapshots(folder / FOLDER).write(number, self.tensors(), self.tensors())
 
-        def make() -> dict[str, Any]:
+        def make() -> JsonObject:
             before = self.measure()
             which = self._numbers(self.config.num_samples)
             latents, images = self.sample("student", which, POOL_SEED + number)
@@ -130,7 +131,7 @@ class EchoStage:
         self._current = -1
         self._report(folder)
 
-    def choose(self, images: Tensor, latents: Tensor, which: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def choose(self, images: Tensor, latents: Tensor, which: Tensor) -> tuple[Tensor, JsonObject]:
         """Numbers of the pictures to keep, the best first, and what was found.
 
         One must reach the level and fit its own prompt better than any other; then only the most alike are kept.

@@ -14,11 +14,11 @@ terms, which hold both models at what they were for other prompts, and the detai
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
@@ -46,6 +46,7 @@ from flowdistill.training.method import Figures, Method, Networks, Role, registe
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw, indexed_noise
+from flowdistill.utils.text import JsonObject
 
 AT_ONCE = 32
 
@@ -58,7 +59,7 @@ class EchoDistill(Method):
     Config = EchoDistillConfig
     shards = False  # its pictures are made by the main process alone
 
-    def __init__(self, config: EchoDistillConfig, teacher: Teacher, student: Any = None) -> None:
+    def __init__(self, config: EchoDistillConfig, teacher: Teacher, student: DiffusionPipeline | None = None) -> None:
         """``student``: a live pipeline in the place of ``config.student``."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
@@ -183,10 +184,10 @@ class EchoDistill(Method):
     def learning_rate_factor(self, role: str, step: int) -> float:
         return self.echo.rate(step)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         return {"echo": self.echo.history}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         self.echo.history = list(state["echo"])
 
     def trained(self) -> dict[str, Tensor]:
@@ -247,7 +248,7 @@ class EchoDistill(Method):
         stage = "" if self.config.echo.start is None else "echo/, "
         return f"student/ and teacher/ with their cards, {stage}samples/, metrics.jsonl, config.yaml"
 
-    def student(self, network: nn.Module | None = None) -> Any:
+    def student(self, network: nn.Module | None = None) -> ConceptStudent:
         return self._student if network is None else self._student.with_network(network)
 
     def to(self, device: torch.device | str) -> EchoDistill:

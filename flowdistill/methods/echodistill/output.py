@@ -50,7 +50,7 @@ def publish(method: EchoDistill, folder: Path) -> None:
 
 def _pictures(method: EchoDistill, pipeline: Any, steps: int, guidance: float) -> torch.Tensor:
     student = method.student()
-    prompts = student.prompts.prompts * PER_PROMPT
+    prompts = (student.prompts.prompts or []) * PER_PROMPT
     noise = indexed_noise(method.teacher.shape, 0, range(len(prompts)))
     height, width = student.prompts.image_size
     images = []
@@ -70,7 +70,7 @@ def _from_here(source: str) -> str:
 def _card(
     method: EchoDistill, folder: Path, name: str, base: str, steps: int, guidance: float, words: str
 ) -> None:
-    config, prompts = method.config, method.student().prompts.prompts
+    config, prompts = method.config, method.student().prompts.prompts or []
     partner, other = ("teacher", method.teacher.source) if name == "student" else ("student", config.student)
     # Both paths from the working folder, which the user is in.
     here, adapters = _from_here(base), os.path.relpath(folder)

@@ -32,6 +32,7 @@ from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, check_weight_file, local_path
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.text import JsonObject
 
 EMBEDDINGS = "learned_embeds.safetensors"
 
@@ -76,7 +77,7 @@ class ConceptStudent(Student):
         save_adaptation(local_path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
 
     @classmethod
-    def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> Generator:
+    def load(cls, folder: Path, description: JsonObject, resident: int | None = None) -> Generator:
         """The student of a folder that :meth:`save` has written: its LoRA becomes part of the weights."""
         pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder)
         pipeline.fuse_lora()
@@ -92,7 +93,7 @@ class ConceptStudent(Student):
 
 
 def save_adaptation(
-    folder: Path, backbone: nn.Module, encoder: TokenEncoder, description: dict[str, Any] | None = None
+    folder: Path, backbone: nn.Module, encoder: TokenEncoder, description: JsonObject | None = None
 ) -> None:
     """The LoRA of an adapted backbone and the word of its encoder as a folder; an older one is replaced at once."""
     with atomic_folder(folder) as partial:

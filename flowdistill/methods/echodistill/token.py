@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import ENCODED_AT_ONCE, PromptConditions
 from flowdistill.utils.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class WordEmbedding(nn.Module):
@@ -56,7 +59,8 @@ class TokenEncoder(nn.Module):
     """
 
     def __init__(
-        self, tokenizer: Any, text_encoder: Any, token: str, initializer: str, step: float = 1.0
+        self, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, token: str, initializer: str,
+        step: float = 1.0,
     ) -> None:
         super().__init__()
         self.tokenizer, self.token, self.initializer = copy.deepcopy(tokenizer), token, initializer
@@ -111,7 +115,7 @@ class TokenPrompts(PromptConditions):
         return Condition({"prompt_embeds": torch.cat(parts)})
 
 
-def _initializer_id(tokenizer: Any, word: str) -> int:
+def _initializer_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
@@ -123,7 +127,7 @@ def _initializer_id(tokenizer: Any, word: str) -> int:
     return ids[0]
 
 
-def _add_token(tokenizer: Any, word: str) -> int:
+def _add_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     if word != word.strip() or not word or " " in word:
         raise UserError(f"method.placeholder_token is {shown(word)}; it must be one word without spaces, such as "
                         "<new1>")
@@ -133,4 +137,6 @@ def _add_token(tokenizer: Any, word: str) -> int:
         raise UserError(f"method.placeholder_token is {shown(word)}, which the tokenizer has already; choose a word "
                         "that does not exist, such as <new1>")
     tokenizer.add_tokens(word)
-    return tokenizer.convert_tokens_to_ids(word)
+    number = tokenizer.convert_tokens_to_ids(word)
+    assert isinstance(number, int)  # of one word, not of a list
+    return number

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.text import read_yaml
+from flowdistill.utils.text import JsonObject, read_yaml
 
 ROUNDS = 50
 """Most rounds of balanced k-means, which mostly settles in fewer than ten."""
@@ -36,7 +36,7 @@ class Router(Protocol):
     def route(self, condition: Condition) -> Tensor:
         """Number of the part of each row, int64 (B,), on the CPU."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """What :func:`router_from` makes an equal one of."""
 
 
@@ -66,7 +66,7 @@ class ClassTable:
                             f"{len(self.owner) - 1}")
         return torch.tensor(self.owner)[labels]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {"rule": self.rule, "parts": self.parts()}
 
 
@@ -153,7 +153,7 @@ class Cells:
         """Cells (B,) of points (B, D)."""
         return (_squared_distances(x, self.centres) + self.offsets).argmin(dim=1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {"rule": self.rule, "centres": self.centres.tolist(), "offsets": self.offsets.tolist()}
 
 
@@ -182,7 +182,7 @@ class Quadrants:
             node = 2 * node + 1 + (along[:, depth] > self.thresholds[node]).long()
         return node - len(self.thresholds)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         values = {name: getattr(self, name).tolist() for name in ("mean", "axes", "thresholds")}
         return {"rule": self.rule} | values
 
@@ -348,26 +348,31 @@ class Partition:
         everything = zip(self.prompts, self.weights, self.owner, strict=True)
         return [(prompt, weight) for prompt, weight, owner in everything if owner == part]
 
-    def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = {"count": self.count, **self.router.to_dict()}
+    def to_dict(self) -> JsonObject:
+        values: JsonObject = {"count": self.count, **self.router.to_dict()}
         if self.prompts is not None:
             values |= {"prompts": self.prompts, "weights": self.weights, "owner": self.owner}
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Partition:
+    def from_dict(cls, values: JsonObject) -> Partition:
         """The inverse of ``to_dict``; KeyError, TypeError or ValueError for values that are not of that form."""
         rest = (values.get(name) for name in ("prompts", "weights", "owner"))
         return cls(router_from(values), values["count"], *rest)
 
 
-def router_from(values: dict[str, Any]) -> Router:
+def router_from(values: JsonObject) -> Router:
     """The inverse of a router's ``to_dict``."""
     rule = values["rule"]
     if rule in CLASS_RULES:
         owner = {label: k for k, part in enumerate(values["parts"]) for label in part}
         return ClassTable(rule, tuple(owner[label] for label in range(len(owner))))
-    names = {"balanced_kmeans": ("centres", "offsets"), "pca_quadrant": ("mean", "axes", "thresholds")}[rule]
-    tensors = [torch.tensor(values[name], dtype=torch.float64) for name in names]
-    given: dict[str, Any] = dict(zip(names, tensors, strict=True))
-    return Cells(**given) if rule == "balanced_kmeans" else Quadrants(**given)
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(values[name], dtype=torch.float64)
+
+    if rule == "balanced_kmeans":
+        return Cells(tensor("centres"), tensor("offsets"))
+    if rule == "pca_quadrant":
+        return Quadrants(tensor("mean"), tensor("axes"), tensor("thresholds"))
+    raise KeyError(rule)

@@ -6,12 +6,11 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from flowdistill.config import RunConfig
+from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
 from flowdistill.evaluation import Report
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, split_classes
@@ -253,7 +252,9 @@ def prompts_file(folder: Path, part: int) -> Path:
     return folder / f"prompts-{part}.jsonl"
 
 
-def _run(config: RunConfig, name: str, teacher: Any, method: Any, train: Any, part: int) -> RunConfig:
+def _run(
+    config: RunConfig, name: str, teacher: TeacherConfig, method: object, train: TrainConfig, part: int
+) -> RunConfig:
     return RunConfig(
         output_dir=str(Path(config.output_dir) / name),
         seed=config.seed if part == 0 else mixed_seed(config.seed, "student", part),

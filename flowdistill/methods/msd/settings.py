@@ -61,8 +61,7 @@ class MsdConfig(HostingConfig):
         if host in NO_HOSTS:
             raise UserError(f"'method.host.name' is '{host}', which makes no one-step student; name a method such as "
                             "dmd2 or freeflow")
-        family: Any = cls
-        return _hosted(family, method_config_class(host, "method.host.name", barred=NO_HOSTS))
+        return _hosted(cls, method_config_class(host, "method.host.name", barred=NO_HOSTS))
 
     def validate(self) -> None:
         """UserError for settings that contradict each other."""
@@ -87,7 +86,7 @@ class MsdConfig(HostingConfig):
 
 
 @functools.cache
-def _hosted(cls: Any, settings: type) -> type:
+def _hosted(cls: type, settings: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, [("host", settings, option(settings, "a one-step method"))],
                                       bases=(cls,), namespace={"__module__": cls.__module__})
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.hashing import checksums
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.seeds import check_seed
+from flowdistill.utils.text import JsonObject
 
 KIND = "routed"
 FORMAT = 1
@@ -72,7 +72,7 @@ class RoutedStudent(Student):
     def device(self) -> torch.device:
         return self._device
 
-    def to(self, device: Any) -> RoutedStudent:  # type: ignore[override]
+    def to(self, device: torch.device | str) -> RoutedStudent:  # type: ignore[override]
         self._device = torch.device(device)
         self.codec.to(self._device)
         if self.resident is None:
@@ -174,7 +174,7 @@ class RoutedStudent(Student):
         return router.owner if isinstance(router, ClassTable) else None
 
     @classmethod
-    def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> RoutedStudent:
+    def load(cls, folder: Path, description: JsonObject, resident: int | None = None) -> RoutedStudent:
         students, partition = _load_students(folder, description)
         return cls(students, partition, resident)
 
@@ -201,7 +201,7 @@ def write_manifest(folder: Path, partition: Partition, students: Sequence[str]) 
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def _load_students(folder: Path, manifest: dict[str, Any]) -> tuple[list[Student], Partition]:
+def _load_students(folder: Path, manifest: JsonObject) -> tuple[list[Student], Partition]:
     """The students of a manifest, and whose conditions are whose.
 
     Raises:
