@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowdistill.networks.velocity import VelocityNetwork
+from flowdistill.networks.velocity import Around, VelocityNetwork
+from flowdistill.training.method import NetworkCall
 from flowdistill.training.precision import DTYPES
+
+P = ParamSpec("P")
 
 HALF = frozenset((
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm,
@@ -47,7 +51,10 @@ class GpuLike(TorchFunctionMode):
         super().__init__()
         self.dtype, self.fused = dtype, fused
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if self.dtype != torch.float32 and (func in HALF or func in SINGLE):
             wanted = self.dtype if func in HALF else torch.float32
@@ -57,7 +64,7 @@ class GpuLike(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cast(dtype: torch.dtype, value: object) -> Any:
+def _cast(dtype: torch.dtype, value: object) -> object:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
         return value.to(dtype)
     return value
@@ -89,11 +96,13 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []
-        self._known: dict[int, tuple[int, Any]] = {}
+        self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._count = 0
-        self._made: dict[Any, Any] = {}
+        self._made: dict[Hashable, _Layout | None] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         key = _described((func, args, kwargs)) if _makes_new_tensors(func) else None
         remembered = self._made.get(key)
@@ -114,7 +123,7 @@ class Live(TorchDispatchMode):
         known = self._known.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[0]
 
-    def _note(self, storage: Any) -> None:
+    def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
@@ -138,13 +147,28 @@ class Live(TorchDispatchMode):
         return highest
 
 
+class _Single(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Several(NamedTuple):
+    kind: type[list[object]] | type[tuple[object, ...]]
+    parts: list[_Layout]
+
+
+_Layout: TypeAlias = "_Single | _Several"
+"""What a function has returned: a tensor, or a list or tuple of them."""
+
+
 @functools.cache
-def _makes_new_tensors(func: Any) -> bool:
+def _makes_new_tensors(func: OpOverload) -> bool:
     """Whether a function of torch says that it returns no view and changes no argument."""
     return not func.is_view and not func._schema.is_mutable
 
 
-def _described(value: Any) -> Any:
+def _described(value: object) -> Hashable:
     """A key that is equal for tensors of equal layouts and types, and for other arguments that are equal."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
@@ -155,15 +179,18 @@ def _described(value: Any) -> Any:
     return type(value), value  # 1 == 1.0 == True, and types of results depend on it
 
 
-def _layout(out: Any, old: set[int]) -> Any:
+def _layout(out: object, old: set[int]) -> _Layout | None:
     """What :func:`_again` makes the like of ``out`` from; None where it has more than meta tensors of new storages.
 
     Args:
         old: storages of the arguments, and of the parts of ``out`` that came before.
     """
     if isinstance(out, (list, tuple)):
-        parts = [_layout(one, old) for one in out]
-        return None if None in parts else (type(out), parts)
+        parts = []
+        for one in out:
+            part = _layout(one, old)
+            parts += [] if part is None else [part]
+        return _Several(type(out), parts) if len(parts) == len(out) else None
     if not isinstance(out, Tensor) or not out.is_meta or out.is_conj() or out.is_neg():
         return None
     storage = out.untyped_storage()
@@ -171,20 +198,18 @@ def _layout(out: Any, old: set[int]) -> Any:
     if storage._cdata in old or storage.nbytes() != alone.nbytes():
         return None
     old.add(storage._cdata)
-    return out.shape, out.stride(), out.dtype
+    return _Single(out.shape, out.stride(), out.dtype)
 
 
-def _again(layout: Any) -> Any:
-    if isinstance(layout[0], type):
-        kind, parts = layout
-        return kind(map(_again, parts))
-    shape, stride, dtype = layout
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+def _again(layout: _Layout) -> object:
+    if isinstance(layout, _Several):
+        return layout.kind(map(_again, layout.parts))
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device="meta")
 
 
-def simulated(networks: dict[str, nn.Module], precision: str, checkpointing: bool) -> dict[str, Callable[..., Any]]:
+def simulated(networks: dict[str, nn.Module], precision: str, checkpointing: bool) -> dict[str, NetworkCall]:
     """A method's networks as the loop calls them: under autocast of ``precision``, with their blocks recomputed."""
-    calls: dict[str, Callable[..., Any]] = {}
+    calls: dict[str, NetworkCall] = {}
     for name, network in networks.items():
         velocity = next(module for module in network.modules() if isinstance(module, VelocityNetwork))
         around = partial(GpuLike, DTYPES[precision], velocity.attention != "math")
@@ -194,11 +219,11 @@ def simulated(networks: dict[str, nn.Module], precision: str, checkpointing: boo
     return calls
 
 
-class _Call:
-    def __init__(self, network: nn.Module, around: Callable[[], Any]) -> None:
+class _Call(Generic[P]):
+    def __init__(self, network: Callable[P, object], around: Around) -> None:
         self.network, self.around = network, around
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         with self.around():
             out = self.network(*args, **kwargs)
         return tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, out)
@@ -207,9 +232,9 @@ class _Call:
 @contextlib.contextmanager
 def teacher_like_a_gpu(network: nn.Module) -> Iterator[None]:
     """A block in which a frozen network's attention is computed as on a GPU; it has no autocast."""
-    forward, kernel = network.forward, getattr(network, "attention", "sdpa")
+    forward, kernel = network.forward, network.attention if isinstance(network, VelocityNetwork) else "sdpa"
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         with GpuLike(torch.float32, kernel != "math"):
             return forward(*args, **kwargs)
 

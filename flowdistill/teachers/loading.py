@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -26,11 +26,12 @@ from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.attention import choose_attention
-from flowdistill.networks.backbones import BackboneFamily, family_of
+from flowdistill.networks.backbones import Backbone, BackboneFamily, family_of
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR, locate, read_description, read_network
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS, VP_SCHEDULERS, NativePath, path_from_scheduler
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
@@ -40,7 +41,7 @@ from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.logging import log_once, quiet_libraries
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import read_json_object, without_marks
+from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -76,7 +77,7 @@ def load_teacher(
     if live is not None:
         pipeline, scheduler = live, None
         name = pipeline.config.get("_name_or_path") or type(live).__name__
-        recorded: dict[str, Any] = {}
+        recorded: JsonObject = {}
         folder: Path | None = None
     else:
         name = config.source
@@ -112,12 +113,21 @@ def _say_assumed(name: str, count: int) -> None:
              f"teacher.null_label to {count - 1}")
 
 
+class LoadedPipeline(Protocol):
+    """What a teacher is made from of a diffusers pipeline."""
+
+    scheduler: Scheduler
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+
 class Parts(NamedTuple):
     """What a teacher is made of; ``texts(family, (height, width))`` makes the prompts' side where there is one."""
 
-    backbone: nn.Module
+    backbone: Backbone
     codec: PixelCodec | VaeCodec
-    scheduler: Any
+    scheduler: Scheduler
     texts: Callable[[BackboneFamily, tuple[int, int]], PromptConditions]
 
 
@@ -207,13 +217,13 @@ def _prompts(
     return PromptConditions(text, family, image_size, negative)
 
 
-def _own_times(family: BackboneFamily, scheduler: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _own_times(family: BackboneFamily, scheduler: Scheduler, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The times (steps,) at which the family's pipeline asks its network, the first of them 1."""
     own = scheduler_at(scheduler, family, steps, shape, FlowMatchEulerDiscreteScheduler)
     return own.sigmas[:steps].double().cpu()
 
 
-def _placed(scheduler: Any) -> bool:
+def _placed(scheduler: Scheduler) -> bool:
     """Whether a flow-matching scheduler places its times in another way than evenly, but for a shift."""
     config = scheduler.config
     return any(config.get(key) for key in ("shift_terminal", *SPACINGS)) and not config.get("use_dynamic_shifting")
@@ -342,7 +352,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None, 
 
 def _load_pipeline(
     folder: Path, dtype: torch.dtype, variant: str | None
-) -> tuple[DiffusionPipeline, Any, dict[str, Any]]:
+) -> tuple[DiffusionPipeline, Scheduler, JsonObject]:
     index = read_json_object(folder / INDEX)
     # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
     scheduler = load_scheduler(folder / "scheduler")
@@ -355,7 +365,7 @@ def _load_pipeline(
     return pipeline, _of_pipeline(scheduler, pipeline), recorded
 
 
-def _of_pipeline(scheduler: Any, pipeline: Any) -> Any:
+def _of_pipeline(scheduler: Scheduler, pipeline: LoadedPipeline) -> Scheduler:
     """The scheduler as it is written, or the one of the same betas that the pipeline calls in its place: the class
     decides on clipping, and on the pipeline's own samples."""
     own, written = pipeline.scheduler, type(scheduler).__name__
@@ -363,7 +373,7 @@ def _of_pipeline(scheduler: Any, pipeline: Any) -> Any:
     return own if same and not scheduler.config.get("use_flow_sigmas") else scheduler
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> JsonObject:
     """What the ``flowdistill.json`` in a folder says; nothing where there is none.
 
     Of pipelines with class labels: ``num_classes``, ``null_label`` (None: there is none), and ``labels``, those that a
@@ -372,7 +382,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
 
 
-def _backbone(pipeline: Any) -> nn.Module:
+def _backbone(pipeline: LoadedPipeline) -> Backbone:
     for name in ("transformer", "unet"):
         module = pipeline.components.get(name)
         if module is not None:
@@ -381,7 +391,7 @@ def _backbone(pipeline: Any) -> nn.Module:
     raise UserError(f"the pipeline {type(pipeline).__name__} has neither a unet nor a transformer (it has {have})")
 
 
-def _codec(pipeline: Any) -> PixelCodec | VaeCodec:
+def _codec(pipeline: LoadedPipeline) -> PixelCodec | VaeCodec:
     if pipeline.components.get("vqvae") is not None:
         raise UserError(f"{type(pipeline).__name__} has a vqvae; supported are pixel models and KL autoencoders (vae)")
     vae = pipeline.components.get("vae")
@@ -389,7 +399,7 @@ def _codec(pipeline: Any) -> PixelCodec | VaeCodec:
 
 
 def _check_agreement(
-    backbone: Any, family: BackboneFamily, scheduler: Any, path: NativePath, codec: PixelCodec | VaeCodec
+    backbone: Backbone, family: BackboneFamily, scheduler: Scheduler, path: NativePath, codec: PixelCodec | VaeCodec
 ) -> None:
     """Contradictions that the configs alone show; the rest is :meth:`Teacher.disagreement`'s business."""
     channels = family.shape(backbone)[0]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.backbones import BackboneFamily
+from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ ADDS_NOISE = (
 )
 
 
-def scheduler_at(scheduler: Any, family: BackboneFamily, steps: int, shape: Sequence[int], kind: Any = None) -> Any:
+def scheduler_at(
+    scheduler: Scheduler, family: BackboneFamily, steps: int, shape: Sequence[int], kind: Any = None
+) -> Scheduler:
     """A copy of ``scheduler``, or one of class ``kind`` with its settings, set to ``steps`` as the family's pipeline
     does for latents of ``shape``.
 
@@ -38,7 +42,7 @@ def scheduler_at(scheduler: Any, family: BackboneFamily, steps: int, shape: Sequ
     return copy
 
 
-def pipeline_scheduler(teacher: Teacher, steps: int) -> Any:
+def pipeline_scheduler(teacher: Teacher, steps: int) -> Scheduler:
     """The scheduler that the pipeline's call goes through, set to ``steps``; ``timesteps`` has one entry a call.
 
     Raises:
@@ -48,6 +52,7 @@ def pipeline_scheduler(teacher: Teacher, steps: int) -> Any:
     if reason is not None:
         raise UserError(f"{reason}, so the pipeline's own call cannot be measured; leave evaluation.pipeline_steps "
                         "empty")
+    assert teacher.scheduler is not None
     try:
         return scheduler_at(teacher.scheduler, teacher.network.family, steps, teacher.shape)
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -59,7 +64,7 @@ def pipeline_scheduler(teacher: Teacher, steps: int) -> Any:
 def not_measured(teacher: Teacher) -> str | None:
     """Why the pipeline's own call cannot be measured; None where it can."""
     scheduler, name, network = teacher.scheduler, teacher.path.scheduler_name, teacher.network
-    if scheduler is None or not hasattr(network, "family"):
+    if scheduler is None or not isinstance(network, VelocityNetwork):
         return f"the teacher {teacher.source or 'in memory'} has no pipeline"
     if teacher.path.kind == "ve":
         return "KarrasVePipeline takes two calls a step, which is no loop over its scheduler's steps"
@@ -91,7 +96,7 @@ def pipeline_sample(
     """
     scheduler = pipeline_scheduler(teacher, steps)
     accepted = inspect.signature(scheduler.step).parameters
-    given: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
+    given: dict[str, object] = {"eta": 0.0} if "eta" in accepted else {}
     if "generator" in accepted and generators is not None:
         given["generator"] = list(generators)
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -102,7 +107,7 @@ def pipeline_sample(
     return x
 
 
-def adds_noise(scheduler: Any) -> bool:
+def adds_noise(scheduler: Scheduler) -> bool:
     """Whether the pipeline's own call draws noise at its steps."""
     config = scheduler.config
     return (type(scheduler).__name__ in ADDS_NOISE or str(config.get("algorithm_type")).startswith("sde")
@@ -112,6 +117,7 @@ def adds_noise(scheduler: Any) -> bool:
 def describe_call(teacher: Teacher) -> str:
     """How the pipeline's own call samples, and in what ``teacher.sample`` differs, in one line."""
     scheduler, path = teacher.scheduler, teacher.path
+    assert scheduler is not None
     config = scheduler.config
     facts = ["adds noise at its steps"] if adds_noise(scheduler) else []
     placed = next((key for key in SPACINGS if config.get(key)), None)
@@ -131,7 +137,7 @@ def describe_call(teacher: Teacher) -> str:
     return f"{path.scheduler_name}{': ' if facts else ''}{'; '.join(facts)}"
 
 
-def _end(scheduler: Any, kind: str) -> float:
+def _end(scheduler: Scheduler, kind: str) -> float:
     """The linear time at which the pipeline's own call ends."""
     config = scheduler.config
     early = config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"

@@ -16,6 +16,7 @@ from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import VelocityNetwork, per_sample
 from flowdistill.paths.native_path import NativePath
+from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
@@ -49,7 +50,7 @@ class Teacher:
         codec: PixelCodec | VaeCodec | None = None,
         classes: ClassLabels | None = None,
         source: str = "",
-        scheduler: Any = None,
+        scheduler: Scheduler | None = None,
         prompts: PromptConditions | None = None,
         start: VelocityNetwork | None = None,
     ) -> None:
@@ -112,8 +113,8 @@ class Teacher:
     @property
     def takes_guidance(self) -> bool:
         """Whether the guidance scale is an input of the network: guidance then costs no second pass."""
-        family = getattr(self.network, "family", None)
-        return family is not None and family.takes_guidance(self.network.backbone)
+        network = self.network
+        return isinstance(network, VelocityNetwork) and network.family.takes_guidance(network.backbone)
 
     @property
     def can_guide(self) -> bool:
@@ -232,7 +233,7 @@ class Teacher:
             return self.network(x, times, condition.replace(guidance=scale), **how)
         both = Condition.cat([condition, self.null(condition)])
         conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both, **how).chunk(2)
-        guide = self.network.family.guide if hasattr(self.network, "family") else BackboneFamily.guide
+        guide = self.network.family.guide if isinstance(self.network, VelocityNetwork) else BackboneFamily.guide
         return guide(conditional, null, per_sample(scale, x))
 
     def denoise(
@@ -351,7 +352,8 @@ class Teacher:
 
     def describe(self) -> str:
         """What was detected, in words."""
-        path, network = self.path, getattr(self.network, "backbone", self.network)
+        path, network = self.path, self.network
+        network = network.backbone if isinstance(network, VelocityNetwork) else network
         kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)",
                  "ve": "variance-exploding (score)", "flow": "flow matching"}
         parameters = sum(p.numel() for p in network.parameters())
@@ -376,8 +378,8 @@ class Teacher:
             if self.classes.null_label is not None:
                 guidance = f"null label {self.classes.null_label}, classifier-free guidance possible"
             lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
-        if (kernel := getattr(self.network, "attention", None)) is not None:
-            lines.append(f"attention     {kernel}")
+        if isinstance(self.network, VelocityNetwork):
+            lines.append(f"attention     {self.network.attention}")
         if self.scheduler is not None:
             reason = not_measured(self)
             measured = "evaluate --pipeline-steps N measures it" if reason is None else f"not measured: {reason}"
