@@ -183,7 +183,7 @@ def dump_yaml(value: object) -> str:
     class Dumper(yaml.SafeDumper):
         pass
 
-    def quoted(dumper: Any, text: str) -> Any:
+    def quoted(dumper: yaml.SafeDumper, text: str) -> object:
         style = None
         if any(mark in text for mark in _BREAKS_OF_YAML):
             style = '"'  # the style that has escapes for them
@@ -265,7 +265,7 @@ def _yaml_loaders() -> tuple[Any, Any]:
     class Typed(base):
         breaks: dict[int, str] = {}
 
-        def construct_scalar(self, node: object) -> Any:
+        def construct_scalar(self, node: object) -> object:
             value = super().construct_scalar(node)
             return value.translate(self.breaks) if self.breaks and isinstance(value, str) else value
 
@@ -275,7 +275,7 @@ def _yaml_loaders() -> tuple[Any, Any]:
             if getattr(node, "flat", False):
                 return
             node.flat = True
-            own: dict[Any, Any] = {}
+            own: dict[object, object] = {}
             merged: list[Any] = []
             for key, value in node.value:
                 if key.tag == merge_tag:
