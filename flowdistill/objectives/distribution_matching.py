@@ -46,6 +46,26 @@ def diff_instruct_gradient(residual: Tensor, t: Tensor) -> Tensor:
     return -_column(t, residual) * residual
 
 
+def decoupled_residual(residual: Tensor, augmentation: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Delta with matching and guidance at noise levels of their own (decoupled DMD, Liu et al., arXiv 2511.22677).
+
+    Guidance w makes two terms of the gradient, D_critic - D_w = (D_critic - D_1) - (D_w - D_1) with D_w the guided and
+    D_1 the conditional estimate: the first matches distributions, the second moves samples the way guidance points.
+    Here the first is at x_t and the second at x_s of the same sample, added as estimates of the data:
+
+        -t Delta' = -t Delta_1 + s A,    Delta_1 = v_critic - v_1 at (x_t, t),    A = v_w - v_1 at (x_s, s)
+
+    so Delta' = Delta_1 - (s / t) A takes Delta's place in :func:`diff_instruct_gradient` and, with the guided teacher's
+    error at x_t, in :func:`dmd_gradient`. It is Delta where s = t and both have one noise.
+
+    Args:
+        residual: Delta_1 (B, ...).
+        augmentation: A (B, ...), (w - 1) (v_1 - v_null) for plain guidance.
+        t, s: (B,), t positive.
+    """
+    return residual - _column(s / t, residual) * augmentation
+
+
 def dmd_gradient(residual: Tensor, error: Tensor) -> Tensor:
     """(D_critic - D_teacher) / mean |x - D_teacher| = -Delta / mean |e|, per sample (DMD2, arXiv 2405.14867).
 
