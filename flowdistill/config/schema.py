@@ -68,6 +68,11 @@ class TeacherConfig:
                                         "for an epsilon teacher (said)", above=0, at_most=1)
     prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl with prompt and weight")
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
+    guidance_norm: str | None = option(
+        None, "norm of the guided prediction: none: as it comes; per_sample: at most the conditional one's; last_dim: "
+        "the conditional one's, token by token or row by row; null: as the pipeline does it",
+        choices=("none", "per_sample", "last_dim"),
+    )
     image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
     attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "

@@ -30,6 +30,7 @@ from flowdistill.networks.backbones import Backbone, BackboneFamily, family_of
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR, locate, read_description, read_network
 from flowdistill.networks.velocity import VelocityNetwork
+from flowdistill.objectives.guidance import NORMS
 from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS, VP_SCHEDULERS, NativePath, path_from_scheduler
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler
@@ -162,7 +163,24 @@ def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch
         texts.device = torch.device(device or "cpu")
         texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
         texts.prepare()
-    return Teacher(network, path, shape, codec, classes, name, scheduler, texts)
+    teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
+    teacher.guidance_norm = _norm_kept(config.guidance_norm, teacher)
+    return teacher
+
+
+def _norm_kept(kind: str | None, teacher: Teacher) -> str | None:
+    """``teacher.guidance_norm``, where the teacher has two sides of guidance to compare."""
+    if kind is None:
+        return None
+    if kind not in NORMS:
+        raise UserError(f"teacher.guidance_norm is '{kind}'; allowed are {', '.join(NORMS)} and null")
+    if teacher.takes_guidance:
+        raise UserError(f"teacher.guidance_norm is {kind}, but guidance is an input of {teacher.source}'s network, "
+                        "which makes one prediction and no other to compare it with; set it to null")
+    if not teacher.can_guide:
+        raise UserError(f"teacher.guidance_norm is {kind}, but {teacher.source} cannot be guided: it has no null label "
+                        "and takes no prompts; set it to null")
+    return kind
 
 
 def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:

@@ -113,6 +113,8 @@ def _key(teacher: Teacher, *settings: float) -> str:
     if teacher.prompts is not None:
         prompts = teacher.prompts
         facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
+    if teacher.guidance_norm is not None:
+        facts.append(f"guidance_norm {teacher.guidance_norm}")
     weights = module_sha256(teacher.network)
     return json_sha256([weights, *facts])[:32]
 

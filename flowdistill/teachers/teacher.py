@@ -39,6 +39,8 @@ class Teacher:
         scheduler: the diffusers scheduler it came with; None for an exact teacher.
         offload: which parts :meth:`to` leaves on the CPU while they are not called, one of
             ``flowdistill.teachers.offload.PARTS``.
+        guidance_norm: what happens to the norm of a guided prediction, one of
+            ``flowdistill.objectives.guidance.NORMS``; None: what the pipeline does.
         start: a velocity network that students start as instead of this one, maybe of another architecture.
     """
 
@@ -63,6 +65,7 @@ class Teacher:
         self.source = source
         self.scheduler = scheduler
         self.prompts = prompts
+        self.guidance_norm: str | None = None
         self.offload = "none"
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
         self.offload_hook: OffloadHook | None = None
@@ -111,10 +114,16 @@ class Teacher:
             self.offload_hook.offload()
 
     @property
+    def _velocity_network(self) -> VelocityNetwork | None:
+        """The network of a backbone, also within one that knows further conditions; None for an exact teacher."""
+        network = getattr(self.network, "velocity", self.network)
+        return network if isinstance(network, VelocityNetwork) else None
+
+    @property
     def takes_guidance(self) -> bool:
         """Whether the guidance scale is an input of the network: guidance then costs no second pass."""
-        network = self.network
-        return isinstance(network, VelocityNetwork) and network.family.takes_guidance(network.backbone)
+        network = self._velocity_network
+        return network is not None and network.family.takes_guidance(network.backbone)
 
     @property
     def can_guide(self) -> bool:
@@ -198,7 +207,22 @@ class Teacher:
         Returns:
             (B, *shape), in x's dtype.
         """
-        velocity = self._velocity(x, t, condition, guidance_scale, guidance_interval)
+        return self._clipped(self._velocity(x, t, condition, guidance_scale, guidance_interval), x, t)
+
+    def sides(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`velocity` at guidance 1 and at ``guidance_scale``, (B, *shape) each, of one forward on both sides.
+
+        For a network without guidance as an input, which has no other side.
+        """
+        conditional, null = self._both(x, t, condition)
+        scale = torch.full((len(x),), guidance_scale, dtype=x.dtype, device=x.device)
+        guided = self._guided(x, t, conditional, null, scale)
+        return self._clipped(conditional, x, t), self._clipped(guided, x, t)
+
+    def _clipped(self, velocity: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
+        """(x - D) / t of the estimate D of a velocity at x, clipped."""
         if self.path.clipping is None:
             return velocity
         # Below t_min, where the network is asked at t_min, so is the estimate; 1e-6 is for networks that know t = 0.
@@ -231,10 +255,34 @@ class Teacher:
             scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))
         if self.takes_guidance:
             return self.network(x, times, condition.replace(guidance=scale), **how)
+        conditional, null = self._both(x, times, condition, **how)
+        return self._guided(x, times, conditional, null, scale, **how)
+
+    def _both(self, x: Tensor, times: Tensor, condition: Condition, **how: bool) -> tuple[Tensor, Tensor]:
+        """What the network says with the condition, and on the other side of guidance."""
         both = Condition.cat([condition, self.null(condition)])
         conditional, null = self.network(torch.cat([x, x]), torch.cat([times, times]), both, **how).chunk(2)
-        guide = self.network.family.guide if isinstance(self.network, VelocityNetwork) else BackboneFamily.guide
-        return guide(conditional, null, per_sample(scale, x))
+        return conditional, null
+
+    def _guided(
+        self, x: Tensor, times: Tensor, conditional: Tensor, null: Tensor, scale: Tensor, native: bool = False
+    ) -> Tensor:
+        """Guidance of velocities, or of ``native`` predictions, at ``scale`` (B,).
+
+        Plain guidance is the same in both, for it is affine. The norm is that of what the network predicts.
+        """
+        network, scale = self._velocity_network, per_sample(scale, x)
+        family = BackboneFamily if network is None else network.family
+        if self.guidance_norm is None or native:  # the pipeline's own call knows no such setting
+            return family.guide(conditional, null, scale)
+        guided = null + scale * (conditional - null)
+        if self.guidance_norm == "none":
+            return guided
+        c = self.path.coefficients(times)
+        state, output = x * per_sample(c.state, x), per_sample(c.output, x)
+        # v = state + output * prediction, turned round and applied again.
+        return state + output * family.keep_norm(
+            (guided - state) / output, (conditional - state) / output, self.guidance_norm)
 
     def denoise(
         self,
@@ -378,6 +426,8 @@ class Teacher:
             if self.classes.null_label is not None:
                 guidance = f"null label {self.classes.null_label}, classifier-free guidance possible"
             lines.append(f"conditions    class labels 0 to {self.classes.num_classes - 1}; {guidance}")
+        if self.guidance_norm is not None:
+            lines[-1] += f", the norm kept: {self.guidance_norm}"
         if isinstance(self.network, VelocityNetwork):
             lines.append(f"attention     {self.network.attention}")
         if self.scheduler is not None:

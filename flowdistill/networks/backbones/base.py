@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_pipeline import Pipeline
+from flowdistill.objectives.guidance import kept_norm
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.registry import Registry
@@ -202,8 +203,14 @@ class BackboneFamily(ABC):
 
     @staticmethod
     def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
-        """Classifier-free guidance of velocities (B, C, H, W) at ``scale`` (B, 1, 1, 1)."""
+        """Classifier-free guidance of velocities (B, C, H, W) at ``scale`` (B, 1, 1, 1), as the pipeline does it."""
         return null + scale * (conditional - null)
+
+    @staticmethod
+    def keep_norm(guided: Tensor, conditional: Tensor, kind: str) -> Tensor:
+        """:func:`flowdistill.objectives.guidance.kept_norm` of predictions (B, C, H, W), in the shape in which the
+        network returns them."""
+        return kept_norm(guided, conditional, kind)
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         """Prepare a flow-matching scheduler as the family's pipeline does for latents of ``shape`` (C, H, W)."""

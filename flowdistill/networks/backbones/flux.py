@@ -21,6 +21,7 @@ from flowdistill.networks.backbones.base import (
     tensors,
     unpacked,
 )
+from flowdistill.objectives.guidance import kept_norm
 from flowdistill.paths.scheduler_protocol import Scheduler
 
 DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of its own
@@ -67,6 +68,10 @@ class FluxFamily(BackboneFamily):
 
     def takes_guidance(self, network: Backbone) -> bool:
         return bool(network.config.guidance_embeds)
+
+    @staticmethod
+    def keep_norm(guided: Tensor, conditional: Tensor, kind: str) -> Tensor:
+        return unpacked(kept_norm(packed(guided), packed(conditional), kind), guided.shape)
 
     def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)

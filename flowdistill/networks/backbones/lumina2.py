@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
@@ -18,6 +17,7 @@ from flowdistill.networks.backbones.base import (
     set_shifted,
     tensors,
 )
+from flowdistill.objectives.guidance import kept_norm
 from flowdistill.paths.scheduler_protocol import Scheduler
 
 
@@ -55,8 +55,7 @@ class Lumina2Family(BackboneFamily):
     @staticmethod
     def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """Guidance brought back to the conditional velocity's norm, row of pixels by row of pixels."""
-        guided = null + scale * (conditional - null)
-        return guided * (torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+        return kept_norm(null + scale * (conditional - null), conditional, "last_dim")
 
     def prompt_shapes(self, network: Backbone, pipeline: type, clip_tokens: int) -> dict[str, tuple[int, ...]]:
         length = longest_prompt(pipeline)

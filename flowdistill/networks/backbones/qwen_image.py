@@ -20,6 +20,7 @@ from flowdistill.networks.backbones.base import (
     tensors,
     unpacked,
 )
+from flowdistill.objectives.guidance import kept_norm
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.utils.errors import UserError
 
@@ -74,8 +75,11 @@ class QwenImageFamily(BackboneFamily):
     @staticmethod
     def guide(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """Guidance brought back to the conditional velocity's norm, token by token."""
-        guided, own = packed(null + scale * (conditional - null)), packed(conditional)
-        return unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), null.shape)
+        return QwenImageFamily.keep_norm(null + scale * (conditional - null), conditional, "last_dim")
+
+    @staticmethod
+    def keep_norm(guided: Tensor, conditional: Tensor, kind: str) -> Tensor:
+        return unpacked(kept_norm(packed(guided), packed(conditional), kind), guided.shape)
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, shape: Sequence[int]) -> None:
         set_shifted(scheduler, steps, shape[1] // 2 * (shape[2] // 2))
