@@ -1,4 +1,4 @@
-"""The moving average of a network's weights (EMA)."""
+"""The moving average of a network's weights (EMA), and a network that follows another one by its weights."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ class MovingAverage:
         if buffers:
             torch._foreach_copy_(buffers, current)
         self.count += 1
+
+
+@torch.no_grad()
+def follow(network: nn.Module, leader: nn.Module, share: float) -> None:
+    """phi <- (1 - share) phi + share theta: ``network``'s parameters phi that train go some way towards those of
+    ``leader`` that train and have their names; frozen ones and those of one of the two only stay.
+
+    SenseFlow's implicit distribution alignment (Ge et al., arXiv 2506.00523), whose lambda is 1 - share. The optimiser
+    of ``network`` keeps its moments. Both may be sharded in the same way (FSDP2); nothing is communicated.
+
+    Args:
+        share: in [0, 1]; 0 changes nothing, 1 copies, to the last bit.
+    """
+    theirs = {name: p for name, p in leader.named_parameters() if p.requires_grad}
+    pairs = [(p, theirs[name]) for name, p in network.named_parameters() if p.requires_grad and name in theirs]
+    if pairs:
+        torch._foreach_lerp_([own for own, _ in pairs], [other for _, other in pairs], share)

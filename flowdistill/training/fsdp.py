@@ -33,3 +33,11 @@ def cut(network: nn.Module, accelerator: Accelerator) -> None:
         fsdp2_prepare_model(accelerator, network)
     finally:
         plugin.auto_wrap_policy = policy
+
+
+def reshard(network: nn.Module) -> None:
+    """Free whole parameters that a pass without a gradient left behind, so that ``network.parameters()`` are this
+    process's share and the next pass gathers them anew; nothing where nothing is sharded."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -16,6 +16,7 @@ from flowdistill.config import RunConfig
 from flowdistill.students import Student
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
 from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors, remove_leftovers, write_checkpoint
+from flowdistill.training.fsdp import reshard
 from flowdistill.training.meters import Meters
 from flowdistill.training.method import Method
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, rate_changes
@@ -155,6 +156,10 @@ class Trainer:
         role.consecutive.add_(1.0).mul_(skipped)
         if role.average is not None:
             role.average.update(role.network)
+        if self.accelerator.is_fsdp2:
+            for each in self.roles.values():
+                reshard(each.network)
+        self.method.after_update(name)
         # A loss may reach through another role's network: nobody starts with someone else's gradients.
         for other in self.roles.values():
             other.clear_gradients()

@@ -141,6 +141,14 @@ class Method(ABC):
         """
         return ()
 
+    def after_update(self, role: str) -> None:  # noqa: B027
+        """What follows from an update of ``role`` and is no update: a change of another role's weights, in place.
+
+        It comes right after the optimiser's step and the average, without gradients; called by all processes together,
+        and each does the same to its share of the weights, which is what parameters are here under FSDP2. A step that
+        was skipped comes here too.
+        """
+
     def learning_rate_factor(self, role: str, step: int) -> float:
         """What the scheduled learning rate of ``role`` at ``step`` is multiplied by."""
         return 1.0
