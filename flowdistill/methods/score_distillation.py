@@ -14,6 +14,10 @@ A generator of K steps makes x by backward simulation (DMD2, section 4.5): one k
 the generator's own steps and without a gradient, x its estimate of the image at step k. The losses see x alone, so what
 they train is the mixture of the K estimates.
 
+With ``decoupled_guidance`` the part of Delta that guidance makes is taken at a noise level of its own, below that of
+the call that made x (arXiv 2511.22677); with ``divergence`` the gradient is weighted by what the discriminator of the
+adversarial term takes for the ratio of the densities (arXiv 2502.15681).
+
 Guidance is the teacher's only. Without the adversarial term (DMD2) no data is seen; the regression term (DMD, arXiv
 2311.18828) is on some of the teacher's own trajectories.
 """
@@ -33,6 +37,7 @@ from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.methods.regression import Regression, regression_error
 from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
 from flowdistill.networks.lora import CriticKind
+from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import START_UNITS, Generator, StudentInfo, given_times
@@ -77,6 +82,10 @@ class HostConfig(Regression, CriticKind):
         "authors): it learns the mixture of the steps",
     )
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher", at_least=0)
+    decoupled_guidance: bool = option(
+        False, "guidance at noise levels of its own, of time but below that of the call that made the sample; a second "
+        "pass of the teacher on both sides",
+    )
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
     critic_updates: int = option(1, "critic steps a generator step (authors of DMD2: 5)", at_least=1)
@@ -88,6 +97,18 @@ class HostConfig(Regression, CriticKind):
     adversarial_critic_weight: float = option(
         1e-2, "weight of the adversarial term for the critic (authors: 1e-2)", at_least=0,
     )
+    divergence: str = option(
+        "rkl", "divergence that is made small; others than the reverse Kullback-Leibler (rkl), which are kl, js, sf "
+        "(softened rkl), neyman, sh (squared Hellinger) and jf (Jeffreys), need the adversarial term",
+        choices=adversarial.DIVERGENCES,
+    )
+    r1_weight: float = option(
+        0.0, "weight of the penalty on the discriminator's slope at real samples, beside its loss; 0: none, else half "
+        "a critic pass more (NVIDIA's Model Optimizer: 0.1)", at_least=0,
+    )
+    r1_scale: float = option(
+        0.1, "standard deviation of the noise that measures the slope (NVIDIA's Model Optimizer: 0.1)", above=0,
+    )
     data: str | None = option(None, "named image set of the adversarial term or of step_inputs, which need one")
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
@@ -97,6 +118,19 @@ class HostConfig(Regression, CriticKind):
         if self.adversarial_weight and self.data is None:
             raise UserError(f"method.adversarial_weight is {self.adversarial_weight}, but method.data is null; name an "
                             "image set, such as digits, or set the weight to 0")
+        for name, wanted in (("divergence", self.divergence != "rkl"), ("r1_weight", self.r1_weight > 0)):
+            if wanted and not self.adversarial_weight:
+                raise UserError(f"method.{name} is {getattr(self, name)}, which needs the discriminator, but "
+                                "method.adversarial_weight is 0; set it above 0, or "
+                                f"{name} to {'rkl' if name == 'divergence' else 0}")
+        if self.decoupled_guidance and self.guidance_scale == 1:
+            raise UserError("method.decoupled_guidance is true, but method.guidance_scale is 1, which is no guidance; "
+                            "set the scale to another value, or decoupled_guidance to false")
+        for name, wanted in (("decoupled_guidance", self.decoupled_guidance), ("divergence", self.divergence != "rkl")):
+            if wanted and self.weighting == "sid":
+                raise UserError(f"method.{name} is {str(getattr(self, name)).lower()}, but the weighting sid is no "
+                                "weight of one difference of velocities; set method.weighting to dmd or diff_instruct, "
+                                f"or {name} to {'rkl' if name == 'divergence' else 'false'}")
         if self.step_inputs == "data" and self.data is None:
             raise UserError("method.step_inputs is data, but method.data is null; name an image set, such as digits, "
                             "or set step_inputs to simulated")
@@ -166,6 +200,8 @@ class ScoreDistillation(SingleStudentMethod):
         if self.adversarial:
             self.critic = Discriminator(score)
         self.pairs = config.make_pairs(teacher, config.guidance_scale)
+        if config.decoupled_guidance:
+            check_decoupled(config, teacher, self.steps)
 
     def roles(self) -> dict[str, Role]:
         return super().roles() | {"critic": Role(self.critic, self.config.critic_optimizer)}
@@ -182,7 +218,7 @@ class ScoreDistillation(SingleStudentMethod):
         k = self.draw_step(draw)
         sample, condition = self.draw_sample(networks, draw, k)
         critic = self.told(networks["critic"], k)
-        gradient = self.matching_gradient(sample, condition, critic, draw)
+        gradient = self.matching_gradient(sample, condition, critic, draw, k)
         metrics = {"gradient_size": draw.mean(gradient.abs())}
         if len(self.steps) > 1:
             metrics |= step_figures(k, sample.detach(), metrics["gradient_size"], draw)
@@ -196,23 +232,49 @@ class ScoreDistillation(SingleStudentMethod):
         return loss, metrics
 
     def matching_gradient(
-        self, sample: Tensor, condition: Condition | None, critic: Callable[..., Tensor], draw: Draw
+        self, sample: Tensor, condition: Condition | None, critic: Callable[..., Tensor], draw: Draw, k: int = 1
     ) -> Tensor:
-        """g (B, *shape): descent moves the sample from the critic's distribution to the target's."""
-        time, noise = self.config.time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
+        """g (B, *shape): descent moves the sample, of step k, from the critic's distribution to the target's."""
+        config, scale = self.config, self.guidance_scale
+        time, noise = config.time.draw(self.teacher, draw), draw.normal(self.teacher.shape)
 
         def compare(x: Tensor) -> tuple[Tensor, Tensor]:
             """Delta and the target's own error at the noised sample."""
             state = dm.noised(x, noise, time)
-            real = self.target.velocity(state, time, condition, self.guidance_scale)
+            real = self.target.velocity(state, time, condition, scale)
             return dm.noising_residual(critic(state, time, condition), real), dm.sampling_error(real, x, noise)
 
-        if self.config.weighting == "sid":
-            return sample_gradient(lambda x: dm.sid_loss(*compare(x), time, self.config.sid_alpha), sample)
+        if config.weighting == "sid":
+            return sample_gradient(lambda x: dm.sid_loss(*compare(x), time, config.sid_alpha), sample)
+        weighted, logits = config.divergence != "rkl", list[Tensor]()
         with torch.no_grad():
-            residual, error = compare(sample)
-        dmd = self.config.weighting == "dmd"
-        return dm.dmd_gradient(residual, error) if dmd else dm.diff_instruct_gradient(residual, time)
+            critic = with_logits(critic, logits) if weighted else critic
+            if config.decoupled_guidance and scale != 1:
+                assert condition is not None
+                lower = config.time.draw(self.teacher, draw, below=self.steps.times[k - 1])
+                residual, error = self._decoupled(sample, condition, critic, noise, time, lower)
+            else:
+                residual, error = compare(sample)
+            dmd = config.weighting == "dmd"
+            gradient = dm.dmd_gradient(residual, error) if dmd else dm.diff_instruct_gradient(residual, time)
+            if not weighted:
+                return gradient
+            weight = adversarial.divergence_weight(config.divergence, logits[0])
+            return gradient * per_sample(weight / draw.mean(weight), gradient)
+
+    def _decoupled(
+        self, x: Tensor, condition: Condition, critic: Callable[..., Tensor], noise: Tensor, time: Tensor, lower: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Delta with its guidance at ``lower`` (B,) instead of ``time``, and the guided target's error at ``time``.
+
+        One noise for both, and one size for both to be divided by, that of matching (ours): at one level this is plain
+        guidance.
+        """
+        state, cleaner = dm.noised(x, noise, time), dm.noised(x, noise, lower)
+        conditional, guided = self.target.sides(state, time, condition, self.guidance_scale)
+        own, pushed = self.target.sides(cleaner, lower, condition, self.guidance_scale)
+        residual = dm.noising_residual(critic(state, time, condition), conditional)
+        return dm.decoupled_residual(residual, pushed - own, time, lower), dm.sampling_error(guided, x, noise)
 
     def _critic_loss(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         k = self.draw_step(draw)
@@ -228,13 +290,22 @@ class ScoreDistillation(SingleStudentMethod):
         # Real samples ride in the same pass: one call of the network with gradients.
         real, real_condition = self.data.draw(draw)
         real = dm.noised(real, draw.normal(self.teacher.shape), time)
-        both = None if condition is None or real_condition is None else Condition.cat([condition, real_condition])
-        states, times = torch.cat([state, real]), torch.cat([time, time])
-        velocity, logits = critic(states, times, both, logits=True)
-        fake, true = logits.chunk(2)
+        states, conditions = [state, real], [condition, real_condition]
+        if self.config.r1_weight:
+            states.append(real + self.config.r1_scale * draw.normal(self.teacher.shape))
+            conditions.append(real_condition)
+        present = [each for each in conditions if each is not None]
+        together = Condition.cat(present) if len(present) == len(conditions) else None
+        times = torch.cat([time] * len(states))
+        velocity, logits = critic(torch.cat(states), times, together, logits=True)
+        fake, true, *perturbed = logits.chunk(len(states))
         told = adversarial.discriminator_loss(fake, true).mean()
         loss = critic_loss(velocity[: len(state)], sample, noise, time, path).mean()
         metrics = {"discriminator_accuracy": ((fake < 0).float().mean() + (true > 0).float().mean()).detach() / 2}
+        if perturbed:
+            penalty = adversarial.slope_penalty(true, perturbed[0]).mean()
+            metrics["slope_penalty"] = penalty.detach()
+            told = told + self.config.r1_weight * penalty
         return loss + self.config.adversarial_critic_weight * told, metrics
 
     def adversarial_gradient(
@@ -305,6 +376,26 @@ def step_figures(k: int, sample: Tensor, gradient_size: Tensor, draw: Draw) -> d
         f"sample_std/{k}": (draw.mean(sample.square()) - mean.square()).clamp(min=0).sqrt(),
         f"gradient_size/{k}": gradient_size,
     }
+
+
+def with_logits(critic: Callable[..., Any], logits: list[Tensor]) -> Callable[..., Tensor]:
+    """A discriminating critic as a critic alone, each of whose passes adds its logits (B,) to ``logits``."""
+    def velocity(*arguments: Any) -> Tensor:
+        found, told = critic(*arguments, logits=True)
+        logits.append(told)
+        return found
+
+    return velocity
+
+
+def check_decoupled(config: HostConfig, teacher: Teacher, steps: Steps) -> None:
+    """UserError for a teacher whose guidance is no second side, or steps below which there is no noise level."""
+    if teacher.takes_guidance:
+        raise UserError("method.decoupled_guidance is true, but guidance is an input of the teacher's network, which "
+                        "makes one prediction for both and not two; set it to false")
+    if not config.time.reaches_below(teacher, steps.times[-1]):
+        raise UserError(f"method.decoupled_guidance is true, and the last call is at t = {steps.times[-1]:.4f}, below "
+                        "which method.time has no noise level for guidance; lower method.time.low")
 
 
 def sample_gradient(loss: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:

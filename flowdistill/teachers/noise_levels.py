@@ -46,21 +46,48 @@ class NoiseLevels:
         if self.sampling == "karras":
             teacher.path.karras_times(KARRAS_POINTS)
 
-    def _points(self) -> range:
-        return range(round(self.low * KARRAS_POINTS), round(self.high * KARRAS_POINTS))
+    def reaches_below(self, teacher: Teacher, t: float) -> bool:
+        """Whether there is something to draw below the linear time t."""
+        if self.sampling == "karras":
+            return len(self._points(teacher, t)) > 0
+        low, high = self._range(teacher, t)
+        return low < high
 
-    def draw(self, teacher: Teacher, draw: Draw, rows: int | None = None) -> Tensor:
-        """Linear times (local rows,), float32; ``rows`` over all processes defaults to all."""
+    def draw(self, teacher: Teacher, draw: Draw, rows: int | None = None, below: float | None = None) -> Tensor:
+        """Linear times (local rows,), float32; ``rows`` over all processes defaults to all.
+
+        ``below``: a linear time; the distribution is that of the times up to it.
+        """
         path = teacher.path
         if self.sampling == "karras":
-            points, share = self._points(), draw.uniform(rows=rows)
+            points, share = self._points(teacher, below), draw.uniform(rows=rows)
             index = points.start + (len(points) * share.double()).long()
             return path.karras_times(KARRAS_POINTS).to(share.device)[index].to(share.dtype)
-        ends = torch.tensor([path.t_min, path.t_max], dtype=torch.float64)
-        if self.sampling == "timestep":
-            ends = path.coefficients(ends).timestep
-        low, high = ((1 - share) * ends[0].item() + share * ends[1].item() for share in (self.low, self.high))
+        low, high = self._range(teacher, below)
         if self.sampling == "logit_normal":
-            return draw.logit_normal(self.mean, self.std, rows).clamp(low, high)
+            if below is None:
+                return draw.logit_normal(self.mean, self.std, rows).clamp(low, high)
+            # The part of the normal distribution below, by the inverse of its distribution function.
+            top = torch.special.ndtr((torch.logit(torch.tensor(high, dtype=torch.float64)) - self.mean) / self.std)
+            normal = torch.special.ndtri(top.item() * draw.uniform(rows=rows).double())
+            return torch.sigmoid(self.mean + self.std * normal).clamp(low, high).float()
         value = low + (high - low) * draw.uniform(rows=rows)
         return path.native_to_linear(value).to(value.dtype) if self.sampling == "timestep" else value
+
+    def _range(self, teacher: Teacher, below: float | None) -> tuple[float, float]:
+        """Smallest and largest value, in the network's timestep where it is drawn in that, else linear."""
+        path = teacher.path
+        ends = [path.t_min, path.t_max] if below is None else [path.t_min, path.t_max, below]
+        values = torch.tensor(ends, dtype=torch.float64)
+        if self.sampling == "timestep":
+            values = path.coefficients(values).timestep
+        first, last, *most = values.tolist()
+        low, high = ((1 - share) * first + share * last for share in (self.low, self.high))
+        return low, min(high, *most) if most else high
+
+    def _points(self, teacher: Teacher | None = None, below: float | None = None) -> range:
+        points = range(round(self.low * KARRAS_POINTS), round(self.high * KARRAS_POINTS))
+        if teacher is None or below is None:
+            return points
+        count = int((teacher.path.karras_times(KARRAS_POINTS) <= below).sum())
+        return range(points.start, min(points.stop, count))
