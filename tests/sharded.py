@@ -1,6 +1,7 @@
 """Students of real backbones that train whole or in parts (FSDP2), for tests in other processes.
 
-UNet with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies and once with adapters.
+UNet with FreeFlow, and a tiny Stable Diffusion with DMD2, once with full copies, whose critic follows the student, and
+once with adapters.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def shipped() -> dict:
 def method_of(name):
     if name == "unet":
         return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(tiny_unet_pipeline(), null_label=3))
-    low = {"student": "lora", "critic": "lora", "lora": LoraSettings(4)} if name == "adapters" else {}
+    low = {"student": "lora", "critic": "lora", "lora": LoraSettings(4)} if name == "adapters" else {
+        "critic_follow": 0.3}
     small = {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
              "up_block_types": ("CrossAttnUpBlock2D",)}  # each tensor costs FSDP2 time, whatever its size
     teacher = load_teacher(stable_diffusion(**small), prompts=PROMPTS)
@@ -52,7 +54,8 @@ def trainer_of(name, folder, steps=2, fsdp2=False):
         ema_decay=0.5, max_grad_norm=0.1))
     accelerator = make_accelerator(config.train, folder)
     if fsdp2:
-        shard(accelerator, **shipped())
+        # Weights that stay whole after a pass are another copy, which must not outlive a change of them.
+        shard(accelerator, reshard_after_forward=name != "text", **shipped())
     torch.manual_seed(0)
     method = method_of(name)
     config.method = method.config

@@ -137,9 +137,8 @@ def shard(accelerator, **settings):
 
     Nothing public of accelerate's sets it.
     """
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True, **settings
-    )
+    settings = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "reshard_after_forward": True} | settings
+    plugin = FullyShardedDataParallelPlugin(**settings)
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     assert accelerator.is_fsdp2

@@ -215,6 +215,9 @@ class DisBack(Method):
             metrics["target"] = torch.full((), float(self.targets.index), device=loss.device)
         return loss, metrics
 
+    def after_update(self, role: str) -> None:
+        self.host.after_update(role)
+
     def learning_rate_factor(self, role: str, step: int) -> float:
         config = self.config
         if step < config.degradation_steps:

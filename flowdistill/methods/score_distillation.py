@@ -16,7 +16,8 @@ they train is the mixture of the K estimates.
 
 With ``decoupled_guidance`` the part of Delta that guidance makes is taken at a noise level of its own, below that of
 the call that made x (arXiv 2511.22677); with ``divergence`` the gradient is weighted by what the discriminator of the
-adversarial term takes for the ratio of the densities (arXiv 2502.15681).
+adversarial term takes for the ratio of the densities (arXiv 2502.15681); with ``critic_follow`` the critic takes a
+share of the generator's weights after each of its updates (arXiv 2506.00523).
 
 Guidance is the teacher's only. Without the adversarial term (DMD2) no data is seen; the regression term (DMD, arXiv
 2311.18828) is on some of the teacher's own trajectories.
@@ -46,6 +47,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.real_data import RealData
 from flowdistill.teachers.start_states import check_guidance
+from flowdistill.training.average import follow
 from flowdistill.training.method import Role, SingleStudentMethod, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -89,6 +91,10 @@ class HostConfig(Regression, CriticKind):
     time: NoiseLevels = option(NoiseLevels(low=0.02, high=0.98), "noise levels of the generator's loss")
     critic_time: NoiseLevels = option(NoiseLevels, "noise levels of the critic's loss")
     critic_updates: int = option(1, "critic steps a generator step (authors of DMD2: 5)", at_least=1)
+    critic_follow: float = option(
+        0.0, "share of the generator's weights that the critic takes after each generator step, both full copies "
+        "(authors of SenseFlow: 0.03)", at_least=0, at_most=1,
+    )
     adversarial_weight: float = option(
         0.0,
         "weight of the adversarial term for the generator; 0: none, and no data (authors of DMD2 for SDXL: 5e-3)",
@@ -202,12 +208,18 @@ class ScoreDistillation(SingleStudentMethod):
         self.pairs = config.make_pairs(teacher, config.guidance_scale)
         if config.decoupled_guidance:
             check_decoupled(config, teacher, self.steps)
+        if config.critic_follow:
+            check_alike(config, self._student.network, self.score)
 
     def roles(self) -> dict[str, Role]:
         return super().roles() | {"critic": Role(self.critic, self.config.critic_optimizer)}
 
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("critic",) * self.config.critic_updates + ("student",)
+
+    def after_update(self, role: str) -> None:
+        if role == "student" and self.config.critic_follow:
+            follow(self.score, self._student.network, self.config.critic_follow)
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
@@ -396,6 +408,20 @@ def check_decoupled(config: HostConfig, teacher: Teacher, steps: Steps) -> None:
     if not config.time.reaches_below(teacher, steps.times[-1]):
         raise UserError(f"method.decoupled_guidance is true, and the last call is at t = {steps.times[-1]:.4f}, below "
                         "which method.time has no noise level for guidance; lower method.time.low")
+
+
+def check_alike(config: HostConfig, student: nn.Module, critic: nn.Module) -> None:
+    """UserError for a generator and a critic that are no full copies of one network, what tells the step apart."""
+    shapes, own = ({name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+                   for network in (student, critic))
+    reason = ""
+    if "lora" in (config.student, config.critic):
+        reason = "the mean of two adapters' factors is not that of what they add"
+    elif any(own.get(name) != shape for name, shape in shapes.items()):
+        reason = "their networks differ in shape"
+    if reason:
+        raise UserError(f"method.critic_follow is {config.critic_follow}, which needs full copies of one network as "
+                        f"generator and critic, and {reason}; set it to 0")
 
 
 def sample_gradient(loss: Callable[[Tensor], Tensor], sample: Tensor) -> Tensor:

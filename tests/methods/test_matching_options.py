@@ -1,25 +1,32 @@
-"""Score distillation's options: guidance at levels of its own, other divergences, and the penalty on the
-discriminator's slope. Closed forms in float64, and real backbones."""
+"""Score distillation's options: guidance at levels of its own, other divergences, the penalty on the discriminator's
+slope, and the critic that follows the generator. Closed forms in float64, and real backbones."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from flowdistill.conditioning.conditions import ClassLabels
+from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.score_distillation import DiffInstruct, Dmd2, Dmd2Config, HostConfig, ScoreDistillation, Sid
+from flowdistill.networks.lora import LoraSettings
 from flowdistill.objectives import adversarial
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, linear_path
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.training.loop import Trainer
+from flowdistill.training.run import make_accelerator
 from flowdistill.utils.errors import UserError
 from tests.families import FAMILIES, PROMPTS
 from tests.methods.test_few_step import StepwiseStudent
 from tests.methods.test_score_distillation import DoubleDraw, Draw, adversarial_method
 from tests.tiny import tiny_unet_pipeline
+from tests.toy_method import weights
 
 TIMES, SCALE = (1.0, 0.6, 0.3), 3.0
 OTHERS = [name for name in adversarial.DIVERGENCES if name != "rkl"]
@@ -272,6 +279,83 @@ def test_the_penalty_flattens_the_discriminator():
     assert slopes[1] < 0.3 * slopes[0]
 
 
+# --- a critic that follows
+
+
+def trainer_of(folder, length, **settings):
+    teacher = load_teacher(tiny_unet_pipeline(num_class_embeds=11), null_label=10)
+    rates = {key: OptimizerConfig(lr=1e-3) for key in ("optimizer", "critic_optimizer")}
+    config = RunConfig(output_dir=str(folder), teacher=TeacherConfig(source="tiny"), method=None, train=TrainConfig(
+        steps=length, batch_size=8, log_every=1, num_samples=4, trackers=[], device="cpu", precision="fp32"))
+    torch.manual_seed(0)
+    method = Dmd2(Dmd2Config(**rates, **settings), teacher)
+    config.method = method.config
+    return Trainer(method, config, Path(folder), make_accelerator(config.train, folder))
+
+
+def named(network):
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"adversarial_weight": 0.1, "data": "digits", "steps": 2,
+                                           "critic_told_step": True}])
+def test_the_critic_takes_its_share_after_each_generator_step(settings, tmp_path):
+    trainer = trainer_of(tmp_path, 1, critic_follow=0.25, critic_updates=2, **settings)
+    method, before = trainer.method, {}
+    update = type(method).after_update
+
+    def watched(role):
+        student, critic = named(method.roles()["student"].network), named(method.roles()["critic"].network)
+        update(method, role)
+        after = named(method.roles()["critic"].network)
+        if role == "critic":
+            assert all(torch.equal(after[name], value) for name, value in critic.items())
+            return
+        before.update(critic)
+        inside = "critic." if settings else ""
+        for name, value in critic.items():
+            theirs = student.get(name.removeprefix(inside))
+            if theirs is None:
+                assert name.startswith(("head.", "critic.embeddings.")) and torch.equal(after[name], value)
+            else:
+                assert torch.allclose(after[name], 0.75 * value + 0.25 * theirs, rtol=1e-6, atol=1e-7)
+        assert any(not torch.equal(after[name], value) for name, value in critic.items())
+        assert all(torch.equal(value, student[name])
+                   for name, value in named(method.roles()["student"].network).items())
+
+    method.after_update = watched
+    trainer.train_step()
+    assert before
+
+
+def test_a_resumed_run_that_follows_equals_an_uninterrupted_one(tmp_path):
+    found = {}
+    for name, lengths, share in (("whole", [2], 0.1), ("parts", [1, 2], 0.1), ("plain", [2], 0.0)):
+        for length in lengths:
+            trainer = trainer_of(tmp_path / name, length, critic_follow=share)
+            assert trainer.step == (length - 1 if name == "parts" else 0)
+            trainer.train()
+        found[name] = weights(trainer)
+    assert all(torch.equal(value, found["parts"][name]) for name, value in found["whole"].items())
+    assert not all(torch.equal(value, found["plain"][name]) for name, value in found["whole"].items())
+
+
+def test_disbacks_critic_follows_in_its_second_stage_only(monkeypatch):
+    teacher = load_teacher(tiny_unet_pipeline(), null_label=3)
+    method = DisBack(DisBackConfig(degradation_steps=2, degradation_every=1, interval=[9],
+                                   host=HostConfig(critic_follow=1.0)), teacher)
+    with torch.no_grad():
+        next(method.roles()["student"].network.parameters()).add_(1)
+    start = named(method.host.score)
+    for role in method.schedule(0):
+        method.after_update(role)
+    assert all(torch.equal(value, start[name]) for name, value in named(method.host.score).items())
+    for role in method.schedule(2):
+        method.after_update(role)
+    student = named(method.roles()["student"].network)
+    assert all(torch.equal(value, student[name]) for name, value in named(method.host.score).items())
+
+
 # --- refusals
 
 
@@ -297,6 +381,10 @@ REFUSED = {
     "divergence": (guided(divergence="kl"), "method.divergence is kl, which needs the discriminator"),
     "unknown": (guided(divergence="chi2"), "'method.divergence' must be one of"),
     "slope": (guided(r1_weight=1.0), r"method.r1_weight is 1.0, which needs the discriminator"),
+    "share": (guided(critic_follow=1.5), "'method.critic_follow' must be at least 0 and at most 1"),
+    "adapters": (guided(critic_follow=0.1, student="lora", critic="lora", lora=LoraSettings(2)),
+                 "the mean of two adapters' factors is not that of what they add; set it to 0"),
+    "one adapter": (guided(critic_follow=0.1, critic="lora", lora=LoraSettings(2)), "full copies of one network"),
 }
 
 
@@ -306,3 +394,11 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(name):
     with pytest.raises(UserError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_smaller_generator_is_not_followed():
+    teacher = load_teacher(tiny_unet_pipeline(), null_label=3)
+    teacher.start = load_teacher(tiny_unet_pipeline(), null_label=3).network
+    teacher.start.backbone.conv_out = nn.Conv2d(8, 1, 1)
+    with pytest.raises(UserError, match="their networks differ in shape; set it to 0"):
+        Dmd2(Dmd2Config(critic_follow=0.1), teacher)
