@@ -30,6 +30,8 @@ from flowdistill.utils.randomness import generator_of, row_digests
 
 STEPPINGS = ("stochastic", "deterministic")
 MOST_STEPS = 8
+ALMOST_CLEAN = 0.03
+"""A time at which a call has nothing left to do that the one before it has not."""
 
 Network = Callable[[Tensor, Tensor, Condition | None], Tensor]
 """``(x, t, condition) -> velocity``, t float64 (B,)."""
@@ -138,10 +140,11 @@ def noise_of(start: Tensor) -> Noise:
 def teacher_times(path: NativePath, count: int) -> tuple[float, ...]:
     """The ``count`` times at which the teacher's own sampler would call it.
 
-    Spacings whose last call is at t_min, where a state is an image already, give theirs for one call more.
+    Spacings whose last call is at t_min or almost at 0, where a state is an image already, give theirs for one call
+    more: those of EDM, and as pipelines set them those of Stable Diffusion 3 (0.0089) and Qwen-Image (0.02).
     """
     grid = path.time_grid(count)[:-1]
-    if count > 1 and grid[-1] <= path.t_min * (1 + 1e-9):
+    if count > 1 and grid[-1] <= max(path.t_min * (1 + 1e-9), ALMOST_CLEAN):
         grid = path.time_grid(count + 1)[:-2]
     return tuple(grid.tolist())
 
@@ -150,13 +153,13 @@ def start_scale(path: NativePath, times: Sequence[float], stepping: str, prompts
     """s of the first state s n, as the stock pipeline starts that will sample the student.
 
     One call, and Euler steps of a text-to-image pipeline, start at t_1 n, which is sigma n natively. A VP teacher's
-    other pipelines (LCM's and DDIM's schedulers) start at unit native noise, which is n / (alpha + sigma).
+    other pipelines (LCM's and DDIM's schedulers) start at unit native noise, which is n / (alpha + sigma), and EDM's at
+    sqrt(sigma^2 + 1) n: both are sqrt(t_1^2 + (1 - t_1)^2) n here.
 
     Args:
         times: of the student.
         prompts: whether it is one from text to image.
     """
-    if len(times) == 1 or path.kind != "vp" or (stepping == "deterministic" and prompts):
-        return times[0]
-    alpha, sigma = path.alpha_sigma(torch.tensor(times[0], dtype=torch.float64))
-    return (1 / (alpha + sigma)).item()
+    t = times[0]
+    euler = path.kind == "vp" and stepping == "deterministic" and prompts
+    return t if len(times) == 1 or path.kind not in ("vp", "edm") or euler else math.hypot(t, 1 - t)

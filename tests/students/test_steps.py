@@ -17,6 +17,7 @@ from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import MixtureVelocity
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from tests.families import FAMILIES as PIPELINES
 from tests.students.test_student import FAMILIES, SCHEDULERS
 
 MEAN, STD = 0.3, 0.7
@@ -249,6 +250,17 @@ def test_times_of_the_teachers_own_sampler():
     assert start_scale(ddpm.path, times, "deterministic", True) == times[0]
     assert start_scale(ddpm.path, times[:1], "stochastic", False) == times[0]
     assert unit / times[0] == pytest.approx(1.002338, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image"])
+def test_no_call_is_spent_on_an_image(name):
+    """Where the pipeline's own last time is almost 0, whatever the number of steps."""
+    teacher = load_teacher(PIPELINES[name].make(), image_size=PIPELINES[name].image_size)
+    for count in range(2, 9):
+        own, times = teacher.path.time_grid(count + 1).tolist(), teacher_times(teacher.path, count)
+        assert times == tuple(own[:count]) and times[-1] > 0.2 and own[count] < 0.03
+    if name == "sd3":  # the published times of four steps at shift 3 are 1, 0.9, 0.75 and 0.5
+        assert teacher_times(teacher.path, 4) == pytest.approx((1.0, 0.9, 0.75, 0.5), abs=4e-3)
 
 
 def test_a_bad_list_of_times_is_no_steps():
