@@ -27,7 +27,8 @@ from PIL import Image
 from flowdistill import load_student, load_teacher
 from flowdistill.data.assets import asset_path
 from flowdistill.export import export
-from flowdistill.export.pipelines import export_problem, rounding
+from flowdistill.export.cards import rounding
+from flowdistill.export.pipelines import export_problem
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.students.generator import Generator

@@ -2,7 +2,7 @@
 
 The student's one call is the teacher's network at one constant time, plus adapters, plus a constant vector e in the
 time embedding (duration, guidance). There the embedding's last layer always gets the same input a, so e is a low-rank
-weight as well: e a^T / |a|^2, of rank 1.
+weight as well: e a^T / |a|^2, of rank 1. A student of several calls has no such vector: its file is the adapters.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from flowdistill.export.few_step import StockSteps
 from flowdistill.export.prompt_pipelines import stock_pipeline
 from flowdistill.networks.backbones import last_linear
-from flowdistill.networks.backbones.base import PipelineFacts
 from flowdistill.networks.lora import lora_tensors, merged
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import path_from_scheduler
@@ -31,19 +31,31 @@ SCHEDULERS = {
 }
 
 
-def save_lora(student: Student, folder: Path, guidance_scale: float | None = None) -> str | None:
+def save_lora(
+    student: Student, folder: Path, guidance_scale: float | None = None, found: StockSteps | None = None
+) -> str | None:
     """Write ``FILE`` into ``folder`` and return Markdown that says how to use it.
 
     None, and no file, for a student without adapters, a pipeline without LoRA files, or a one-step map that is not one
     step of the pipeline with a stock scheduler (EDM, or a start after the scheduler's own).
+
+    Args:
+        found: what takes the steps of a student of several calls.
     """
     velocity = student.network.velocity
-    if velocity.lora is None or student.prompts is None or velocity.path.kind not in SCHEDULERS:
+    if velocity.lora is None or student.prompts is None:
         return None
-    name, facts = stock_pipeline(student)
+    name, _ = stock_pipeline(student.prompts, velocity.family)
     kind = getattr(diffusers, name)
-    if not hasattr(kind, "save_lora_weights") or student.t_start != path_from_scheduler(student.scheduler).t_max:
+    if not hasattr(kind, "save_lora_weights"):
         return None
+    if found is None:
+        if velocity.path.kind not in SCHEDULERS or student.t_start != path_from_scheduler(student.scheduler).t_max:
+            return None
+        scheduler, steps = SCHEDULERS[velocity.path.kind], "num_inference_steps=1"
+    else:
+        scheduler = found.code or f'{found.kind.__name__}.from_pretrained("path/to/this/folder", subfolder="scheduler")'
+        steps = found.written_arguments
     tensors = lora_tensors(velocity.backbone)
     for layer, (left, right) in _constant(student, guidance_scale).items():
         a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
@@ -52,7 +64,7 @@ def save_lora(student: Student, folder: Path, guidance_scale: float | None = Non
     part = "unet" if "unet_lora_layers" in inspect.signature(kind.save_lora_weights).parameters else "transformer"
     layers: Any = {f"{part}_lora_layers": {key: value.contiguous() for key, value in tensors.items()}}
     kind.save_lora_weights(folder, **layers)
-    return _use(student, facts)
+    return _use(student, scheduler, steps)
 
 
 @torch.no_grad()
@@ -82,17 +94,20 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
     return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
 
 
-def _use(student: Student, facts: PipelineFacts) -> str:
+def _use(student: Student, scheduler: str, steps: str) -> str:
+    """Markdown that loads the file beside the scheduler (in Python) and calls the pipeline for its steps."""
     assert student.prompts is not None
-    path, (height, width) = student.network.velocity.path, student.prompts.image_size
-    guided = student.network.velocity.family.takes_guidance(student.network.velocity.backbone)
+    family, (height, width) = student.network.velocity.family, student.prompts.image_size
+    name, facts = stock_pipeline(student.prompts, family)
+    # Of some pipelines another class makes the student's images.
+    loaded = name if family.pipelines[student.prompts.text.pipeline_class].exported_as else "DiffusionPipeline"
+    guided = family.takes_guidance(student.network.velocity.backbone)
     guidance = "guidance_scale=1, " if guided else f"{facts.no_guidance}, " if facts.no_guidance else ""
-    scheduler = SCHEDULERS[path.kind]
     return (
         f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"
-        f"```python\nfrom diffusers import DiffusionPipeline, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{portable_path(student.info.base_model)}")\n'
+        f"```python\nfrom diffusers import {loaded}, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
+        f'pipe = {loaded}.from_pretrained("{portable_path(student.info.base_model)}")\n'
         f"pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
-        f'images = pipe("a prompt", num_inference_steps=1, {guidance}height={height}, width={width}).images\n```\n'
+        f'images = pipe("a prompt", {steps}, {guidance}height={height}, width={width}).images\n```\n'
     )

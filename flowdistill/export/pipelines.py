@@ -10,7 +10,6 @@ the first and the last layer, and a stock scheduler's single step supplies ``k_n
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import math
@@ -30,6 +29,18 @@ from diffusers import (
 )
 from torch import nn
 
+from flowdistill.export.cards import (
+    about_labels,
+    about_types,
+    class_record,
+    code,
+    constant_arguments,
+    four_labels,
+    origin,
+    pixel_arguments,
+)
+from flowdistill.export.few_step import few_step_problem
+from flowdistill.export.few_step_pipelines import export_steps
 from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
@@ -37,19 +48,17 @@ from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR
 from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
+from flowdistill.students.generator import Generator
+from flowdistill.students.steps import Steps
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path, portable_path
+from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import log_once
 
-MOST_OF_PIL = 4
-"""Channels of a picture; what has more is an array."""
 SMALLEST_ALPHA = 3e-3
 """Of one timestep of an exported DDIM schedule: float32 has 1 - alpha to a relative 2e-5."""
-ROUNDED = 0.02
-"""Rounding errors below this, a hundredth of the pixels' range, are not worth a word."""
 
 
 @functools.singledispatch
@@ -58,10 +67,12 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, or a ``DDPMPipeline`` where it draws rectangles,
     ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with ``guidance_scale=1``), and a text-to-image student a
-    pipeline of its teacher's class; all sample with ``num_inference_steps=1``. The folder's README.md says how to call
-    it; its flowdistill.json has the arguments of that call, and says which class labels there are and which one means
-    "no class". Adapters are merged into the weights; where the teacher's pipeline takes LoRA files, the folder has one
-    too (:mod:`flowdistill.export.lora`). ``export.register`` adds what another kind of student becomes.
+    pipeline of its teacher's class. A student of one call samples with ``num_inference_steps=1``; one of several keeps
+    its network as it is, beside a scheduler that takes its steps (:mod:`flowdistill.export.few_step`). The folder's
+    README.md says how to call it; its flowdistill.json has the arguments of that call, and says which class labels
+    there are and which one means "no class". Adapters are merged into the weights; where the teacher's pipeline takes
+    LoRA files, the folder has one too (:mod:`flowdistill.export.lora`). ``export.register`` adds what another kind of
+    student becomes.
 
     Args:
         student: on a diffusers backbone.
@@ -69,15 +80,19 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         guidance_scale: the scale to freeze into the weights; None for the student's default.
 
     Raises:
-        UserError: the folder is not empty, or this student cannot be folded (the message says why).
+        UserError: the folder is not empty, or no stock pipeline makes this student's images (the message says why).
     """
     target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
-    if (problem := export_problem(student, student.network.velocity)) is not None:
+    steps = student.steps if isinstance(student, Generator) and student.num_steps > 1 else None
+    if (problem := export_problem(student, student.network.velocity, steps)) is not None:
         raise UserError(problem)
+    if isinstance(student, Generator) and steps is not None:
+        export_steps(student, target, guidance_scale)
+        return target
     backbone = _with_constant_time(student, guidance_scale)
     c = student.network.velocity.path.coefficients(torch.tensor([student.t_start], dtype=torch.float64))
     t, state, output = student.t_start, c.state.item(), c.output.item()
@@ -87,38 +102,33 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     elif student.network.velocity.family.student_pipeline == "ConsistencyModelPipeline":
         make = _consistency_pipeline if student.shape[1] == student.shape[2] else _rectangle_pipeline
         pipeline = make(student, backbone, k_input, k_noise, k_output)
-        arguments = "batch_size=4, num_inference_steps=1"
-        if student.classes is not None:
-            arguments += f", class_labels={four_labels(student)}"
-        if student.shape[0] > MOST_OF_PIL:
-            arguments += ', output_type="np"'
-        call = f"pipe({arguments})"
+        call = f"pipe({pixel_arguments(student, 'num_inference_steps=1', labels=True)})"
     else:
         pipeline = _dit_pipeline(student, backbone, k_input, k_noise, k_output)
         call = f"pipe(class_labels={four_labels(student)}, num_inference_steps=1, guidance_scale=1)"
     pipeline.save_pretrained(target)
-    record: dict[str, Any] = {"call": constant_arguments(call)}
-    if student.classes is not None:
-        record |= {"num_classes": student.num_classes, "null_label": student.classes.null_label,
-                   "labels": student.classes.own}
+    record = {"call": constant_arguments(call)} | class_record(student)
     (target / SIDECAR).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     card = _card(student, call, guidance_scale, k_noise) + (save_lora(student, target, guidance_scale) or "")
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
-def check_exportable(teacher: Teacher) -> None:
+def check_exportable(teacher: Teacher, steps: Steps | None = None) -> None:
     """Before a student of ``teacher`` trains: say that it will have no stock pipeline.
 
+    Args:
+        steps: of a student of several calls.
+
     Raises:
-        UserError: it draws rectangles of classes, which not even the teacher's own pipeline does. Of others there is a
-            warning: they are of use in flowdistill.
+        UserError: it draws rectangles of classes, which not even the teacher's own pipeline does, or it has several
+            steps that no scheduler takes. Of others there is a warning: they are of use in flowdistill.
     """
     velocity = teacher.network
-    problem = export_problem(teacher, velocity) if isinstance(velocity, VelocityNetwork) else None
+    problem = export_problem(teacher, velocity, steps) if isinstance(velocity, VelocityNetwork) else None
     if problem is None:
         return
-    if _draws_rectangles_of_classes(teacher, velocity):
+    if steps is not None or _draws_rectangles_of_classes(teacher, velocity):
         raise UserError(f"{problem}, so nothing was trained")
     log_once(f"this run's student will have no stock pipeline: {problem}")
 
@@ -128,12 +138,13 @@ def _draws_rectangles_of_classes(model: Teacher | Student, velocity: VelocityNet
     return pixels and model.classes is not None and model.shape[1] != model.shape[2]
 
 
-def export_problem(model: Teacher | Student, velocity: VelocityNetwork) -> str | None:
+def export_problem(model: Teacher | Student, velocity: VelocityNetwork, steps: Steps | None = None) -> str | None:
     """Why no stock pipeline can make what a student of this kind makes; None where one can, as far as is known early.
 
     Args:
         model: a teacher, before its student trains, or the student.
         velocity: its network.
+        steps: of a student of several calls.
     """
     if velocity.path.kind == "ve":
         return ("students of KarrasVe teachers cannot be exported: their network takes pixels in [0, 1], and no stock "
@@ -141,25 +152,13 @@ def export_problem(model: Teacher | Student, velocity: VelocityNetwork) -> str |
     pixels = velocity.family.student_pipeline == "ConsistencyModelPipeline"
     if pixels and isinstance(model.codec, VaeCodec):
         return "students of a UNet2DModel beside an autoencoder cannot be exported: no stock pipeline has both"
+    if steps is not None and len(steps) > 1:
+        return few_step_problem(model, velocity, steps)
     if _draws_rectangles_of_classes(model, velocity):
         return (f"students that draw rectangles ({model.shape[1]} x {model.shape[2]}) of classes cannot be exported: "
                 "no stock pipeline gives class labels to a UNet2DModel whose two sizes differ; squares of classes and "
                 "rectangles without classes can be")
     return folding_problem(velocity.backbone)
-
-
-def constant_arguments(call: str) -> dict[str, Any]:
-    """The arguments of a call, as Python writes it, that are the same for all images: steps, guidance and size."""
-    written = ast.parse(call, mode="eval").body
-    assert isinstance(written, ast.Call)
-    return {word.arg: ast.literal_eval(word.value) for word in written.keywords
-            if word.arg is not None and word.arg not in ("batch_size", "class_labels", "output_type")}
-
-
-def four_labels(student: Student) -> list[int]:
-    """Class labels for an example, of those that the student was trained for."""
-    assert student.classes is not None
-    return [student.classes.shown[i % len(student.classes.shown)] for i in range(4)]
 
 
 @torch.no_grad()
@@ -276,46 +275,9 @@ def _betas(wanted: float) -> list[float]:
 
 
 def _card(student: Student, call: str, guidance_scale: float | None, k_noise: float) -> str:
-    info = student.info
-    scale = info.guidance_scale if guidance_scale is None else guidance_scale
-    base = portable_path(info.base_model) or "a diffusers pipeline"
+    scale = student.info.guidance_scale if guidance_scale is None else guidance_scale
     return (
-        "# A one-step generator\n\n"
-        f"Distilled with {info.method or 'flowdistill'} from {base}. "
+        f"# A one-step generator\n\n{origin(student)} "
         f"One network call an image; guidance scale {scale} is part of the weights.\n\n"
-        "```python\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\nimages = {call}.images\n```\n'
-        + _about_labels(student) + _about_types(student, k_noise)
-    )
-
-
-def _about_labels(student: Student) -> str:
-    classes = student.classes
-    if classes is None:
-        return ""
-    shown = f"0 to {classes.num_classes - 1}" if classes.own is None else ", ".join(map(str, classes.own))
-    null = "" if classes.null_label is None else (f"; label {classes.null_label} means \"no class\" and is none of "
-                                                  "them, which flowdistill.json says too")
-    return f"\nClass labels are {shown}{null}.\n"
-
-
-def rounding(k_noise: float, dtype: torch.dtype) -> float:
-    """About how far a student in ``dtype`` is from itself in float32: a standard deviation, where latents have about 1.
-
-    Its one step takes the difference of the noise and of what the network returns, each rounded, k_noise times. The
-    factor 3 beside one rounding of unit noise is what small networks were measured to have: 2 to 4.
-    """
-    noise = torch.randn(2**14, generator=torch.Generator().manual_seed(0))
-    return 3 * k_noise * (noise.to(dtype).float() - noise).std().item()
-
-
-def _about_types(student: Student, k_noise: float) -> str:
-    half, brain = (rounding(k_noise, dtype) for dtype in (torch.float16, torch.bfloat16))
-    if brain < ROUNDED:
-        return ""
-    what = "latents" if isinstance(student.codec, VaeCodec) else "pixels from -1 to 1"
-    good = "float32 or float16" if half < ROUNDED else "float32"
-    return (
-        f"\nLoad it in {good}, not in bfloat16: its one step multiplies what its network rounds by {k_noise:.3g}. In "
-        f"bfloat16 its {what} are off by about {brain:.2g} (standard deviation), in float16 by about {half:.2g}.\n"
+        + code(call) + about_labels(student) + about_types(student, k_noise)
     )

@@ -10,19 +10,20 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from flowdistill.conditioning.prompts import PromptConditions
 from flowdistill.export.folding import fold_scales
+from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.networks.backbones.base import PipelineFacts
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
 
 
-def stock_pipeline(student: Student) -> tuple[str, PipelineFacts]:
+def stock_pipeline(prompts: PromptConditions, family: BackboneFamily) -> tuple[str, PipelineFacts]:
     """Class name of the pipeline that a text-to-image student becomes, and what is peculiar to its call."""
-    assert student.prompts is not None
-    pipelines, name = student.network.velocity.family.pipelines, student.prompts.text.pipeline_class
-    name = pipelines[name].exported_as or name
-    return name, pipelines[name]
+    name = prompts.text.pipeline_class
+    name = family.pipelines[name].exported_as or name
+    return name, family.pipelines[name]
 
 
 def prompt_pipeline(
@@ -34,9 +35,25 @@ def prompt_pipeline(
         UserError: the pipeline's class has no scheduler whose one step is this map.
     """
     assert student.prompts is not None
-    text = student.prompts.text
-    name, facts = stock_pipeline(student)
+    name, facts = stock_pipeline(student.prompts, student.network.velocity.family)
     scheduler = _scheduler(name, facts, student, backbone, k_input, k_noise, k_output)
+    call = prompt_call(student, "num_inference_steps=1", facts.no_guidance)
+    return assembled_pipeline(student, backbone, scheduler), call
+
+
+def prompt_call(student: Student, steps: str, guidance: str) -> str:
+    """The call of a text-to-image student's pipeline, from the arguments that say its steps and its guidance."""
+    assert student.prompts is not None
+    height, width = student.prompts.image_size
+    arguments = [steps, guidance, f"height={height}, width={width}"]
+    return f'pipe("a prompt", {", ".join(filter(None, arguments))})'
+
+
+def assembled_pipeline(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
+    """A text-to-image student's pipeline of its teacher's text encoders, its autoencoder, and these two."""
+    assert student.prompts is not None
+    text = student.prompts.text
+    name, _ = stock_pipeline(student.prompts, student.network.velocity.family)
     kind = getattr(diffusers, name)
     parts: dict[str, Any] = {"scheduler": scheduler, "vae": student.codec.vae}
     accepted = inspect.signature(kind.__init__).parameters
@@ -51,11 +68,7 @@ def prompt_pipeline(
                 parts[key] = None
         if "requires_safety_checker" in accepted:
             parts["requires_safety_checker"] = False
-        pipeline = kind(**parts)
-    size = student.prompts.image_size
-    guidance = f", {facts.no_guidance}" if facts.no_guidance else ""
-    call = f'pipe("a prompt", num_inference_steps=1{guidance}, height={size[0]}, width={size[1]})'
-    return pipeline, call
+        return kind(**parts)
 
 
 def _scheduler(

@@ -13,6 +13,7 @@ from flowdistill.students import FlowMap, StudentInfo, is_student_folder, load_s
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import indexed_noise
+from tests.students_of_steps import noises, pixel_student
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
 SCHEDULERS = {
@@ -188,17 +189,26 @@ def test_the_type_a_network_computes_in_follows_it():
 
 
 LOAD = """
-import sys, torch
+import json, sys, torch
 from diffusers import DiffusionPipeline
-for family in sys.argv[1:]:
-    pipe = DiffusionPipeline.from_pretrained(family)
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    kwargs = dict(num_inference_steps=1, class_labels=[0, 1, 2], output_type="pt")
-    kwargs["generator"] = torch.Generator().manual_seed(5)
-    kwargs |= dict(batch_size=3) if family == "unet" else dict(guidance_scale=1)
-    torch.save(pipe(**kwargs).images, family + ".pt")
+    with open(folder + "/flowdistill.json") as file:
+        record = json.load(file)
+    given = dict(output_type="pt", generator=torch.Generator().manual_seed(5), **record["call"])
+    if "guidance_scale" not in given:
+        given["batch_size"] = 3
+    if "label" not in record:
+        given["class_labels"] = [0, 1, 2]
+    torch.save(pipe(**given).images, folder + ".pt")
 assert not any(name.startswith("flowdistill") for name in sys.modules)
 """
+SEVERAL = {
+    "unet-steps": lambda: pixel_student(SCHEDULERS["epsilon"]()),
+    "dit-steps": lambda: pixel_student(SCHEDULERS["flow"](), "deterministic", dit=True),
+    "class-steps": lambda: pixel_student(SCHEDULERS["flow"]()),  # a pipeline for each class
+}
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -226,9 +236,11 @@ def exported(tmp_path_factory):
     """Trained students, and a folder with the export of each and the images that stock diffusers makes with it."""
     folder = tmp_path_factory.mktemp("exported")
     students = {family: student_of(family, trained=True)[1] for family in FAMILIES}
-    for family, student in students.items():
-        export(student, folder / family)
-    subprocess.run([sys.executable, "-c", LOAD, *FAMILIES], check=True, cwd=folder)
+    students |= {name: make() for name, make in SEVERAL.items()}
+    for name, student in students.items():
+        export(student, folder / name)
+    loaded = [f"{name}/class-1" if name == "class-steps" else name for name in students]
+    subprocess.run([sys.executable, "-c", LOAD, *loaded], check=True, cwd=folder)
     return students, folder
 
 
@@ -240,3 +252,16 @@ def test_export_loads_without_flowdistill(exported, family):
     assert (images - expected).abs().max() < 1e-5
     with pytest.raises(UserError, match="not empty"):
         export(student, folder / family)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_export_of_several_calls_loads_without_flowdistill(exported, name):
+    """The pipeline's generator goes on where the start noise ends."""
+    students, folder = exported
+    one = name == "class-steps"
+    student, images = students[name], torch.load(folder / (f"{name}/class-1.pt" if one else f"{name}.pt"))
+    drawn = noises(student, 3, seed=5)
+    condition = student.encode([1, 1, 1] if one else [0, 1, 2])
+    with torch.no_grad():
+        expected = student.decode(student(drawn[0], condition, between=lambda k: drawn[k - 1]))
+    assert 0.01 < expected.std() < 1 and (images - expected).abs().max() < 1e-5

@@ -249,7 +249,8 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
                "distance to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked "
                "from its root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above "
                "the threshold.")
+    kind = "one-step" if student.num_steps == 1 else f"{student.num_steps}-step"
     (target / "README.md").write_text(
-        f"# {len(names)} one-step generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
+        f"# {len(names)} {kind} generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
         f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
     return target

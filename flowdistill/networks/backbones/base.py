@@ -46,13 +46,20 @@ class PipelineFacts:
     Attributes:
         no_guidance: the argument that switches its own guidance off, such as ``guidance_scale=1``; empty where the call
             needs none.
-        scaled_noise: whether it multiplies the noise that it is given by its scheduler's ``init_noise_sigma``.
+        scaled_noise: whether it multiplies the noise that it is given by its scheduler's ``init_noise_sigma``, and the
+            network's input by what the scheduler says.
         exported_as: a pipeline class of the same parts that students become instead; empty for this one.
+        even_times: whether it gives its scheduler evenly spaced times of its own, 1 to 1 / steps.
+        seeded_steps: whether its ``generator`` is also that of the noise which its scheduler adds between the steps.
+        rounded_times: whether it rounds the timestep to the type of the latents.
     """
 
     no_guidance: str = "guidance_scale=1"
     scaled_noise: bool = False
     exported_as: str = ""
+    even_times: bool = False
+    seeded_steps: bool = False
+    rounded_times: bool = False
 
 
 class BackboneFamily(ABC):

@@ -30,7 +30,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of it
 @register_family
 class FluxFamily(BackboneFamily):
     backbone_class = "FluxTransformer2DModel"
-    pipelines = {"FluxPipeline": PipelineFacts(no_guidance="")}
+    pipelines = {"FluxPipeline": PipelineFacts(no_guidance="", even_times=True, rounded_times=True)}
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -24,7 +24,7 @@ from flowdistill.paths.scheduler_protocol import Scheduler
 @register_family
 class Lumina2Family(BackboneFamily):
     backbone_class = "Lumina2Transformer2DModel"
-    pipelines = {"Lumina2Pipeline": PipelineFacts()}
+    pipelines = {"Lumina2Pipeline": PipelineFacts(even_times=True)}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -21,7 +21,8 @@ from flowdistill.networks.backbones.base import (
 @register_family
 class PixArtFamily(BackboneFamily):
     backbone_class = "PixArtTransformer2DModel"
-    pipelines = dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"), PipelineFacts(scaled_noise=True))
+    pipelines = dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+                              PipelineFacts(scaled_noise=True, seeded_steps=True))
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

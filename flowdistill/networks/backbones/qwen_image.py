@@ -30,7 +30,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 @register_family
 class QwenImageFamily(BackboneFamily):
     backbone_class = "QwenImageTransformer2DModel"
-    pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1")}
+    pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1", even_times=True, rounded_times=True)}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

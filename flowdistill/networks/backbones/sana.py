@@ -22,7 +22,7 @@ from flowdistill.utils.errors import UserError
 @register_family
 class SanaFamily(BackboneFamily):
     backbone_class = "SanaTransformer2DModel"
-    pipelines = {"SanaPipeline": PipelineFacts()}
+    pipelines = {"SanaPipeline": PipelineFacts(seeded_steps=True)}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

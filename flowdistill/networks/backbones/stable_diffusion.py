@@ -31,8 +31,8 @@ class StableDiffusionFamily(BackboneFamily):
     pipelines = {
         # It noises what a first step has made; Stable Diffusion's own does not.
         "LatentConsistencyModelPipeline": PipelineFacts(scaled_noise=True, exported_as="StableDiffusionPipeline"),
-        "StableDiffusionPipeline": PipelineFacts(scaled_noise=True),
-        "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True),
+        "StableDiffusionPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
+        "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
     }
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -29,7 +29,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 @register_family
 class ZImageFamily(BackboneFamily):
     backbone_class = "ZImageTransformer2DModel"
-    pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0")}
+    pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0", even_times=True)}
     masked = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

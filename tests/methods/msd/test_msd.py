@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from flowdistill import UserError, load_student, load_teacher
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.config import EvaluationConfig, RunConfig, TeacherConfig, TrainConfig, load_config
+from flowdistill.export import export
 from flowdistill.methods.boot import BootConfig
+from flowdistill.methods.msd.partition import Partition
 from flowdistill.methods.msd.runs import student_runs
 from flowdistill.methods.msd.settings import AdversarialStage, MsdConfig
 from flowdistill.methods.msd.student import RoutedStudent
@@ -25,6 +27,8 @@ from flowdistill.teachers.real_data import RealData
 from flowdistill.training.run import distill
 from flowdistill.training.signals import Interrupts
 from tests.families import stable_diffusion
+from tests.students.test_student import SCHEDULERS
+from tests.students_of_steps import noises, pixel_student
 from tests.tiny import tiny_unet_pipeline
 
 PROMPTS = ["a red cat", "two birds", "the sea at night", "a cat", "birds", "the night sea"]
@@ -283,6 +287,32 @@ def test_export_is_a_stock_pipeline_each(run, tmp_path, cli):
         torch.testing.assert_close(torch.as_tensor(got), expected, atol=1e-4, rtol=0)
     assert cli("export", run, tmp_path / "out").code == 2
     assert cli("export", run, tmp_path / "out", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(("scheduler", "folders"), [
+    ("epsilon", ["student-0", "student-1"]), ("flow", ["student-0/class-0", "student-0/class-1", "student-1/class-2"])])
+def test_export_of_students_of_several_calls(tmp_path, scheduler, folders):
+    """A pipeline each, or one for each of a student's classes where no pipeline takes their labels."""
+    parts = [[0, 1], [2]]
+    students = [pixel_student(SCHEDULERS[scheduler](), labels=labels) for labels in parts]
+    with torch.no_grad():
+        for parameter in students[1].network.parameters():
+            parameter.mul_(1.1)
+    routed = RoutedStudent(students, Partition.from_dict({"count": 2, "rule": "sequential", "parts": parts}))
+    export(routed, tmp_path / "out")
+    assert "# 2 4-step generators" in (tmp_path / "out/README.md").read_text()
+    drawn = noises(students[0], 2)
+    for folder in folders:
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / folder)
+        pipe.set_progress_bar_config(disable=True)
+        labels = [int(folder[-1])] * 2 if scheduler == "flow" else [parts[int(folder[-1])][0]] * 2
+        given = {} if scheduler == "flow" else {"class_labels": labels}
+        images = pipe(batch_size=2, num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(1),
+                      **given).images
+        own = students[labels[0] // 2]
+        with torch.no_grad():
+            expected = own.decode(own(drawn[0], routed.encode(labels), between=lambda k: drawn[k - 1]))
+        assert (images - expected).abs().max() < 1e-5
 
 
 def test_evaluation_pools_all_students_and_measures_each_part(run, cli, tmp_path):

@@ -1,0 +1,170 @@
+"""The folder of a student of several calls: its network as it is, the scheduler that takes its steps, and its card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiTPipeline
+from torch import nn
+
+from flowdistill.export.cards import (
+    about_labels,
+    about_types,
+    class_record,
+    code,
+    constant_arguments,
+    four_labels,
+    origin,
+    pixel_arguments,
+)
+from flowdistill.export.few_step import StockSteps, native_times, rounded_times, stock_steps
+from flowdistill.export.lora import save_lora
+from flowdistill.export.prompt_pipelines import assembled_pipeline, prompt_call, stock_pipeline
+from flowdistill.networks.backbones import last_linear
+from flowdistill.networks.lora import merged
+from flowdistill.networks.storage import SIDECAR
+from flowdistill.students.generator import Generator
+from flowdistill.students.steps import Steps
+from flowdistill.teachers.codec import VaeCodec
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.hashing import checksums
+
+
+def export_steps(student: Generator, target: Path, guidance_scale: float | None = None) -> None:
+    """Write a student of several calls, for which :func:`flowdistill.export.few_step.few_step_problem` finds none.
+
+    Where the pipeline passes no class labels on, each class becomes a pipeline of its own, ``class-0`` ..., with the
+    embedding of its label in the network's biases, and ``manifest.json`` says which is whose.
+
+    Raises:
+        UserError: a guidance scale that is not the student's, or a latent pipeline without an autoencoder.
+    """
+    student.scalars(guidance_scale)
+    found = stock_steps(student, student.network.velocity, student.steps)
+    assert found is not None
+    backbone = plain_backbone(student)
+    call = _call(student, found)
+    if student.classes is None or found.takes_labels:
+        _write(student, found, backbone, call, target, class_record(student))
+        card = _card(student, found, code(call)) + (save_lora(student, target, guidance_scale, found) or "")
+        (target / "README.md").write_text(card, encoding="utf-8")
+        return
+    labels = student.classes.shown
+    names = [f"class-{label}" for label in labels]
+    embedding = _without_labels(backbone)
+    layer = last_linear(student.network.velocity.family.time_embeddings(backbone)[0])
+    bias = layer.bias.detach().clone()
+    for label, name in zip(labels, names, strict=True):
+        with torch.no_grad():
+            layer.bias.copy_(bias + embedding[label])
+        _write(student, found, backbone, call, target / name, {"label": label})
+        card = _card(student, found, code(call), f" Images of class {label}.")
+        (target / name / "README.md").write_text(card, encoding="utf-8")
+    pipelines = [{"folder": name, "label": label, "sha256": checksums(target / name)}
+                 for label, name in zip(labels, names, strict=True)]
+    (target / "manifest.json").write_text(json.dumps({"pipelines": pipelines}, indent=1) + "\n", encoding="utf-8")
+    card = _card(student, found, code(call, f"path/to/this/folder/{names[0]}"),
+                 f" Each class is a pipeline of its own, for a {found.loop.pipeline} passes no labels on.")
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def plain_backbone(student: Generator) -> Any:
+    """A copy of the network on the CPU, adapters merged, without flowdistill's hooks."""
+    backbone = merged(student.network.velocity.backbone)
+    for module in student.network.velocity.family.time_embeddings(backbone):
+        module._forward_hooks.clear()
+    return backbone
+
+
+def _without_labels(backbone: Any) -> torch.Tensor:
+    """Take the label embedding (classes, D) out of a UNet2DModel, which adds it to its time embedding."""
+    embedding = backbone.class_embedding.weight.detach().clone()
+    backbone.class_embedding = None
+    backbone.register_to_config(num_class_embeds=None)
+    return embedding
+
+
+def _write(
+    student: Generator, found: StockSteps, backbone: nn.Module, call: str, folder: Path, about: dict[str, Any]
+) -> None:
+    """The pipeline, and flowdistill.json: what makes a student of it again, beside the arguments of the call."""
+    scheduler = found.scheduler()
+    kind = found.loop.pipeline
+    if student.prompts is not None:
+        pipeline = assembled_pipeline(student, backbone, scheduler)
+    elif kind == "DiTPipeline":
+        if not isinstance(student.codec, VaeCodec):
+            raise UserError("a DiTPipeline needs an autoencoder, and this student has none")
+        pipeline = DiTPipeline(transformer=backbone, vae=student.codec.vae, scheduler=scheduler)
+    else:
+        pipeline = (DDPMPipeline if kind == "DDPMPipeline" else ConsistencyModelPipeline)(backbone, scheduler)
+    pipeline.save_pretrained(folder)
+    info = student.info
+    record = {
+        "call": constant_arguments(call),
+        "student_steps": student.steps.to_json(),
+        "timesteps": native_times(student.network.velocity.path, student.steps),
+        "method": info.method,
+        "base_model": info.base_model,
+        "guidance_scale": info.guidance_scale,
+    }
+    (folder / SIDECAR).write_text(json.dumps(record | about, indent=2) + "\n", encoding="utf-8")
+
+
+def _call(student: Generator, found: StockSteps) -> str:
+    steps = found.written_arguments
+    if student.prompts is not None:
+        velocity = student.network.velocity
+        _, facts = stock_pipeline(student.prompts, velocity.family)
+        # A network with guidance as an input is asked at 1 by a generator, whatever it has learned.
+        guided = velocity.family.takes_guidance(velocity.backbone)
+        return prompt_call(student, steps, "guidance_scale=1" if guided else facts.no_guidance)
+    if found.loop.pipeline == "DiTPipeline":
+        return f"pipe(class_labels={four_labels(student)}, {steps}, guidance_scale=1)"
+    return f"pipe({pixel_arguments(student, steps, found.takes_labels)})"
+
+
+# --- the card
+
+
+def _card(student: Generator, found: StockSteps, how: str, more: str = "") -> str:
+    steps, path, count = student.steps, student.network.velocity.path, student.num_steps
+    native = native_times(path, steps)
+    kept = " and ".join(f"`{name}`" for name, value in found.arguments.items() if value is not None)
+    rows = "".join(f"| {k} | {t:.6f} | {timestep:.6g} |\n"
+                   for k, (t, timestep) in enumerate(zip(steps.times, native, strict=True), start=1))
+    c = path.coefficients(torch.tensor([steps.times[-1]], dtype=torch.float64))
+    last = steps.times[-1] * (1 - steps.times[-1] * c.state.item())
+    return (
+        f"# A generator of {count} steps\n\n{origin(student)} {count} network calls an image; guidance scale "
+        f"{student.info.guidance_scale} is part of the weights.{more}\n\n{how}\n"
+        f"It is made for exactly these {count} steps: leave {kept} and the scheduler as they are. With other ones it "
+        "makes other images, without a word.\n\n"
+        f"| step | t | timestep |\n|---|---|---|\n{rows}\n"
+        f"The first state is {steps.start_scale:.6f} times unit noise on x_t = (1 - t) x_0 + t n. "
+        f"{_between(found, steps)}\n"
+        + _about_rounding(found, native) + about_labels(student) + about_types(student, last, "its last step")
+    )
+
+
+def _between(found: StockSteps, steps: Steps) -> str:
+    if steps.stepping == "deterministic":
+        return "The steps are deterministic: there is no new noise between them."
+    told = "The steps are stochastic: before each but the first the scheduler draws new noise. "
+    if found.loop.seeded:
+        return told + "The pipeline's `generator` is that of this noise too."
+    return told + (f"A {found.loop.pipeline} takes it from torch's global generator, not from its `generator`: call "
+                   "`torch.manual_seed(0)` first to have the same images again, which then also depend on how many are "
+                   "made at once.")
+
+
+def _about_rounding(found: StockSteps, native: list[float]) -> str:
+    pairs = rounded_times(native, torch.bfloat16) if found.loop.rounded else []
+    if not pairs:
+        return ""
+    told = ", ".join(f"{value:.6g} to {rounded:g}" for value, rounded in pairs)
+    return (f"\nIn bfloat16 a {found.loop.pipeline} rounds the timesteps that it tells its network ({told}); the "
+            "student was not trained at these.\n")
