@@ -182,7 +182,8 @@ def of_model(evaluator: Evaluator, options: argparse.Namespace) -> Report:
         return evaluator.report([row], **facts, sampler=how, guidance_scale=scale, dtype=options.dtype, classes=classes)
     sampler = PipelineSampler(loaded, options, folder)
     restrict(evaluator, sampler.own)
-    steps = sampler.arguments.get("num_inference_steps")
+    lists = [sampler.arguments.get(name) for name in ("timesteps", "sigmas")]
+    steps = next((len(times) for times in lists if times), sampler.arguments.get("num_inference_steps"))
     condition = sampler.condition if sampler.prompts is None else PromptsInTurn(sampler.condition, sampler.prompts)
     row = evaluator.measure(sampler, (1,), sampler.num_classes, "pipeline", steps, condition=condition)
     facts |= {
@@ -289,6 +290,8 @@ class PipelineSampler:
             arguments["prompt" if self.prompts is not None else "class_labels"] = given
         if self.batched:
             arguments["batch_size"] = len(indices)
+        # Some pipelines take the noise between their steps from the global generator.
+        torch.manual_seed(arguments["generator"][0].initial_seed())
         with float_arrays():
             images = torch.from_numpy(self.pipeline(**arguments).images)
         return images.permute(0, 3, 1, 2).float()

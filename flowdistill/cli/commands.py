@@ -189,8 +189,9 @@ def _names_a_file(path: Path) -> bool:
 def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sampler]:
     """The student or the teacher at ``args.model``, and how it makes images."""
     from flowdistill.evaluation import student_sampler, teacher_sampler
-    from flowdistill.students import is_student_folder, load_student
+    from flowdistill.students import exported_student, is_student_folder, load_student
     from flowdistill.teachers import load_teacher
+    from flowdistill.teachers.loading import read_record
     from flowdistill.utils.files import local_path
 
     device = _device(args.device)
@@ -200,7 +201,13 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
         student = load_student(args.model, device=device)
         model: Teacher | Student = student
         sampler = student_sampler(student, args.guidance_scale, args.steps)
+    elif (exported := exported_student(args.model, device)) is not None:
+        _only_for_pipelines(args, "variant")
+        model, sampler = exported, student_sampler(exported, args.guidance_scale, args.steps)
     else:
+        if "call" in read_record(local_path(args.model)):
+            raise UserError(f"{args.model} is the exported pipeline of a one-step student, whose network knows one "
+                            "time only; call it as its README.md says, or give the run or student folder it is of")
         model = load_teacher(args.model, device=device, variant=args.variant)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
@@ -269,6 +276,7 @@ def _export(args: argparse.Namespace) -> int:
     from flowdistill.export import export
     from flowdistill.students import load_student
     from flowdistill.utils.files import check_writable
+    from flowdistill.utils.text import read_json_object
 
     check_writable(target / "model_index.json")
     student = load_student(args.run_folder)
@@ -283,7 +291,8 @@ def _export(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if (target / "manifest.json").is_file():
-        print(f"{target}: a diffusers pipeline for each student; manifest.json says which conditions are whose.\n"
+        each = "student" if "partition" in read_json_object(target / "manifest.json") else "class"
+        print(f"{target}: a diffusers pipeline for each {each}; manifest.json says which conditions are whose.\n"
               "Its first one:\n")
         target = min(folder for folder in target.iterdir() if folder.is_dir())
     else:
@@ -301,7 +310,7 @@ def _usage(pipeline: Path) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from flowdistill.students import describe, is_student_folder, load_student
+    from flowdistill.students import describe, exported_student, is_student_folder, load_student
     from flowdistill.utils.files import local_path
 
     is_run = (local_path(args.model) / "config.yaml").is_file()
@@ -313,6 +322,10 @@ def _inspect(args: argparse.Namespace) -> int:
         from flowdistill.training.run import describe_run
 
         print(describe_run(args.model))
+        return 0
+    if (student := exported_student(args.model)) is not None:
+        _only_for_pipelines(args, "null_label", "variant")
+        print(describe(student))
         return 0
     from flowdistill.teachers import load_teacher
 

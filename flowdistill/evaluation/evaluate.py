@@ -310,6 +310,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
     if not isinstance(source, (str, os.PathLike)):
         return _open_live(source, device)
     from flowdistill import load_student
+    from flowdistill.students import exported_student
 
     folder = local_path(source)
     name = str(source)
@@ -332,6 +333,8 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         # A student is complete without its teacher: when that has moved, its rows are left out.
         found = with_teacher and base and local_path(base).is_dir()
         return _Subject(name, _load_teacher({"source": base}, device) if found else None, student)
+    if (student := exported_student(folder, device)) is not None:
+        return _Subject(name, student=student)
     return _Subject(name, _load_teacher({"source": name}, device))
 
 

@@ -4,7 +4,7 @@ from flowdistill.students.description import describe
 from flowdistill.students.flow_map import FlowMap
 from flowdistill.students.generator import START_UNITS, Generator, generated, given_times, start_time
 from flowdistill.students.info import StudentInfo
-from flowdistill.students.loading import load_student
+from flowdistill.students.loading import exported_student, load_student
 from flowdistill.students.storage import find_student, is_student_folder
 from flowdistill.students.student import STUDENT_KINDS, Student
 
@@ -16,6 +16,7 @@ __all__ = [
     "Student",
     "StudentInfo",
     "describe",
+    "exported_student",
     "find_student",
     "generated",
     "given_times",

@@ -395,7 +395,8 @@ def read_record(folder: Path) -> JsonObject:
     """What the ``flowdistill.json`` in a folder says; nothing where there is none.
 
     Of pipelines with class labels: ``num_classes``, ``null_label`` (None: there is none), and ``labels``, those that a
-    student was trained for (None: all). Of exports: ``call``, the arguments of the pipeline's call.
+    student was trained for (None: all). Of exports: ``call``, the arguments of the pipeline's call; and of students of
+    several calls what makes one of the pipeline again (:func:`flowdistill.students.exported_student`).
     """
     return read_json_object(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
 

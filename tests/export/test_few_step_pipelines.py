@@ -16,11 +16,12 @@ from diffusers import (
 from diffusers.schedulers import scheduling_flow_match_euler_discrete, scheduling_lcm
 from safetensors.torch import load_file
 
+from flowdistill.evaluation.evaluate import _open
 from flowdistill.export import export
 from flowdistill.export.few_step import stock_steps
 from flowdistill.export.few_step_pipelines import plain_backbone
 from flowdistill.networks.lora import LoraSettings
-from flowdistill.students import Generator, StudentInfo
+from flowdistill.students import Generator, StudentInfo, exported_student
 from flowdistill.students.steps import STEPPINGS
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.hashing import checksums
@@ -170,6 +171,52 @@ def test_classes_of_a_flow_unet_are_a_pipeline_each(tmp_path, stepping, unet):
         assert (images - expected).abs().max() < 1e-5
         made.append(images)
     assert (made[0] - made[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sd", "flux-dev", "sit", "edm-class"])
+def test_an_exported_pipeline_is_the_student_again(tmp_path, name, cli):
+    """For flowdistill: its network is as it was, and the folder says the rest."""
+    teacher, student = trained(name)
+    student.steps = steps_of(teacher, 4, EXPORTED[name][0])
+    export(student, tmp_path / "out")
+    again = exported_student(tmp_path / "out")
+    assert again.steps == student.steps and again.info.method == "dmd2" and again.shape == student.shape
+    given = {"prompts": PROMPTS[:2]} if FAMILIES[name].prompts else {"labels": FAMILIES[name].labels}
+    for steps in (None, 2):
+        images = again.generate(**given, num_images=2, seed=4, steps=steps)
+        assert (images - student.generate(**given, num_images=2, seed=4, steps=steps)).abs().max() < 1e-6
+    assert exported_student(tmp_path) is None
+    assert "4 of the network for an image" in cli("inspect", tmp_path / "out").out
+
+
+def test_the_command_line_exports_and_samples_what_it_exported(tmp_path, cli):
+    student = pixel_student(SCHEDULERS["epsilon"]())
+    student.save(tmp_path / "run")
+    result = cli("export", tmp_path / "run", tmp_path / "out")
+    assert result.code == 0
+    assert "pipe(batch_size=4, num_inference_steps=4, class_labels=[0, 1, 2, 0]).images" in result.out
+    common = ("--num-images", 3, "--seed", 7, "--device", "cpu", "--out")
+    for folder in ("run", "out"):
+        assert cli("sample", tmp_path / folder, *common, tmp_path / f"{folder}.png").code == 0
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+    result = cli("sample", tmp_path / "out", *common, tmp_path / "no.png", "--steps", 5)
+    assert result.code == 2 and "trained for 4 calls, and takes 1 to 4" in result.err
+    subject = _open(tmp_path / "out", torch.device("cpu"), True)
+    assert subject.student.steps == student.steps and subject.teacher is None
+
+
+def test_classes_that_are_a_pipeline_each_are_said_to_be(tmp_path, cli):
+    pixel_student(FlowMatchEulerDiscreteScheduler()).save(tmp_path / "run")
+    result = cli("export", tmp_path / "run", tmp_path / "out")
+    assert result.code == 0 and "a diffusers pipeline for each class" in result.out and "out/class-0" in result.out
+    assert cli("export", tmp_path / "run", tmp_path / "out", "--overwrite").code == 0
+
+
+def test_the_pipeline_of_a_one_step_student_is_no_teacher(tmp_path, cli):
+    teacher = load_teacher(tiny_unet_pipeline(num_class_embeds=None))
+    export(Generator.from_teacher(teacher, StudentInfo()), tmp_path / "one")
+    result = cli("sample", tmp_path / "one", "--device", "cpu", "--out", tmp_path / "no.png")
+    assert result.code == 2 and "is the exported pipeline of a one-step student" in result.err
 
 
 CARDS = {

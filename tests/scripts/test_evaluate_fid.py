@@ -22,6 +22,7 @@ from flowdistill.utils.images import save_images, to_uint8
 from tests.families import FAMILIES
 from tests.pixel_families import ddim
 from tests.processes import environment, ranks
+from tests.students_of_steps import pixel_student
 from tests.tiny import lively, tiny_dit_pipeline, tiny_unet, tiny_unet_pipeline
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_fid.py"
@@ -222,6 +223,23 @@ def test_an_export_is_called_as_it_says(tmp_path, make):
     network = getattr(loaded, "unet", None) or loaded.transformer
     network.register_forward_hook(lambda *given: calls.append(1))
     assert len(sampler(torch.zeros(2, 1), sampler.condition(range(2)))) == 2 and len(calls) == 1
+
+
+def test_an_export_of_several_calls_says_how_many(made, tmp_path):
+    """Also where a list of timesteps is in the place of their number."""
+    export(pixel_student(DDPMScheduler(), count=3, num_class_embeds=10), tmp_path / "export")
+    reports = [measure(made, tmp_path / "export", "--reference", "digits", "--num-images", 30) for _ in range(2)]
+    assert [report.rows[0].calls for report in reports] == [3, 3] and reports[0].rows[0].fid == reports[1].rows[0].fid
+
+
+def test_noise_of_the_global_generator_is_seeded(tmp_path):
+    """Of which some pipelines take what comes between the steps; and images are those of their indices in any run."""
+    export(pixel_student(DDPMScheduler(), dit=True), tmp_path / "export")
+    options = evaluate_fid.parse([str(tmp_path / "export"), "--reference", "x", "--device", "cpu"])
+    folder, loaded = evaluate_fid.load_pipeline(options)
+    sampler = evaluate_fid.PipelineSampler(loaded, options, folder)
+    images = [sampler(torch.zeros(2, 1), sampler.condition(range(2))) for _ in range(2)]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
