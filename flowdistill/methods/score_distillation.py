@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.export.pipelines import check_exportable
 from flowdistill.methods.regression import Regression, regression_error
 from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
 from flowdistill.networks.lora import CriticKind
@@ -372,11 +373,14 @@ def steps_of(config: HostConfig, teacher: Teacher) -> Steps:
     """The generator's times, and the rule between them.
 
     Raises:
-        UserError: see :func:`flowdistill.students.given_times`.
+        UserError: see :func:`flowdistill.students.given_times`; or several steps that no stock pipeline takes.
     """
     times = given_times(teacher, config.steps, config.start, config.start_unit, config.step_times)
     scale = start_scale(teacher.path, times, config.stepping, teacher.prompts is not None)
-    return Steps(times, config.stepping, scale)
+    steps = Steps(times, config.stepping, scale)
+    if len(steps) > 1:
+        check_exportable(teacher, steps)
+    return steps
 
 
 def step_figures(k: int, sample: Tensor, gradient_size: Tensor, draw: Draw) -> dict[str, Tensor]:
