@@ -119,7 +119,6 @@ def distill_one(config: RunConfig) -> Run:
         teacher = load_teacher(settings, device=accelerator.device)
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
-    check_exportable(teacher)
     features = config.evaluation.features if config.evaluation.measures else None
     is_image = len(teacher.shape) == 3  # an exact teacher's points are none
     if features is not None and is_image and (config.evaluation.at_end or config.train.evaluate_every):
@@ -132,6 +131,8 @@ def distill_one(config: RunConfig) -> Run:
         log_once(f"teacher {settings.source}: {remark}")
     seed_torch(config.seed)  # new layers start alike on every process
     method = method_class(config.method.name)(config.method, teacher)
+    if method.student().num_steps == 1:  # a method of several steps has looked at these itself
+        check_exportable(teacher)
     processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step

@@ -274,7 +274,7 @@ def test_sample_errors(cli, run: Path, tmp_path: Path) -> None:
     assert "label 10 is out of range" in message("--labels", "3,10")
     assert "--prompts needs a text-to-image model" in message("--prompts", "prompts.txt")
     assert "--prompt needs a text-to-image model" in message("--prompt", "a red circle")
-    assert "--steps is for pipelines" in message("--steps", 4)
+    assert "steps is 4; this student was trained for 1 call" in message("--steps", 4)
     assert "guidance_scale is 3.0" in message("--guidance-scale", 3)
     assert "--device nowhere cannot be used here" in message("--device", "nowhere")
     assert "nothing-here" in message(model=tmp_path / "nothing-here")

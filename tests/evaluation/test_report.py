@@ -64,7 +64,10 @@ class FakeTeacher(Fake):
 
 
 class FakeStudent(Fake):
-    info, class_owner, networks = StudentInfo(), None, [torch.nn.Linear(2, 3)]
+    info, class_owner, networks, num_steps = StudentInfo(), None, [torch.nn.Linear(2, 3)], 1
+
+    def checked_steps(self, steps):
+        return 1
 
     def __call__(self, noise, condition=None, guidance_scale=None):
         self.asked.append((guidance_scale, len(noise)))
