@@ -35,6 +35,7 @@ class ToyConfig:
     critic_weight: float = 0.1
     bad_steps: list[int] = field(default_factory=list)  # steps whose student loss is NaN
     width: int = 16
+    calls: int = 1  # more: a figure of the student is of one call of so many, another one each update
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-2, weight_decay=0.1))
 
@@ -91,7 +92,10 @@ class ToyMethod(Method):
         loss = distance + self.config.critic_weight * networks["critic"](sample).mean()
         if draw.step in self.config.bad_steps:
             loss = loss * float("nan")
-        return loss, {"distance": distance.detach(), "spread": draw.mean(sample.square())}
+        figures = {"distance": distance.detach(), "spread": draw.mean(sample.square())}
+        if self.config.calls > 1:
+            figures[f"size/{draw.one(self.config.calls) + 1}"] = draw.mean(sample.abs())
+        return loss, figures
 
     def student(self, network=None):
         return ToyStudent(self.student_network if network is None else network)
@@ -167,12 +171,13 @@ def main(arguments):
     """FOLDER key=value ...: train, then save the averaged student as average.safetensors.
 
     Keys are those of ``train`` and ``fsdp2``, with integers but for ``precision``; each file of the checkpoint
-    of step ``slow`` takes a second more, and each step ``pause`` milliseconds.
+    of step ``slow`` takes a second more, and each step ``pause`` milliseconds. ``calls`` is the method's.
     """
     folder, *settings = arguments
     pairs = [text.split("=") for text in settings]
     values = {key: value if key == "precision" else int(value) for key, value in pairs}
-    slow, pause = values.pop("slow", 0), values.pop("pause", 0)
+    slow, pause, calls = (values.pop(name, 0) for name in ("slow", "pause", "calls"))
+    method = ToyConfig(calls=calls or 1)
     if slow:
         write = checkpoint.write_tensors
 
@@ -183,7 +188,7 @@ def main(arguments):
             write(path, tensors)
 
         checkpoint.write_tensors = write_slowly
-    trainer = make_trainer(folder, **values)
+    trainer = make_trainer(folder, method, **values)
     print(f"rank {trainer.rank} of {trainer.world} from step {trainer.step}", flush=True)
     if pause:
         step = trainer.train_step

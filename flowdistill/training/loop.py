@@ -66,7 +66,7 @@ class Trainer:
         self.precision = resolve_precision(self.settings.precision, self.device)
         self.roles = prepare_roles(method, self.settings, self.precision, accelerator)
         self.networks = {name: role.call for name, role in self.roles.items()}
-        self.meters = Meters()
+        self.meters = Meters(self.device)
         self.reporter = Reporter(config, self.folder, accelerator)
         self.step, self.seconds, self.interrupted = 0, 0.0, 0
         self._saved = -1
@@ -237,7 +237,7 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
-        self.meters.load_state(state["meters"], self.device, self.main)
+        self.meters.load_state(state["meters"], self.main)
         planned = state.get("planned_steps", self.settings.steps)  # older checkpoints do not say it
         changes = rate_changes({name: role.config for name, role in self.roles.items()}, step, planned,
                                self.settings.steps)

@@ -12,10 +12,18 @@ from torch import Tensor
 
 
 class Meters:
-    """Means since the last reading, over finite values only; adding never waits for the device."""
+    """Means since the last reading, over finite values only; adding never waits for the device.
 
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}
+    A figure that only some updates have is the mean over these, and where none had it there is no such figure: neither
+    0 nor null. Not even the processes need to have the same ones.
+
+    Args:
+        device: of the values.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # figures that come together: their sums, and their numbers
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add 0-d tensors by name."""
@@ -30,12 +38,13 @@ class Meters:
 
     def read(self, world: int = 1) -> dict[str, float | None]:
         """Means over the updates and processes since the last reading (this waits); None: no finite value."""
-        totals = {name: [0.0, 0.0] for names in self._sums for name in names}
-        if self._sums:
-            joined = torch.cat(list(self._sums.values()), dim=1)
+        sums = self._known_to_all(world)
+        totals = {name: [0.0, 0.0] for names in sums for name in names}
+        if sums:
+            joined = torch.cat(list(sums.values()), dim=1)
             if world > 1:
                 dist.all_reduce(joined)
-            names = [name for names in self._sums for name in names]
+            names = [name for names in sums for name in names]
             for name, total, count in zip(names, *joined.tolist(), strict=True):
                 totals[name][0] += total
                 totals[name][1] += count
@@ -44,13 +53,22 @@ class Meters:
 
     def state(self, world: int = 1) -> list[tuple[list[str], list[list[float]]]]:
         """JSON values to go on from after a resume, summed over the processes (this waits)."""
-        totals = {names: entry.clone() for names, entry in self._sums.items()}
+        totals = {names: entry.clone() for names, entry in self._known_to_all(world).items()}
         if world > 1:
             for entry in totals.values():
                 dist.all_reduce(entry)
         return [(list(names), entry.tolist()) for names, entry in totals.items()]
 
-    def load_state(self, state: list[tuple[list[str], list[list[float]]]], device: torch.device, main: bool) -> None:
+    def load_state(self, state: list[tuple[list[str], list[list[float]]]], main: bool) -> None:
         """Go on from ``state``; one process gets the values, the others zeros, for they are sums already."""
         scale = 1.0 if main else 0.0
-        self._sums = {tuple(names): scale * torch.tensor(entry, device=device) for names, entry in state}
+        self._sums = {tuple(names): scale * torch.tensor(entry, device=self.device) for names, entry in state}
+
+    def _known_to_all(self, world: int) -> dict[tuple[str, ...], Tensor]:
+        """The sums in an order that is the same on every process, with zeros for what this one does not have."""
+        if world == 1:
+            return self._sums
+        each: list[list[tuple[str, ...]]] = [[] for _ in range(world)]
+        dist.all_gather_object(each, list(self._sums))
+        known = dict.fromkeys(names for some in each for names in some)
+        return {names: self._sums.get(names, torch.zeros(2, len(names), device=self.device)) for names in known}
