@@ -42,6 +42,7 @@ class ToyConfig:
 
 class ToyStudent:
     num_classes = None
+    num_steps = 1
     shape = (2,)
 
     def __init__(self, network):

@@ -121,7 +121,8 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the trained networks")
     log_every: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
     sample_every: int = option(0, "steps between sample grids; 0: at the end only", at_least=0)
-    num_samples: int = option(40, "images in a sample grid", at_least=1)
+    num_samples: int = option(40, "images in a sample grid; of a student of several calls, most in the row for each "
+                                  "number of them", at_least=1)
     checkpoint_every: int = option(500, "steps between checkpoints; 0: at the end only", at_least=0)
     keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
     evaluate_every: int = option(0, "steps between FID measurements; 0: at the end only", at_least=0)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
+from flowdistill.evaluation.comparison import save_by_calls
 from flowdistill.students import Student
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
@@ -24,6 +25,7 @@ from flowdistill.utils.text import read_lines
 PROJECT = "flowdistill"
 METRICS = "metrics.jsonl"
 WIDEST_GRID = 20
+ROW = 10
 SAMPLE_SEED = 0
 
 
@@ -107,11 +109,18 @@ class Reporter:
 
 
 def save_samples(student: Student, path: Path, count: int) -> None:
-    """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few."""
+    """A grid of ``count`` images, always of the same noise and labels or prompts; a column each of a few.
+
+    Of a student of several calls it has a row for each number of them, with at most ``count`` images.
+    """
     listed = getattr(getattr(student, "prompts", None), "prompts", None)
     classes = getattr(student, "classes", None)
     shown = min(len(listed), count) if listed is not None else 0 if classes is None else len(classes.shown)
     columns = shown if 1 < shown <= WIDEST_GRID else None
+    if student.num_steps > 1:
+        with disk_errors(str(path)):
+            save_by_calls(student, path, min(count, columns or ROW), SAMPLE_SEED)
+        return
     images = student.generate(num_images=count, seed=SAMPLE_SEED)
     with disk_errors(str(path)):
         save_grid(images, path, columns)
