@@ -99,6 +99,17 @@ class OptimizerConfig:
     final_lr_fraction: float = option(0.0, "cosine, linear: last lr as a fraction of lr", at_least=0, at_most=1)
 
 
+@dataclass
+class StopConfig:
+    """Early stopping, and which student is kept."""
+
+    metric: str = option("fid", "figure of the measurements that train.evaluate_every makes: fid, kid, accuracy, "
+                                "precision, recall, or that of a metric of yours")
+    patience: int = option(5, "measurements in a row without a better figure after which training ends", at_least=1)
+    min_delta: float = option(0.0, "by more than this a figure must be better to count for patience; the student kept "
+                                   "is the best by whatever it is", at_least=0)
+
+
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 
 
@@ -120,12 +131,15 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the trained networks")
     log_every: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
-    sample_every: int = option(0, "steps between sample grids; 0: at the end only", at_least=0)
+    sample_every: int = option(0, "steps between sample grids, the first before the first step; 0: at the end only",
+                               at_least=0)
     num_samples: int = option(40, "images in a sample grid; of a student of several calls, most in the row for each "
                                   "number of them", at_least=1)
     checkpoint_every: int = option(500, "steps between checkpoints; 0: at the end only", at_least=0)
     keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
     evaluate_every: int = option(0, "steps between FID measurements; 0: at the end only", at_least=0)
+    stop_when: StopConfig | None = option(None, "end training when a figure has not got better for a while, and keep "
+                                                "the best student; null: train all steps and keep the last one")
     max_nonfinite_steps: int = option(10, "skipped steps in a row (loss or gradient not finite) to stop at", at_least=1)
     trackers: list[str] | None = option(None, "accelerate's trackers; null: tensorboard if installed", choices=TRACKERS)
     keep_freed_memory: bool = option(True, "on the CPU, keep what a step frees for the next one: 5 to 9 % faster steps "
@@ -133,12 +147,16 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N, mps or xpu", pattern=r"auto|cpu|mps|xpu|cuda(:\d+)?")
 
     def validate(self) -> None:
-        """UserError when the batch of an optimiser step does not divide into its micro-batches."""
+        """UserError when the batch of an optimiser step does not divide into its micro-batches, or when training is to
+        stop by a figure that nothing measures."""
         if self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"'train.batch_size' ({self.batch_size}) must be a multiple of 'train.gradient_accumulation' "
                 f"({self.gradient_accumulation}), because it is the batch of a whole optimiser step"
             )
+        if self.stop_when is not None and not self.evaluate_every:
+            raise UserError("'train.stop_when' goes by what is measured during training; set 'train.evaluate_every' to "
+                            "the steps between measurements")
 
 
 @dataclass

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
 from flowdistill.evaluation.comparison import save_by_calls
+from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.students import Student
+from flowdistill.training.stopping import KEY
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors
 from flowdistill.utils.images import save_grid
@@ -62,11 +64,15 @@ class Reporter:
         self.main = accelerator.is_main_process
         self._bar: tqdm[Any] | None = None
 
-    def start(self, step: int) -> None:
-        """Open everything at ``step``; lines of metrics.jsonl after it are dropped, for they will come again."""
+    def start(self, step: int, anew: bool) -> None:
+        """Open everything at ``step``; lines of metrics.jsonl after it are dropped, for they will come again.
+
+        Args:
+            anew: no checkpoint is there to go on from, so all lines will come again.
+        """
         if self.main:
             with disk_errors(str(self.folder / METRICS)):
-                truncate_metrics(self.folder / METRICS, step)
+                truncate_metrics(self.folder / METRICS, -1 if anew else step)
         with disk_errors(f"the trackers' files in {self.folder}"):
             self.accelerator.init_trackers(PROJECT, config=flat(self.config))
         if self.main and on_terminal():
@@ -93,8 +99,10 @@ class Reporter:
         self.accelerator.log(numbers, step=values["step"])
         shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
         rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
-        fid = {"fid": numbers["fid"]} if "fid" in numbers else {}
-        texts = {name: f"{value:.4g}" for name, value in (shown | rate | fid).items()}
+        wanted = self.config.train.stop_when
+        names = ["fid"] if wanted is None else ["fid", wanted.metric, "best_step"]
+        measured = {name: numbers[name] for name in names if name in numbers}
+        texts = {name: f"{value:.4g}" for name, value in (shown | rate | measured).items()}
         if self._bar is not None:
             self._bar.set_postfix(texts)
         else:
@@ -127,32 +135,40 @@ def save_samples(student: Student, path: Path, count: int) -> None:
 
 
 class FidCallback:
-    """FID of the averaged student during training: features and reference statistics are loaded once.
+    """Figures of the averaged student with all its calls during training; features and reference are loaded once.
 
     All processes make the same calls and share the work.
+
+    Raises:
+        UserError: a figure of ``train.stop_when`` that no metric ranks models by.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         settings = config.evaluation
         assert settings.features is not None and settings.reference is not None  # the configuration was checked
+        names = ["frechet", "accuracy"]
+        if config.train.stop_when is not None:
+            names.append(ranking_metric(config.train.stop_when.metric, KEY).name)
         self.evaluator = Evaluator(
             settings.features,
             settings.reference,
             settings.num_images,
             0,
             settings.batch_size,
-            metrics=("frechet", "accuracy"),
+            metrics=list(dict.fromkeys(names)),
             own=config.teacher.labels,
             device=accelerator.device,
             progress=False,
         )
 
     def __call__(self, student: Student) -> dict[str, Any]:
-        """``fid`` and ``accuracy`` of a student; None where nothing could be measured."""
+        """``fid``, ``accuracy`` and those beside the figure of ``train.stop_when``; None: could not be measured."""
         row = self.evaluator.measure(
-            student_sampler(student), tuple(student.shape), student.num_classes, condition=prompt_conditions(student)
+            student_sampler(student), tuple(student.shape), student.num_classes, calls=student.num_steps,
+            condition=prompt_conditions(student),
         )
-        return {"fid": row.fid, "accuracy": row.accuracy}
+        names = [name for metric in self.evaluator.metrics for name in metric.figures]
+        return {name: row.figures.get(name) for name in names}
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import disk_errors
+from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.text import JsonObject, read_json_object
 
 STATE = "state.json"
@@ -64,7 +64,7 @@ def write_checkpoint(
             partial.mkdir(parents=True)
             for name, content in tensors.items():
                 write_tensors(partial / f"{name}.safetensors", content)
-            (partial / STATE).write_text(json.dumps(state, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            (partial / STATE).write_text(_json(state), encoding="utf-8")
             for entry in (*partial.iterdir(), partial):
                 _sync(entry)
             partial.rename(target)
@@ -77,6 +77,13 @@ def write_checkpoint(
             old.rename(gone)
             shutil.rmtree(gone)
     return target
+
+
+def rewrite_state(folder: Path, step: int, state: JsonObject) -> None:
+    """Give the checkpoint of ``step`` other JSON values, in one move."""
+    file = folder / f"step-{step:06d}" / STATE
+    with disk_errors(str(file)), atomic_write(file) as output:
+        output.write(_json(state).encode())
 
 
 def read_state(checkpoint: Path) -> JsonObject:
@@ -95,6 +102,10 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One file of a checkpoint; tests slow it down or let it fail."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+def _json(state: JsonObject) -> str:
+    return json.dumps(state, indent=2, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,14 @@ from torch import Tensor
 from flowdistill.config import RunConfig
 from flowdistill.students import Student
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
-from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors, remove_leftovers, write_checkpoint
+from flowdistill.training.checkpoint import (
+    checkpoints,
+    read_state,
+    read_tensors,
+    remove_leftovers,
+    rewrite_state,
+    write_checkpoint,
+)
 from flowdistill.training.fsdp import reshard
 from flowdistill.training.meters import Meters
 from flowdistill.training.method import Method
@@ -23,7 +30,9 @@ from flowdistill.training.optimizer import apply_update, backward, learning_rate
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
 from flowdistill.training.signals import Interrupts
+from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.training.state import assign, assign_optimizer, gather, network_tensors, optimizer_tensors
+from flowdistill.training.stopping import Stopping
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import disk_errors, local_path
 from flowdistill.utils.processes import Processes
@@ -51,10 +60,11 @@ class Trainer:
         step: steps done.
         seconds: spent in steps, without measurements and files, over all resumes.
         interrupted: number of the signal that ended ``train`` early, else 0.
+        stopping: see :class:`flowdistill.training.stopping.Stopping`; None without ``train.stop_when``.
 
     Raises:
-        UserError: a batch that the processes cannot share, a checkpoint that is damaged or does not fit, and what
-            ``prepare_roles`` refuses.
+        UserError: a figure of ``train.stop_when`` that nothing measures, a batch that the processes cannot share, a
+            checkpoint that is damaged or does not fit, and what ``prepare_roles`` refuses.
     """
 
     def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
@@ -70,8 +80,12 @@ class Trainer:
         self.reporter = Reporter(config, self.folder, accelerator)
         self.step, self.seconds, self.interrupted = 0, 0.0, 0
         self._saved = -1
+        self._shown = -1  # the last step whose pictures and figures are made, if they were due
         self._lap = (0, 0.0)  # step and seconds of the last logged line
         self._fid: FidCallback | None = None
+        wanted = self.settings.stop_when
+        self.stopping = None if wanted is None else Stopping(wanted, config.evaluation)
+        self._best = WeightSnapshots(self.folder / "best", "step-{:06d}")
         self._resume()
 
     @property
@@ -80,22 +94,47 @@ class Trainer:
 
     @property
     def completed(self) -> bool:
-        return self.step >= self.settings.steps
+        """Whether ``train.steps`` are done, or ``train.stop_when`` has ended the run before."""
+        return self.step >= self.settings.steps or (self.stopping is not None and self.stopping.exhausted)
 
     def student(self) -> Student:
         """The user's student around the averaged weights; all processes must call this together."""
         return self.method.student(self.roles["student"].whole())
 
+    def take_best(self) -> None:
+        """Put the best student's weights in the place of the averaged ones, where ``train.stop_when`` has kept it.
+
+        For the end: training does not go on from here. All processes must call this together.
+
+        Raises:
+            UserError: its file in ``best/`` is missing or damaged.
+        """
+        if self.stopping is not None and self.stopping.step is not None:
+            self._best.read_into(self.stopping.step, self._student_tensors())
+
+    def _student_tensors(self) -> dict[str, Tensor]:
+        """What trains of the networks that make a student, averaged where they are, by role and name."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.method.student_roles:
+            network = self.roles[name].network
+            average = self.roles[name].average
+            found = network_tensors(network if average is None else average.network, network)
+            tensors |= {f"{name}.{key}": value for key, value in found.items()}
+        return tensors
+
     def train(self) -> None:
-        """Go on to ``train.steps``, or until a signal; the state is saved in both cases.
+        """Go on to ``train.steps``, to the end that ``train.stop_when`` sets, or until a signal; the state is saved.
 
         Raises:
             TrainingDiverged: ``train.max_nonfinite_steps`` skipped updates of one role in a row, seen at a logged step.
-            UserError: something could not be written.
+            UserError: something could not be written, or the figure of ``train.stop_when`` not be measured.
         """
-        self.reporter.start(self.step)
+        self.reporter.start(self.step, anew=self._saved < 0)
         try:
             with Interrupts() as interrupts:
+                if self._show() and self._saved == self.step:  # a signal had come before it
+                    state, folder = self._state(), self.checkpoint_folder
+                    Processes.current().on_main(lambda: rewrite_state(folder, self.step, state))
                 while not self.completed and not self.interrupted:
                     self._advance(interrupts)
                 if self.step != self._saved:
@@ -117,16 +156,32 @@ class Trainer:
         # Asking the other processes waits, which a step on a GPU must not: there a signal counts at the next of these.
         if self.world == 1 or self.device.type == "cpu" or logged or checkpoint_due:
             self.interrupted = interrupts.agreed(self.device, self.world)
-        if not self.interrupted:
-            if self._due(settings.sample_every):
-                self.save_samples(f"step-{self.step:06d}.png")
-            if self._due(settings.evaluate_every):
-                self._measure()
+        if not self.interrupted or self.completed:  # what is left out here is made up for by the resume
+            self._show()
         if checkpoint_due and not self.completed:
             self.save()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _show(self) -> bool:
+        """Make the pictures and figures that are due at this step and not made yet; tells whether there were any."""
+        pictures = self._shown < self.step and self._due(self.settings.sample_every)
+        figures = self._measurement_due()
+        if pictures:
+            self.save_samples(f"step-{self.step:06d}.png")
+        if figures:
+            self._measure()
+        self._shown = self.step
+        return pictures or figures
+
+    def _measurement_due(self) -> bool:
+        if self.stopping is not None and self.stopping.step is None:
+            return True  # what there is to beat, and whether it can be measured at all
+        if self._shown == self.step or self.step == 0:
+            return False
+        ended = self.stopping is not None and self.step >= self.settings.steps
+        return ended or self._due(self.settings.evaluate_every)
 
     def train_step(self) -> None:
         """All updates of one step. Nothing here reads a device's value on the host."""
@@ -140,6 +195,8 @@ class Trainer:
 
     def _update(self, name: str, update: int) -> None:
         role, accumulation = self.roles[name], self.settings.gradient_accumulation
+        if self.stopping is not None and name in self.method.student_roles:
+            self.stopping.updated = True
         rate = learning_rate(role.config, self.step, self.settings.steps)
         rate *= self.method.learning_rate_factor(name, self.step)
         for group in role.optimizer.param_groups:
@@ -181,20 +238,33 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step; all processes must call this together."""
         tensors: dict[str, dict[str, Tensor]] = {}
-        roles: JsonObject = {}
         for name, role in self.roles.items():
             parts = {name: network_tensors(role.network)}
             parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer)
             if role.average is not None:
                 parts[f"{name}.average"] = network_tensors(role.average.network, role.network)
             tensors |= {file: gather(content, keep=self.main) for file, content in parts.items()}
-            roles[name] = {
+        state, keep = self._state(), self.settings.keep_checkpoints
+
+        def write() -> None:
+            write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep)
+            self._forget_worse()
+
+        Processes.current().on_main(write)
+        self._saved = self.step
+
+    def _state(self) -> JsonObject:
+        """What a checkpoint holds besides tensors, as JSON values; all processes must call this together."""
+        roles = {
+            name: {
                 "average_count": 0 if role.average is None else role.average.count,
                 "scaler": role.scaler.state_dict(),
                 "skipped": int(role.skipped),
                 "consecutive": int(role.consecutive),
             }
-        state = {
+            for name, role in self.roles.items()
+        }
+        return {
             "format": 1,
             "step": self.step,
             "planned_steps": self.settings.steps,
@@ -204,11 +274,21 @@ class Trainer:
             "roles": roles,
             "meters": self.meters.state(self.world),
             "lap": self._lap,
+            "shown": self._shown,
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
             "method": self.method.state_dict(),
         }
-        keep = self.settings.keep_checkpoints
-        Processes.current().on_main(lambda: write_checkpoint(self.checkpoint_folder, self.step, tensors, state, keep))
-        self._saved = self.step
+
+    def _forget_worse(self) -> None:
+        """Delete the weights of students that were the best once, but for those that a checkpoint goes on from."""
+        if self.stopping is None:
+            return
+        try:
+            states = [read_state(path).get("stopping") for _, path in checkpoints(self.checkpoint_folder)]
+        except UserError:  # an older checkpoint is damaged: who knows what it was
+            return
+        steps = [self.stopping.step, *(state["step"] for state in states if state is not None)]
+        self._best.keep([step for step in steps if step is not None])
 
     def _resume(self) -> None:
         def clean() -> None:
@@ -237,6 +317,11 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.step, self.seconds, self._saved = step, state["seconds"], step
         self._lap = tuple(state["lap"])
+        self._shown = state.get("shown", step)  # older checkpoints do not say it, nor what follows
+        if self.stopping is not None and state.get("stopping") is not None:
+            self.stopping.load_state_dict(state["stopping"], self.main)
+            if self.stopping.step is not None:
+                self._best.check(self.stopping.step)
         self.meters.load_state(state["meters"], self.main)
         planned = state.get("planned_steps", self.settings.steps)  # older checkpoints do not say it
         changes = rate_changes({name: role.config for name, role in self.roles.items()}, step, planned,
@@ -294,6 +379,11 @@ class Trainer:
     def _measure(self) -> None:
         self._fid = self._fid or FidCallback(self.config, self.accelerator)
         figures = self._fid(self.student())
+        if self.stopping is not None:
+            if self.stopping.see(self.step, figures):
+                tensors = self._student_tensors()
+                self._best.write(self.step, tensors, tensors)
+            figures = figures | {"best_step": self.stopping.step}
         self.reporter.log(self._progress() | figures)
 
     def _micro_rows(self) -> int:

@@ -58,12 +58,14 @@ class Method(ABC):
         name: its ``method.name``.
         Config: the dataclass of its settings, with the field ``name``.
         shards: whether its networks may be sharded (FSDP).
+        student_roles: the roles whose networks make a student; what is kept of the best one (``train.stop_when``).
         teacher: what it distils.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     shards: ClassVar[bool] = True
+    student_roles: ClassVar[Sequence[str]] = ("student",)
     teacher: Teacher
 
     TOGETHER: ClassVar[tuple[tuple[str, str], ...]] = (("state_dict", "load_state_dict"),)

@@ -28,19 +28,21 @@ from flowdistill.config import (
 )
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.export.pipelines import check_exportable
 from flowdistill.features import load_features
 from flowdistill.students import describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
-from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.checkpoint import checkpoints, read_state
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
 from flowdistill.training.precision import resolve_precision
+from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import disk_errors, local_path
-from flowdistill.utils.logging import log_once
+from flowdistill.utils.logging import log_once, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import seed_torch
 from flowdistill.utils.text import read_yaml
@@ -52,11 +54,11 @@ FREE = frozenset(
     f"train.{name}"
     for name in (
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
-        "trackers device gradient_checkpointing compile keep_freed_memory"
+        "trackers device gradient_checkpointing compile keep_freed_memory stop_when"
     ).split()
 ) | {"teacher.attention", "teacher.offload"}
-"""Settings that may change between a run and its resume: they do not decide what is learned, except the number of
-steps, which a user may well raise."""
+"""Settings, and sections, that may change between a run and its resume: they do not decide what is learned, except the
+number of steps and the patience with it, which a user may well raise."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Run:
     Attributes:
         output_dir: the run folder.
         steps: training steps done, over all resumes.
-        completed: whether ``train.steps`` was reached.
+        completed: whether ``train.steps`` was reached, or ``train.stop_when`` ended the run.
         interrupted: number of the signal that ended it early (15 SIGTERM, 2 SIGINT), else 0; the same command resumes.
         report: the evaluation, None when it was switched off or not reached.
         contents: what is in the folder now, in words.
@@ -99,6 +101,8 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         validate(config)
     else:
         config = load_config(config, overrides)
+    if config.train.stop_when is not None:
+        ranking_metric(config.train.stop_when.metric, KEY)
     several = method_class(config.method.name).distill(config)
     return distill_one(config) if several is None else several
 
@@ -136,7 +140,7 @@ def distill_one(config: RunConfig) -> Run:
     processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator)
     before = trainer.step
-    if before < config.train.steps:
+    if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
     trainer.train()
     run = Run(folder, trainer.step, trainer.completed, trainer.interrupted, contents=method.contents())
@@ -147,7 +151,10 @@ def distill_one(config: RunConfig) -> Run:
     if outdated:
         if run.completed:
             method.conclude(trainer.step, folder)
+        trainer.take_best()
         save_student(trainer)
+        if trainer.stopping is not None and accelerator.is_main_process:
+            say(f"{_why_ended(trainer)}; student/ is {trainer.stopping.summary()}")
         if run.completed:
             processes.on_main(lambda: method.write_outputs(folder))
     if run.completed:
@@ -155,8 +162,18 @@ def distill_one(config: RunConfig) -> Run:
             _save_comparison(trainer, teacher)
             trainer.save_samples(FINAL.name)
         if config.evaluation.at_end:
-            run.report = make_report(config, teacher, accelerator, reuse=not outdated and same_evaluation)
+            chosen = {} if trainer.stopping is None else {
+                "student_step": trainer.stopping.step, "student": trainer.stopping.summary()}
+            run.report = make_report(config, teacher, accelerator, not outdated and same_evaluation, **chosen)
     return run
+
+
+def _why_ended(trainer: Trainer) -> str:
+    """Where training has ended and why, for the line that says which student is kept."""
+    stopping, end = trainer.stopping, f"training ended at step {trainer.step}"
+    if stopping is None or not stopping.exhausted:
+        return end
+    return f"{end}, after {stopping.waited} measurements without a better {stopping.config.metric} (train.stop_when)"
 
 
 def resolved(config: RunConfig, accelerator: Accelerator) -> RunConfig:
@@ -222,7 +239,7 @@ def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str
     # The method's name first: with another one all its settings differ.
     for key, value in sorted(_leaves(saved), key=lambda leaf: leaf[0] != "method.name"):
         section = key.split(".")[0]
-        if section in ("output_dir", "evaluation", "started_in") or key in FREE:
+        if section in ("output_dir", "evaluation", "started_in") or not FREE.isdisjoint((key, key.rpartition(".")[0])):
             continue
         if key not in here or here[key] != value:
             return key, value, here.get(key)
@@ -304,11 +321,14 @@ def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:
     Processes.current().on_main(save)
 
 
-def make_report(config: RunConfig, teacher: Teacher, accelerator: Accelerator, reuse: bool) -> Report | None:
+def make_report(
+    config: RunConfig, teacher: Teacher, accelerator: Accelerator, reuse: bool, **protocol: object
+) -> Report | None:
     """Evaluate a finished run, write its report and print it; None, and a line that says so, with nothing to measure.
 
     Args:
         reuse: read the report that is there, if it is.
+        protocol: what its protocol says besides.
     """
     file = local_path(config.output_dir) / REPORT
     if not config.evaluation.measures:
@@ -319,6 +339,7 @@ def make_report(config: RunConfig, teacher: Teacher, accelerator: Accelerator, r
         report = Report.read_json(file)
     else:
         report = evaluate(config.output_dir, teacher=teacher, device=accelerator.device)
+        report.protocol |= protocol
 
         def write() -> None:
             with disk_errors(str(file)):
@@ -342,10 +363,39 @@ def describe_run(folder: str | os.PathLike[str]) -> str:
     state = "" if trained else ", no checkpoint yet"  # several students have theirs in folders of their own
     if found:
         state = f", step {found[-1][0]} of {config.train.steps}, in {found[-1][1]}"
+        stopping = stopping_of(config, found[-1][1])
+        if stopping is not None:
+            state += f"{', stopped by train.stop_when' if stopping.exhausted else ''}; kept is {stopping.summary()}"
     lines = [f"run           {config.method.name}{state}", f"teacher       {config.teacher.source}"]
     lines.append(describe(load_student(folder)) if trained else
                  "student       none yet; it is written when training stops")
     return "\n".join(lines)
+
+
+def stopping_of(config: RunConfig, checkpoint: Path) -> Stopping | None:
+    """What ``train.stop_when`` has come to at a checkpoint of a run; None without it, or before its first measurement.
+
+    Raises:
+        UserError: a damaged checkpoint.
+    """
+    state = None if config.train.stop_when is None else read_state(checkpoint).get("stopping")
+    if config.train.stop_when is None or state is None:
+        return None
+    stopping = Stopping(config.train.stop_when, config.evaluation)
+    stopping.load_state_dict(state, main=False)
+    return None if stopping.step is None else stopping
+
+
+def has_ended(config: RunConfig) -> bool:
+    """Whether a run folder holds a run of the loop that has come to the end that ``config.train`` sets."""
+    found = checkpoints(local_path(config.output_dir) / "checkpoints")
+    if not found:
+        return False
+    step, path = found[-1]
+    if step >= config.train.steps:
+        return True
+    stopping = stopping_of(config, path)
+    return stopping is not None and stopping.exhausted
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,11 +1,11 @@
-"""Weights a method keeps on disk while it trains: one file a node, complete or absent, put back strictly."""
+"""Weights kept on disk while a run trains: one file each, complete or absent, put back strictly."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,13 +16,17 @@ from flowdistill.utils.processes import Processes
 
 
 class WeightSnapshots:
-    """Files ``node-000.safetensors``, ``node-001.safetensors``, ... in a folder."""
+    """Files ``node-000.safetensors``, ``node-001.safetensors``, ... in a folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        name: of a file, before its suffix; ``format`` puts the index in.
+    """
+
+    def __init__(self, folder: Path, name: str = "node-{:03d}") -> None:
+        self.folder, self.name = folder, name
 
     def file(self, index: int) -> Path:
-        return self.folder / f"node-{index:03d}.safetensors"
+        return self.folder / f"{self.name.format(index)}.safetensors"
 
     def write(self, index: int, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         """Write ``tensors`` (sharded or not) in the types of ``like``; all processes must call this together."""
@@ -46,10 +50,31 @@ class WeightSnapshots:
         try:
             values = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is missing or damaged ({' '.join(str(error).split())}), and the run cannot go on "
-                            "without it; put it back, or start anew in another output_dir") from error
+            raise self._damaged(index, error) from error
         for name, value in values.items():
             if name in targets and value.dtype != targets[name].dtype:
                 raise UserError(f"{file} does not fit: {name} is {value.dtype} there and {targets[name].dtype} in the "
                                 "network")
         assign(targets, values, str(file))
+
+    def check(self, index: int) -> None:
+        """UserError unless the file of ``index`` is there, whole; its tensors are not read."""
+        try:
+            with safe_open(self.file(index), framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(index, error) from error
+
+    def keep(self, indices: Collection[int]) -> None:
+        """Delete all but these; the main process alone calls it."""
+        names = {self.file(index).name for index in indices}
+        for file in self.folder.glob("*.safetensors"):
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+        for file in self.folder.glob(".*.tmp"):  # a process was killed while it wrote
+            file.unlink(missing_ok=True)
+
+    def _damaged(self, index: int, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())
+        return UserError(f"{self.file(index)} is missing or damaged ({reason}), and the run cannot go on without it; "
+                         "put it back, or start anew in another output_dir")

@@ -272,8 +272,9 @@ def test_sample_grids_come_at_intervals_from_fixed_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(ToyMethod, "student", student)
     trainer = make_trainer(tmp_path, sample_every=4, num_samples=6)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-000004.png", "step-000008.png"]
-    assert [options for _, options in asked] == [{"num_images": 6, "seed": 0}] * 2
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-000000.png", "step-000004.png", "step-000008.png"]
+    assert [options for _, options in asked] == [{"num_images": 6, "seed": 0}] * 3
     assert all(network is trainer.roles["student"].average.network for network, _ in asked)
 
 

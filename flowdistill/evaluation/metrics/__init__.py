@@ -1,5 +1,13 @@
 """Metrics behind one protocol, one file each."""
 
-from flowdistill.evaluation.metrics.base import METRICS, Column, MeasuredImages, Metric, all_metrics, register_metric
+from flowdistill.evaluation.metrics.base import (
+    METRICS,
+    Column,
+    MeasuredImages,
+    Metric,
+    all_metrics,
+    ranking_metric,
+    register_metric,
+)
 
-__all__ = ["METRICS", "Column", "MeasuredImages", "Metric", "all_metrics", "register_metric"]
+__all__ = ["METRICS", "Column", "MeasuredImages", "Metric", "all_metrics", "ranking_metric", "register_metric"]

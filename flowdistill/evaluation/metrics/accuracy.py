@@ -13,6 +13,7 @@ class Accuracy(Metric):
     name = "accuracy"
     figures = ("accuracy",)
     columns = (Column("accuracy", "accuracy", ".2%"),)
+    better = {"accuracy": "higher"}
     position = 40
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
+from flowdistill.config.checks import closest, shown
 from flowdistill.evaluation.collect import Collected
 from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.registry import Registry
 from flowdistill.utils.text import JsonObject
 
@@ -64,12 +66,15 @@ class Metric(ABC):
         name: under which it is asked for.
         figures: names of what it measures, whether or not they have a column.
         columns: those that the table shows.
+        better: of the figures that rank models, each a number, whether lower or higher is better; a run may be stopped
+            by these (``train.stop_when``).
         position: metrics stand in the table in ascending order of this.
     """
 
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]]
     columns: ClassVar[tuple[Column, ...]] = ()
+    better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {}
     position: ClassVar[int] = 100
 
     @abstractmethod
@@ -103,3 +108,15 @@ def register_metric(cls: M) -> M:
 def all_metrics() -> list[type[Metric]]:
     """Every known metric, in the order of the table."""
     return sorted((METRICS.get(name) for name in METRICS), key=lambda metric: (metric.position, metric.name))
+
+
+def ranking_metric(figure: str, key: str) -> type[Metric]:
+    """The metric that measures ``figure`` and says by it which of two models is better.
+
+    Raises:
+        UserError: no metric has such a figure; ``key`` is the setting that names it.
+    """
+    ranking = {name: metric for metric in all_metrics() for name in metric.better}
+    if figure not in ranking:
+        raise UserError(f"'{key}' must be one of {listed(ranking)}, not {shown(figure)}{closest(figure, ranking)}")
+    return ranking[figure]

@@ -15,6 +15,7 @@ class Frechet(Metric):
     name = "frechet"
     figures = ("fid",)
     columns = (Column("fid", "FID"),)
+    better = {"fid": "lower"}
     position = 10
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

@@ -32,6 +32,7 @@ class Kernel(Metric):
     name = "kernel"
     figures = ("kid",)
     columns = (Column("kid", "KID x 1000", scale=1000.0),)
+    better = {"kid": "lower"}
     position = 20
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

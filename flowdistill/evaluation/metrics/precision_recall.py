@@ -22,6 +22,7 @@ class PrecisionRecall(Metric):
     name = "precision_recall"
     figures = ("precision", "recall")
     columns = (Column("precision", "precision"), Column("recall", "recall"))
+    better = {"precision": "higher", "recall": "higher"}
     position = 30
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

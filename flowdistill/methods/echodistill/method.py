@@ -58,6 +58,7 @@ class EchoDistill(Method):
     name = "echodistill"
     Config = EchoDistillConfig
     shards = False  # its pictures are made by the main process alone
+    student_roles = ("student", "teacher")  # the word is the teacher's to learn
 
     def __init__(self, config: EchoDistillConfig, teacher: Teacher, student: DiffusionPipeline | None = None) -> None:
         """``student``: a live pipeline in the place of ``config.student``."""

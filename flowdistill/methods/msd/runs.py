@@ -27,6 +27,7 @@ from flowdistill.training.run import (
     check_folder,
     distill_one,
     has_begun,
+    has_ended,
     make_accelerator,
     make_report,
     resolved,
@@ -75,7 +76,7 @@ def distill_students(config: RunConfig) -> Run:
     steps, trained = 0, False
     for name, run in plan:
         if complete(run):
-            steps += run.train.steps
+            steps += _steps_done(run)
             continue
         if accelerator.is_main_process:
             print(f"{name}: {run.output_dir}", flush=True)
@@ -97,14 +98,19 @@ def distill_students(config: RunConfig) -> Run:
 
 
 def is_complete(run: RunConfig) -> bool:
-    """Whether a run folder holds a student that was trained to its last step (or was never to be trained)."""
+    """Whether a run folder holds a student whose training has ended (or that was never to be trained)."""
     folder = local_path(run.output_dir)
     if not is_student_folder(folder):
         return False
-    found = checkpoints(folder / "checkpoints")
-    if not found:
+    if not checkpoints(folder / "checkpoints"):
         return run.method.name == TeacherScoreMatching.name
-    return found[-1][0] >= run.train.steps and (folder / FINAL).is_file()
+    return has_ended(run) and (folder / FINAL).is_file()
+
+
+def _steps_done(run: RunConfig) -> int:
+    """Training steps of a run that is complete; those it was to have where it has kept no checkpoint."""
+    found = checkpoints(local_path(run.output_dir) / "checkpoints")
+    return found[-1][0] if found else run.train.steps
 
 
 def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partition:
@@ -215,7 +221,8 @@ def score_matching_run(config: RunConfig) -> RunConfig | None:
     """The shared start of students of another shape, in ``tsm/``; None: they start as the teacher."""
     if config.method.score_matching is None:
         return None
-    train = replace(config.train, steps=max(1, config.method.score_matching_steps))
+    # What it learns is a teacher of another shape, which one call of it says little of.
+    train = replace(config.train, steps=max(1, config.method.score_matching_steps), stop_when=None)
     return _run(config, "tsm", config.teacher, config.method.score_matching, train, 0)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flowdistill.config import OptimizerConfig
+from flowdistill.config import OptimizerConfig, StopConfig
 from flowdistill.methods.echodistill.echo import Pool
 from flowdistill.objectives import alignment
 from flowdistill.objectives import distribution_matching as dm
@@ -104,6 +104,23 @@ def test_nothing_frozen_moves_in_training(tmp_path):
     make_trainer(tmp_path, method, steps=6).train()
     assert all(torch.equal(before[name], value) for name, value in frozen.items())
     assert all(not torch.equal(value, trained[name]) for name, value in weights(method).items())
+
+
+def test_the_best_student_is_kept_with_its_word(tmp_path, monkeypatch):
+    """The word is a weight of the teacher's network: without it the student of an earlier step is another one."""
+    figures = iter([3.0, 1.0, 2.0])  # at the steps 0, 2 and 4
+    monkeypatch.setattr("flowdistill.training.loop.FidCallback", lambda *given: lambda student: {"fid": next(figures)})
+    early, late = make_method(tmp_path), make_method(tmp_path)
+    make_trainer(tmp_path, early, steps=2, name="early").train()
+    trainer = make_trainer(tmp_path, late, steps=4, evaluate_every=2, stop_when=StopConfig())
+    trainer.train()
+    wanted = {name: value for name, value in weights(early).items() if not name.startswith("discriminator")}
+    before = weights(late)
+    trainer.take_best()
+    after = weights(late)
+    assert trainer.stopping.step == 2 and any("word" in name for name in wanted)
+    for name, value in wanted.items():
+        assert torch.equal(after[name], value) and not torch.equal(before[name], value), name
 
 
 def test_the_steps_order_and_the_roles(tmp_path):

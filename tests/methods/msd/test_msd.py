@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from flowdistill import UserError, load_student, load_teacher
 from flowdistill.conditioning.conditions import ClassLabels, Condition
-from flowdistill.config import EvaluationConfig, RunConfig, TeacherConfig, TrainConfig, load_config
+from flowdistill.config import EvaluationConfig, RunConfig, StopConfig, TeacherConfig, TrainConfig, load_config
 from flowdistill.export import export
 from flowdistill.methods.boot import BootConfig
 from flowdistill.methods.msd.partition import Partition
@@ -135,6 +135,32 @@ def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, r
     assert (tmp_path / "r" / "student-0" / "student" / "model.safetensors").stat().st_mtime_ns == before
     for part in range(3):
         assert same(weights(run / f"student-{part}"), weights(tmp_path / "r" / f"student-{part}"))
+
+
+def test_students_that_stop_early_are_complete(source, tmp_path, monkeypatch):
+    """Each is measured and stopped by itself, and none is trained again by the next call; the shared start never is."""
+    measured = []
+
+    def figure(student):
+        measured.append(tuple(student.classes.shown))
+        return {"fid": float(len(measured))}
+
+    monkeypatch.setattr("flowdistill.training.loop.FidCallback", lambda *given: figure)
+    train = {"steps": 9, "evaluate_every": 1, "stop_when": StopConfig(patience=2)}
+    shared = {"score_matching": ScoreMatchingConfig(student_size=0.5, samples=4, sample_steps=1),
+              "score_matching_steps": 3}
+    done = distill(msd(source, tmp_path, train, num_students=2, **shared))
+    assert (done.completed, done.steps) == (True, 3 + 2 + 2) and is_student_folder(tmp_path)
+    halves = tuple(range(5)), tuple(range(5, 10))
+    assert measured == [tuple(range(10))] * 3 + [halves[0]] * 3 + [halves[1]] * 3  # the steps 1 to 3, then 0 to 2
+    for part in range(2):  # the figure rises from the start
+        start, kept = (load_file(path / "student" / "model.safetensors") for path in (
+            tmp_path / "tsm", tmp_path / f"student-{part}"))
+        assert same(start, kept)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = distill(msd(source, tmp_path, train, num_students=2, **shared))
+    assert (again.completed, again.steps, len(measured)) == (True, 7, 9)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 def test_students_differ_in_their_conditions_and_seeds_only(source, tmp_path):
