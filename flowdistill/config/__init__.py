@@ -13,7 +13,6 @@ from flowdistill.config.registry import METHODS, register_method
 from flowdistill.config.run_folder import found_again, run_settings
 from flowdistill.config.schema import (
     MISSING,
-    NOTHING_TO_MEASURE,
     EvaluationConfig,
     HostingConfig,
     OptimizerConfig,
@@ -22,12 +21,12 @@ from flowdistill.config.schema import (
     TeacherConfig,
     TrainConfig,
     option,
+    what_is_missing,
 )
 
 __all__ = [
     "METHODS",
     "MISSING",
-    "NOTHING_TO_MEASURE",
     "EvaluationConfig",
     "HostingConfig",
     "OptimizerConfig",
@@ -44,4 +43,5 @@ __all__ = [
     "run_settings",
     "save_config",
     "validate",
+    "what_is_missing",
 ]

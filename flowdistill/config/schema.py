@@ -164,9 +164,9 @@ class EvaluationConfig:
     """What is measured, against what."""
 
     num_images: int = option(10_000, "images of every measured model", at_least=2)
-    features: str | None = option(None, "feature extractor: a name or a path; null: nothing is measured")
-    reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); null: "
-                                         "nothing is measured")
+    features: str | None = option(None, "feature extractor: a name or a path; null: speed is measured only")
+    reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); null: what "
+                                         "needs none is measured")
     teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
     solver: str = option("euler", "the teacher's ODE solver: euler; heun, which averages velocities in t; or "
                                   "edm_heun, which averages in sigma, as EDM's own",
@@ -178,15 +178,21 @@ class EvaluationConfig:
     at_end: bool = option(True, "measure when training ends and write report.json")
 
     @property
-    def measures(self) -> bool:
-        """Whether there is something to measure with, and against."""
-        return self.features is not None and self.reference is not None
+    def missing(self) -> str | None:
+        """See :func:`what_is_missing`."""
+        return what_is_missing(self.features is None, self.reference is None)
 
 
-NOTHING_TO_MEASURE = (
-    "evaluation.features and evaluation.reference are not both set, so nothing can be measured; set them to features "
-    "such as inception and to a folder of real images, or both to digits for the digits"
-)
+def what_is_missing(features: bool, reference: bool) -> str | None:
+    """A sentence that says what is not measured without features or without a reference, and what to set."""
+    if not features and not reference:
+        return None
+    if not features:
+        return ("nothing is compared with real images: set evaluation.reference (--reference) to a folder of them, an "
+                ".npz file or a named set")
+    both = "evaluation.features (--features)" + " and evaluation.reference (--reference)" * reference
+    return (f"nothing but speed is measured: set {both}, such as inception and a folder of real images, or both to "
+            "digits for the digits")
 
 
 @dataclass
@@ -203,5 +209,5 @@ class RunConfig:
 
     def validate(self) -> None:
         """UserError for measurements during training without anything to measure with."""
-        if self.train.evaluate_every and not self.evaluation.measures:
-            raise UserError(f"train.evaluate_every is {self.train.evaluate_every}, but {NOTHING_TO_MEASURE}")
+        if self.train.evaluate_every and self.evaluation.missing is not None:
+            raise UserError(f"train.evaluate_every is {self.train.evaluate_every}, but {self.evaluation.missing}")

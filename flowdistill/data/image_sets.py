@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -115,10 +117,25 @@ class FolderImages:
         return f"names, sizes and times {digest.hexdigest()}"
 
     def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
-        """``channels``: 1 reads every image as grey, 3 as RGB, None as it is stored, grey or RGB."""
+        """``channels``: 1 reads grey images, also where they are stored in RGB; 3 reads every image as RGB, None as
+        it is stored, grey or RGB.
+
+        Raises:
+            UserError: a picture that cannot be read, or one in colour where grey is asked for.
+        """
+        read = _read_grey if channels == 1 else functools.partial(read_picture, channels=channels)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for indices in batches_of(span, batch_size):
-                yield indices, list(pool.map(lambda index: read_picture(self.paths[index], channels), indices))
+                yield indices, list(pool.map(lambda index: read(self.paths[index]), indices))
+
+
+def _read_grey(path: Path) -> Tensor:
+    """A picture without colours, uint8 (1, H, W): whoever reads one channel would not see them."""
+    picture = read_picture(path)
+    if len(picture) > 1 and not all(torch.equal(channel, picture[0]) for channel in picture[1:]):
+        raise UserError(f"{path} is in colour, and the features read grey images (1 channel) only; name features that "
+                        "read colours, such as inception")
+    return picture[:1]
 
 
 def batches_of(span: range, batch_size: int) -> Iterator[range]:

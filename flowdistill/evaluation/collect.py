@@ -45,6 +45,19 @@ def kept_rows(total: int, size: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+def check_size(features: Tensor, extractor: FeatureExtractor, size: int | None) -> None:
+    """Refuse ``features`` (B, D) of another size than the reference's; None: of any size.
+
+    Raises:
+        UserError: so.
+    """
+    if size not in (None, features.shape[1]):
+        raise UserError(
+            f"the features {extractor.name!r} are {features.shape[1]} numbers an image, but the reference has {size}; "
+            "it was made with other features"
+        )
+
+
 def collect(
     batches: Iterable[tuple[range, Tensor | Sequence[Tensor], Tensor | None]],
     extractor: FeatureExtractor,
@@ -66,22 +79,24 @@ def collect(
     kept: list[Tensor] = []
     judged = torch.zeros(2, dtype=torch.int64)  # right guesses, all guesses
     wanted = torch.empty(0, dtype=torch.int64)
-    for indices, images, labels in batches:
-        features = extractor(images).cpu()
-        if moments is None:
-            if size not in (None, features.shape[1]):
-                raise UserError(
-                    f"the features {extractor.name!r} are {features.shape[1]} numbers an image, but the reference has "
-                    f"{size}; it was made with other features"
-                )
-            moments = Moments(features.shape[1])
-            wanted = kept_rows(total, features.shape[1])
-        moments.update(features)
-        here = wanted[(wanted >= indices.start) & (wanted < indices.stop)]
-        kept.append(features[here - indices.start])
-        guesses = None if labels is None else extractor.classify(images)
-        if labels is not None and guesses is not None:
-            judged += torch.stack([torch.eq(guesses.cpu(), labels).sum(), (labels >= 0).sum()])
+
+    def go_through() -> None:
+        nonlocal moments, wanted
+        for indices, images, labels in batches:
+            features = extractor(images).cpu()
+            if moments is None:
+                check_size(features, extractor, size)
+                moments = Moments(features.shape[1])
+                wanted = kept_rows(total, features.shape[1])
+            moments.update(features)
+            here = wanted[(wanted >= indices.start) & (wanted < indices.stop)]
+            kept.append(features[here - indices.start])
+            guesses = None if labels is None else extractor.classify(images)
+            if labels is not None and guesses is not None:
+                judged.add_(torch.stack([torch.eq(guesses.cpu(), labels).sum(), (labels >= 0).sum()]))
+
+    # An image that one process cannot read ends the others too, who would wait for it.
+    processes.together(go_through)
     # A process may have had no images: it learns the number of features from the others.
     found = processes.max(0 if moments is None else moments.size)
     moments = (moments or Moments(found)).reduce(processes)

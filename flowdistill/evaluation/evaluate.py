@@ -84,7 +84,8 @@ def evaluate(
             pipeline (folder or hub id: teacher rows only), or a live teacher or student.
         num_images, reference, features, teacher_steps, batch_size, solver, pipeline_steps, guidance_scale: None means
             what the run's ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", (),
-            and the student's own guidance scale (1.0 for a teacher alone); reference and features must then be given.
+            and the student's own guidance scale (1.0 for a teacher alone). Without features only speed is measured,
+            and without a reference what needs none; the report says what to set.
             ``pipeline_steps`` are rows of the pipeline's own scheduler, with the noise that it adds.
         seed: of the noise, 0 to 2^64 - 1; image i depends on (seed, i) only.
         json: file to write the report to.
@@ -127,11 +128,6 @@ def evaluate(
     asked = {key: value for key, value in given.items() if value is not None}
     settings = {**DEFAULTS, **(subject.settings or {}), **asked}
     check_num_images(settings["num_images"])
-    missing = [name for name in ("features", "reference") if settings[name] is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} must be given, or set in a run: "
-                        "name features (digits, shapes, inception or a file) and a reference (a named set, a folder of "
-                        "images or an .npz file)")
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = 1.0 if subject.student is None else subject.student.info.guidance_scale
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": (), "pipeline_steps": ()})

@@ -6,14 +6,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.config import what_is_missing
 from flowdistill.data.image_sets import ImageSet
-from flowdistill.evaluation.collect import Collected, collect
+from flowdistill.evaluation.collect import Collected, check_size, collect
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
 from flowdistill.evaluation.metrics import METRICS, MeasuredImages, all_metrics
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor
@@ -25,13 +26,17 @@ from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.text import JsonObject
 
+SPEED_BATCHES = 2
+"""Batches a process that a model's speed is measured with where nothing else is: one to warm up, one on the clock."""
+
 
 class Evaluator:
     """FID and its companions of samplers or stored images. All processes must make the same calls.
 
     Args:
-        features: see ``load_features``.
-        reference: see ``load_reference``.
+        features: see ``load_features``. None: images are not looked at, and of a model its speed is measured only, with
+            ``SPEED_BATCHES`` batches a process.
+        reference: see ``load_reference``. None: metrics that compare with a reference are left out.
         num_images: images of every measured model, over all processes.
         seed: of the noise, of KID's subsets, and of the samples that precision and recall take.
         batch_size: images in one call of the sampler and of the features; the figures do not depend on it.
@@ -48,10 +53,13 @@ class Evaluator:
             a reference without labels for ``own`` labels.
     """
 
+    extractor: FeatureExtractor | None
+    reference: Reference | None
+
     def __init__(
         self,
-        features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor,
-        reference: str | os.PathLike | Reference,
+        features: str | os.PathLike | nn.Module | Callable[[Tensor], Tensor] | FeatureExtractor | None,
+        reference: str | os.PathLike | Reference | None,
         num_images: int = 10_000,
         seed: int = 0,
         batch_size: int = 250,
@@ -68,13 +76,16 @@ class Evaluator:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
+        self.own, self.owner, self.progress = own, owner, progress
+        self.extractor = self.reference = None
+        self.missing = what_is_missing(features is None, reference is None)
         kinds = all_metrics() if metrics is None else [METRICS.get(name) for name in metrics]
-        self.metrics, self.progress = [kind() for kind in kinds], progress
-        self.extractor = load_features(features, device, weights)
-        self.own, self.owner = own, owner
-        self.reference = load_reference(reference, self.extractor, cache_dir, batch_size)
-        if own is not None:
-            self.reference = self.reference.of(own)
+        if features is not None:
+            self.extractor = load_features(features, device, weights)
+        if self.extractor is not None and reference is not None:
+            loaded = load_reference(reference, self.extractor, cache_dir, batch_size)
+            self.reference = loaded if own is None else loaded.of(own)
+        self.metrics = [kind() for kind in kinds if self.reference is not None or not kind.needs_reference]
 
     def measure(
         self,
@@ -98,13 +109,14 @@ class Evaluator:
         timed: list[tuple[int, float]] = []
         wanted = self._prompt_labels(getattr(condition, "prompts", None))
         at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
-        self._announce(f"the {name}{at}", self.num_images)
+        total = self.drawn
+        self._announce(f"the {name}{at}", total)
 
         def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
             made = generate(
                 sampler,
                 shape,
-                self.num_images,
+                total,
                 self.seed,
                 self.batch_size,
                 num_classes=num_classes,
@@ -120,7 +132,12 @@ class Evaluator:
                 labels = batch.labels if wanted is None else wanted[torch.tensor(batch.indices) % len(wanted)]
                 yield batch.indices, to_uint8(batch.images.nan_to_num()), labels
 
-        collected = collect(batches(), self.extractor, self.num_images, processes, len(self.reference.mean))
+        collected = None
+        if self.extractor is None:
+            for _ in batches():
+                pass
+        else:
+            collected = collect(batches(), self.extractor, total, processes, self._size)
         # The first batch pays for compilation, autotuning and caches, unless it is the only one.
         steady = timed[1:] or timed
         rate = sum(count for count, _ in steady) / max(sum(seconds for _, seconds in steady), 1e-9) if steady else 0.0
@@ -128,14 +145,38 @@ class Evaluator:
         num_broken = int(processes.sum(broken))
         if num_broken:
             warnings.warn(
-                f"{num_broken} of {self.num_images} images of {name!r} are not finite, so nothing is measured on them",
+                f"{num_broken} of {total} images of {name!r} are not finite, so nothing is measured on them",
                 stacklevel=2,
             )
+        if collected is None or num_broken:
             return Row(name, calls, images_per_second=speed)
-        everything = range(self.num_images)
-        labels = balanced_labels(everything, num_classes, self.own)
-        classes = labels if wanted is None else wanted[torch.tensor(everything) % len(wanted)]
-        return processes.on_main(lambda: self._row(collected, labels, name, calls, speed, classes))
+        found = collected
+        labels = balanced_labels(range(total), num_classes, self.own)
+        classes = labels if wanted is None else wanted[torch.arange(total) % len(wanted)]
+        return processes.on_main(lambda: self._row(found, labels, name, calls, speed, classes))
+
+    @property
+    def drawn(self) -> int:
+        """Images of every measured model, over all processes: few where only their speed is measured."""
+        few = SPEED_BATCHES * self.batch_size * Processes.current().world
+        return self.num_images if self.extractor is not None else min(self.num_images, few)
+
+    @property
+    def _size(self) -> int | None:
+        """Features an image that the reference is made of."""
+        return None if self.reference is None else len(self.reference.mean)
+
+    def check_image(self, images: Tensor) -> None:
+        """Refuse a model whose images, of which ``images`` (1, C, H, W) is one, could not be measured.
+
+        Raises:
+            UserError: the features do not read such an image, or make another number of features than the reference's.
+        """
+        if self.extractor is not None:
+            if images.ndim != 4:
+                raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the features "
+                                f"{self.extractor.name!r} cannot measure them")
+            check_size(self.extractor(to_uint8(images.nan_to_num())), self.extractor, self._size)
 
     def _announce(self, what: str, count: int) -> None:
         """A line before a measurement, where no bar shows that it goes on."""
@@ -143,11 +184,17 @@ class Evaluator:
             say(f"measuring {what}, {count:,} images")
 
     def _prompt_labels(self, prompts: Sequence[str] | None) -> Tensor | None:
-        read = self.extractor.prompt_labels
+        read = None if self.extractor is None else self.extractor.prompt_labels
         return None if read is None or not prompts else read(prompts)
 
     def measure_images(self, images: ImageSet, name: str = "images") -> Row:
-        """Measure stored images (all of them, whatever ``num_images`` says)."""
+        """Measure stored images (all of them, whatever ``num_images`` says).
+
+        Raises:
+            UserError: there are no features to measure them with.
+        """
+        if self.extractor is None:
+            raise UserError(f"the images {name} cannot be measured without features; name some")
         processes = Processes.current()
         self._announce(name, len(images))
         parts = images.batches(processes.span(len(images)), self.batch_size, self.extractor.channels)
@@ -155,17 +202,17 @@ class Evaluator:
         batches = (
             (indices, part, None if labels is None else labels[indices.start : indices.stop]) for indices, part in parts
         )
-        collected = collect(batches, self.extractor, len(images), processes, len(self.reference.mean))
+        collected = collect(batches, self.extractor, len(images), processes, self._size)
         return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
 
     def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: object) -> Report:
         """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
-        total = self.num_images if num_images is None else num_images
+        total = self.drawn if num_images is None else num_images
         return Report(
             rows=list(rows),
             num_images=total,
-            features=self.extractor.name,
-            reference=self.reference.name,
+            features=None if self.extractor is None else self.extractor.name,
+            reference=None if self.reference is None else self.reference.name,
             seed=self.seed,
             fid_floor=mean_floor(self.floors),
             protocol={**self.protocol(total), **protocol},
@@ -174,32 +221,44 @@ class Evaluator:
     @cached_property
     def floors(self) -> list[float] | None:
         """FID of three random halvings of the reference; computed by the main process, known to all."""
-        return Processes.current().on_main(self.reference.fid_floor)
+        return None if self.reference is None else Processes.current().on_main(self.reference.fid_floor)
 
     @cached_property
     def _metrics_protocol(self) -> JsonObject:
         """What the metrics say of themselves; made by the main process, known to all."""
         return Processes.current().on_main(
-            lambda: {name: value for metric in self.metrics for name, value in metric.protocol(self.reference).items()}
+            lambda: {name: value for metric in self.metrics for name, value in metric.protocol(self._given).items()}
         )
+
+    @property
+    def _given(self) -> Reference:
+        """The reference for metrics: those that need one are there only if it is."""
+        return cast(Reference, self.reference)
 
     def protocol(self, num_images: int | None = None) -> JsonObject:
         """How the figures come about: what one needs to know to get the same ones."""
         extractor, reference = self.extractor, self.reference
-        total = self.num_images if num_images is None else num_images
-        size = len(reference.mean)
+        total = self.drawn if num_images is None else num_images
         protocol: JsonObject = {
-            "features": extractor.name,
-            "features_sha256": extractor.hash,
-            "feature_size": size,
-            "resize": extractor.resize,
-            "images": "clipped to [0, 1] and rounded to uint8 before the features",
-            "num_images": total,
-            "reference": reference.name,
-            "reference_images": reference.count,
-            "reference_left_out": reference.left_out,
-            "reference_hash": reference.source_hash,
-            **self._metrics_protocol,
+            "features": None, "features_sha256": None, "feature_size": self._size, "resize": None, "num_images": total,
+            "reference": None,
+        }
+        if extractor is not None:
+            protocol |= {
+                "features": extractor.name,
+                "features_sha256": extractor.hash,
+                "resize": extractor.resize,
+                "images": "clipped to [0, 1] and rounded to uint8 before the features",
+            }
+        if reference is not None:
+            protocol |= {
+                "reference": reference.name,
+                "reference_images": reference.count,
+                "reference_left_out": reference.left_out,
+                "reference_hash": reference.source_hash,
+            }
+        protocol |= {
+            **(self._metrics_protocol if extractor is not None else {}),
             "seed": self.seed,
             "processes": Processes.current().world,
             "batch_size": self.batch_size,
@@ -207,8 +266,11 @@ class Evaluator:
             "fid_floors": self.floors,
             "torch": torch.__version__,
         }
-        if min(total, reference.count or total) <= size:
-            protocol["note"] = f"no more images than features ({size}): the FID is far above that of many images"
+        if reference is not None and min(total, reference.count or total) <= len(reference.mean):
+            protocol["note"] = (f"no more images than features ({len(reference.mean)}): the FID is far above that of "
+                                "many images")
+        if self.missing is not None:
+            protocol["not_measured"] = self.missing
         return protocol
 
     def _row(
@@ -218,7 +280,7 @@ class Evaluator:
         images = MeasuredImages(collected, labels, classes, self.owner, self.seed)
         figures: JsonObject = {}
         for metric in self.metrics:
-            figures |= metric.measure(images, self.reference)
+            figures |= metric.measure(images, self._given)
         return Row(name, calls, speed, **figures)
 
 

@@ -68,8 +68,8 @@ class Report:
 
     rows: list[Row]
     num_images: int
-    features: str
-    reference: str
+    features: str | None
+    reference: str | None
     seed: int
     fid_floor: float | None = None
     protocol: JsonObject = field(default_factory=dict)
@@ -123,7 +123,11 @@ class Report:
                             "for an image")
         notes = [*self.protocol.get("teacher_remarks", []), self.protocol.get("pipeline_note")]
         text += [f"teacher: {note}" for note in notes if note]
-        text.append(f"{self.num_images} images, features {self.features}, reference {self.reference}, seed {self.seed}")
+        measured_with = [f"{what} {name}" for what, name in (("features", self.features), ("reference", self.reference))
+                         if name is not None]
+        text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]))
+        if self.protocol.get("not_measured"):
+            text.append(self.protocol["not_measured"])
         for metric in all_metrics():
             text += metric.remarks(self.rows, self.protocol)
         if self.fid_floor is not None:

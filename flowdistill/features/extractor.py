@@ -90,8 +90,15 @@ class FeatureExtractor:
         ready = self._ready(images)
         # Mixed precision of the surrounding training and TF32 convolutions would change the figure with the machine.
         precise = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with precise, torch.autocast(self.device.type, enabled=False):
-            return network(ready).flatten(1).float()
+        try:
+            with precise, torch.autocast(self.device.type, enabled=False):
+                return network(ready).flatten(1).float()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a network of the user's says in torch's words what shapes it does not read
+            shape, reason = tuple(ready.shape[1:]), str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"the features {self.name!r} cannot be taken of images of shape {shape}: "
+                            f"{reason[-1]}") from error
 
     def _ready(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         if isinstance(images, Tensor):

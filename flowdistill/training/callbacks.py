@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from flowdistill.config import RunConfig, TrainConfig
-from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
+from flowdistill.evaluation import Evaluator, Reference, prompt_conditions, student_sampler
 from flowdistill.evaluation.comparison import save_by_calls
 from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.students import Student
@@ -139,19 +139,21 @@ class FidCallback:
 
     All processes make the same calls and share the work.
 
+    Args:
+        reference: the settings' reference, where it is open already.
+
     Raises:
         UserError: a figure of ``train.stop_when`` that no metric ranks models by.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, reference: Reference | None = None) -> None:
         settings = config.evaluation
-        assert settings.features is not None and settings.reference is not None  # the configuration was checked
         names = ["frechet", "accuracy"]
         if config.train.stop_when is not None:
             names.append(ranking_metric(config.train.stop_when.metric, KEY).name)
         self.evaluator = Evaluator(
             settings.features,
-            settings.reference,
+            reference or settings.reference,
             settings.num_images,
             0,
             settings.batch_size,

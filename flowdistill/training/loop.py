@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowdistill.config import RunConfig
+from flowdistill.evaluation.reference import Reference
 from flowdistill.students import Student
 from flowdistill.training.callbacks import FidCallback, Reporter, save_samples
 from flowdistill.training.checkpoint import (
@@ -55,6 +56,7 @@ class Trainer:
         config: ``train``, ``evaluation``, ``seed`` and ``method.name`` are read.
         output_dir: the run folder; made when missing.
         accelerator: with mixed_precision="no", see ``flowdistill.training.run.make_accelerator``.
+        reference: of measurements during training, where it is open already.
 
     Attributes:
         step: steps done.
@@ -67,7 +69,10 @@ class Trainer:
             checkpoint that is damaged or does not fit, and what ``prepare_roles`` refuses.
     """
 
-    def __init__(self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, method: Method, config: RunConfig, output_dir: str | Path, accelerator: Accelerator,
+        reference: Reference | None = None,
+    ) -> None:
         self.method, self.config, self.settings = method, config, config.train
         self.folder, self.accelerator = local_path(output_dir), accelerator
         self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -86,6 +91,7 @@ class Trainer:
         wanted = self.settings.stop_when
         self.stopping = None if wanted is None else Stopping(wanted, config.evaluation)
         self._best = WeightSnapshots(self.folder / "best", "step-{:06d}")
+        self._reference = reference
         self._resume()
 
     @property
@@ -377,7 +383,7 @@ class Trainer:
         Processes.current().on_main(lambda: save_samples(student, path, self.settings.num_samples))
 
     def _measure(self) -> None:
-        self._fid = self._fid or FidCallback(self.config, self.accelerator)
+        self._fid = self._fid or FidCallback(self.config, self.accelerator, self._reference)
         figures = self._fid(self.student())
         if self.stopping is not None:
             if self.stopping.see(self.step, figures):

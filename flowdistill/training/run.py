@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from flowdistill.config import (
-    NOTHING_TO_MEASURE,
     RunConfig,
     TrainConfig,
     accept_former_names,
@@ -29,8 +28,8 @@ from flowdistill.config import (
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.evaluation.metrics import ranking_metric
+from flowdistill.evaluation.opening import OpenedEvaluation, open_evaluation
 from flowdistill.export.pipelines import check_exportable
-from flowdistill.features import load_features
 from flowdistill.students import describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
@@ -107,8 +106,12 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
     return distill_one(config) if several is None else several
 
 
-def distill_one(config: RunConfig) -> Run:
-    """The run of one student; ``config`` has been checked."""
+def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Run:
+    """The run of one student; ``config`` has been checked.
+
+    Args:
+        opened: what the caller will measure the student with, where this run does not do it itself.
+    """
     accelerator = make_accelerator(config.train, config.output_dir)
     config = resolved(config, accelerator)
     processes, folder = Processes.current(), local_path(config.output_dir)
@@ -123,11 +126,8 @@ def distill_one(config: RunConfig) -> Run:
         teacher = load_teacher(settings, device=accelerator.device)
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
-    features = config.evaluation.features if config.evaluation.measures else None
-    is_image = len(teacher.shape) == 3  # an exact teacher's points are none
-    if features is not None and is_image and (config.evaluation.at_end or config.train.evaluate_every):
-        # Else it shows when the first images are measured, which may be after the training.
-        load_features(features, "cpu").check_channels(teacher.codec.image_channels(teacher.shape[0]))
+    if opened is None and not is_measured(folder, config, same_evaluation):
+        opened = open_run_evaluation(config, teacher, accelerator)
     problem = teacher.disagreement()
     if problem is not None and accelerator.is_main_process:
         warnings.warn(f"teacher {settings.source}: {problem}", stacklevel=2)
@@ -138,7 +138,9 @@ def distill_one(config: RunConfig) -> Run:
     if method.student().num_steps == 1:  # a method of several steps has looked at these itself
         check_exportable(teacher)
     processes.on_main(lambda: write_config(folder, config))
-    trainer = Trainer(method, config, folder, accelerator)
+    trainer = Trainer(method, config, folder, accelerator, None if opened is None else opened.reference)
+    if opened is not None:
+        opened.check_student(trainer.student())
     before = trainer.step
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
@@ -164,7 +166,8 @@ def distill_one(config: RunConfig) -> Run:
         if config.evaluation.at_end:
             chosen = {} if trainer.stopping is None else {
                 "student_step": trainer.stopping.step, "student": trainer.stopping.summary()}
-            run.report = make_report(config, teacher, accelerator, not outdated and same_evaluation, **chosen)
+            reuse = not outdated and same_evaluation
+            run.report = make_report(config, teacher, accelerator, reuse, opened, **chosen)
     return run
 
 
@@ -174,6 +177,26 @@ def _why_ended(trainer: Trainer) -> str:
     if stopping is None or not stopping.exhausted:
         return end
     return f"{end}, after {stopping.waited} measurements without a better {stopping.config.metric} (train.stop_when)"
+
+
+def open_run_evaluation(
+    config: RunConfig, teacher: Teacher, accelerator: Accelerator, parts: Sequence[Sequence[int]] = ()
+) -> OpenedEvaluation | None:
+    """What a run will be measured with, at its end or while it trains; None where nothing is measured.
+
+    Raises:
+        UserError: see :func:`flowdistill.evaluation.opening.open_evaluation`.
+    """
+    if not config.evaluation.at_end and not config.train.evaluate_every:
+        return None
+    if config.evaluation.missing is not None:
+        log_once(config.evaluation.missing)
+    return open_evaluation(config.evaluation, teacher, accelerator.device, parts)
+
+
+def is_measured(folder: Path, config: RunConfig, same_evaluation: bool) -> bool:
+    """Whether a run folder holds a finished run with a report of the same evaluation."""
+    return Processes.current().on_main(lambda: same_evaluation and has_ended(config) and (folder / REPORT).is_file())
 
 
 def resolved(config: RunConfig, accelerator: Accelerator) -> RunConfig:
@@ -322,23 +345,26 @@ def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:
 
 
 def make_report(
-    config: RunConfig, teacher: Teacher, accelerator: Accelerator, reuse: bool, **protocol: object
-) -> Report | None:
-    """Evaluate a finished run, write its report and print it; None, and a line that says so, with nothing to measure.
+    config: RunConfig, teacher: Teacher, accelerator: Accelerator, reuse: bool, opened: OpenedEvaluation | None = None,
+    **protocol: object,
+) -> Report:
+    """Evaluate a finished run, write its report and print it.
 
     Args:
         reuse: read the report that is there, if it is.
+        opened: what it is measured with, as it was opened before training.
         protocol: what its protocol says besides.
     """
     file = local_path(config.output_dir) / REPORT
-    if not config.evaluation.measures:
-        if accelerator.is_main_process:
-            print(NOTHING_TO_MEASURE)
-        return None
     if reuse and file.is_file():
         report = Report.read_json(file)
     else:
-        report = evaluate(config.output_dir, teacher=teacher, device=accelerator.device)
+        given: dict[str, Any] = {} if opened is None else {"reference": opened.reference}
+        if config.evaluation.features is None:
+            # No more at once than training had: a speed is not worth running out of memory for.
+            rows = config.train.batch_size // config.train.gradient_accumulation // accelerator.num_processes
+            given["batch_size"] = max(1, min(rows, config.evaluation.batch_size))
+        report = evaluate(config.output_dir, teacher=teacher, device=accelerator.device, **given)
         report.protocol |= protocol
 
         def write() -> None:

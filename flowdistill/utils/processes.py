@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,26 @@ class Processes:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every process and give each its own result; an error of one is raised on all.
+
+        ``function`` must not communicate: a process whose error ended it would be waited for.
+        """
+        if self.world == 1:
+            return function()
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as found:
+            error = found
+        errors: list[Exception | None] = [None] * self.world
+        dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found if error is None else error
+        return cast(T, result)
 
     def _device(self) -> torch.device:
         """The device on which collectives want their tensors: nccl moves GPU memory only."""

@@ -175,6 +175,28 @@ def test_what_is_not_measured_is_null(tmp_path):
     assert evaluator.report([row]).protocol["features_sha256"] is None
 
 
+def test_without_features_speed_is_measured_and_without_a_reference_what_needs_none(tmp_path):
+    teacher = FakeTeacher()
+    report = flowdistill.evaluate(teacher, 700, teacher_steps=(2, 4), batch_size=30, progress=False)
+    assert [asked[3] for asked in teacher.asked] == [30] * 4 and report.num_images == 60
+    assert all(row.figures == {} and row.images_per_second > 0 for row in report.rows)
+    text = str(report)
+    assert "60 images, seed 0\nnothing but speed is measured: set evaluation.features (--features) and" in text
+    report.write_json(tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["features"], written["reference"], written["rows"][0]["fid"]) == (None, None, None)
+    assert Report.read_json(tmp_path / "report.json") == report
+
+    report = flowdistill.evaluate(teacher, 50, teacher_steps=[20], features="digits", progress=False)
+    assert report.rows[0].accuracy > 0.9 and set(report.rows[0].figures) == {"accuracy"}
+    assert "50 images, features digits, seed 0\nnothing is compared with real images: set evaluation.reference" in str(
+        report)
+    report = flowdistill.evaluate(teacher, 5, teacher_steps=[2], reference="digits", progress=False)
+    assert "set evaluation.features (--features), such as" in str(report) and report.reference is None
+    with pytest.raises(UserError, match="cannot be measured without features"):
+        Evaluator(None, None).measure_images(None, "these")
+
+
 def test_images_that_are_not_finite_are_not_measured(tmp_path):
     def broken(noise, labels):
         return torch.where(noise > 2.5, torch.nan, noise)
@@ -229,8 +251,6 @@ def test_bad_input_is_one_sentence(tmp_path):
     for count in (0, -5):
         with pytest.raises(UserError, match=f"at least 1, not {count}"):
             evaluate(FakeTeacher(), count)
-    with pytest.raises(UserError, match="features and reference must be given, or set in a run: name features"):
-        flowdistill.evaluate(FakeTeacher(), 10)
     with pytest.raises(UserError, match="at least 1 step"):
         evaluate(FakeTeacher(), 10, teacher_steps=[0])
     with pytest.raises(UserError, match="nothing to measure"):

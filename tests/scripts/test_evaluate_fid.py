@@ -74,6 +74,12 @@ def test_a_folder_against_a_named_set(made, capsys):
     assert part.num_images == 100 and part.rows[0].fid > row.fid > 0
 
 
+def test_grey_images_that_are_stored_in_rgb_are_grey(made):
+    save_images(load_digits()[0][:300].expand(-1, 3, -1, -1), made / "rgb")
+    report = measure(made, made / "rgb", "--reference", made / "digits")
+    assert report.rows[0].fid == pytest.approx(0, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def strange(made):
     """Folders of the same 300 digits: of 16 bits in class folders behind links, with the clutter of many systems."""
@@ -315,6 +321,9 @@ def test_two_processes_give_the_figures_of_one(made):
         (["{made}/digits", "--reference", "{made}/adm.npz"], "name the file digits:{made}/adm.npz"),
         (["{made}/digits", "--reference", "legacy_pytorch:{made}/adm.npz"], "the two cannot be compared"),
         (["{made}/one/absent", "--reference", "{made}/ABSENT.NPZ"], "ABSENT.NPZ do not exist"),
+        (["{made}/colour", "--reference", "{made}/colour"], "000000.png is in colour, and the features read grey"),
+        (["{made}/digits", "--reference", "{made}/colour"], "000000.png is in colour, and the features read grey"),
+        (["{made}/colour", "--reference", "digits"], "000000.png is in colour, and the features read grey"),
         (["{made}/cache", "--reference", "digits"], "neither a folder of images nor a pipeline"),
         (["{made}/student", "--reference", "digits", "--features", "inception"], "inception-2015-12-05.pt"),
         (["{made}/student", "--reference", "digits", "--guidance-scale", "3"], "guidance_scale is 3.0"),
@@ -326,6 +335,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(made, capsys, monkeypatch, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (made / "cache").mkdir(exist_ok=True)
     save_images(load_digits()[0][:1], made / "one")
+    save_images(torch.rand(2, 3, 8, 8), made / "colour")
     np.savez(made / "adm.npz", mu=np.zeros(64), sigma=np.eye(64))
     command = with_features(argument.format(made=made) for argument in arguments)
     assert evaluate_fid.main([*command, "--cache", str(made / "cache")]) == 2

@@ -280,7 +280,7 @@ def test_sample_grids_come_at_intervals_from_fixed_noise(tmp_path, monkeypatch):
 
 def test_figures_at_intervals_are_lines_of_their_own(tmp_path, monkeypatch):
     class Fid:
-        def __init__(self, config, accelerator):
+        def __init__(self, config, accelerator, reference=None):
             pass
 
         def __call__(self, student):

@@ -15,6 +15,7 @@ class Accuracy(Metric):
     columns = (Column("accuracy", "accuracy", ".2%"),)
     better = {"accuracy": "higher"}
     position = 40
+    needs_reference = False
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         collected = images.collected

@@ -69,6 +69,7 @@ class Metric(ABC):
         better: of the figures that rank models, each a number, whether lower or higher is better; a run may be stopped
             by these (``train.stop_when``).
         position: metrics stand in the table in ascending order of this.
+        needs_reference: whether the images are compared with others; such a metric is left out without a reference.
     """
 
     name: ClassVar[str]
@@ -76,10 +77,12 @@ class Metric(ABC):
     columns: ClassVar[tuple[Column, ...]] = ()
     better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {}
     position: ClassVar[int] = 100
+    needs_reference: ClassVar[bool] = True
 
     @abstractmethod
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
-        """The figures; what is missing in the result counts as not measured."""
+        """The figures; what is missing in the result counts as not measured. A metric that needs no reference is not
+        to read it."""
 
     def protocol(self, reference: Reference) -> JsonObject:
         """What one needs to know to get the same figures, by name."""

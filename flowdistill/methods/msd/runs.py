@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
 from flowdistill.evaluation import Report
 from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.evaluation.opening import OpenedEvaluation
 from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, split_classes
 from flowdistill.methods.msd.settings import MsdConfig
 from flowdistill.methods.msd.student import write_manifest
@@ -23,6 +24,7 @@ from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.run import (
     FINAL,
+    REPORT,
     Run,
     check_folder,
     distill_one,
@@ -30,6 +32,7 @@ from flowdistill.training.run import (
     has_ended,
     make_accelerator,
     make_report,
+    open_run_evaluation,
     resolved,
     withdraw_results,
     write_config,
@@ -68,6 +71,10 @@ def distill_students(config: RunConfig) -> Run:
     if start is not None and only is not None and only >= 0 and not complete(start):
         raise UserError(f"{start.output_dir}, the students' shared start, is not complete; train it first, with "
                         "method.student_index=-1")
+    opened = None
+    measured = same_evaluation and processes.on_main((folder / REPORT).is_file)
+    if not measured or not all([complete(run) for mine in runs for run in mine]):
+        opened = _open_evaluation(config, partition, accelerator)
     processes.on_main(lambda: _write(config, folder, partition))
     # -1: the start only.
     chosen = range(partition.count) if only is None else [] if only < 0 else [only]
@@ -84,7 +91,7 @@ def distill_students(config: RunConfig) -> Run:
             _save_untrained(run)
             continue
         processes.on_main(lambda: withdraw_results(folder))
-        done = distill_one(run)
+        done = distill_one(run, None if run is start else opened)
         steps, trained = steps + done.steps, True
         if not done.completed:
             return Run(folder, steps, False, done.interrupted)
@@ -94,7 +101,17 @@ def distill_students(config: RunConfig) -> Run:
         return Run(folder, steps, False, contents=contents)
     reuse = same_evaluation and not trained
     contents = f"flowdistill.json (the manifest), {partition.count} students, samples/, config.yaml"
-    return Run(folder, steps, True, report=_finish(config, partition, accelerator, reuse), contents=contents)
+    report = _finish(config, partition, accelerator, reuse, opened)
+    return Run(folder, steps, True, report=report, contents=contents)
+
+
+def _open_evaluation(config: RunConfig, partition: Partition, accelerator: Accelerator) -> OpenedEvaluation | None:
+    """What all students together will be measured with, and each alone while it trains."""
+    if not config.evaluation.at_end and not config.train.evaluate_every:
+        return None
+    alone = config.train.evaluate_every > 0 and partition.prompts is None and partition.count > 1
+    parts = [partition.labels(part) for part in range(partition.count)] if alone else []
+    return open_run_evaluation(config, load_teacher(config.teacher, device=accelerator.device), accelerator, parts)
 
 
 def is_complete(run: RunConfig) -> bool:
@@ -158,7 +175,9 @@ def _save_untrained(run: RunConfig) -> None:
     Processes.current().on_main(save)
 
 
-def _finish(config: RunConfig, partition: Partition, accelerator: Accelerator, reuse: bool) -> Report | None:
+def _finish(
+    config: RunConfig, partition: Partition, accelerator: Accelerator, reuse: bool, opened: OpenedEvaluation | None
+) -> Report | None:
     """Manifest, samples and report of all students."""
     folder, processes = local_path(config.output_dir), Processes.current()
     device = accelerator.device
@@ -179,7 +198,7 @@ def _finish(config: RunConfig, partition: Partition, accelerator: Accelerator, r
             save_samples(student, folder / FINAL, config.train.num_samples)
 
         processes.on_main(draw)
-    return make_report(config, teacher, accelerator, reuse) if config.evaluation.at_end else None
+    return make_report(config, teacher, accelerator, reuse, opened) if config.evaluation.at_end else None
 
 
 # --- their configurations

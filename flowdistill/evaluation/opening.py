@@ -1,0 +1,84 @@
+"""What a run will be measured with, opened before its training: nothing of it fails after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowdistill.config import EvaluationConfig
+from flowdistill.evaluation.evaluate import prompt_conditions, student_sampler, teacher_sampler
+from flowdistill.evaluation.evaluator import Evaluator
+from flowdistill.evaluation.generation import Sampler, balanced_labels
+from flowdistill.evaluation.reference import Reference
+from flowdistill.students import Student
+from flowdistill.teachers import Teacher
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import indexed_noise
+
+
+@dataclass(frozen=True)
+class OpenedEvaluation:
+    """An ``evaluation`` section that was found to work with a teacher.
+
+    Attributes:
+        settings: the section.
+        reference: its statistics, so that nobody computes them again; None where none is set.
+        image: one of the teacher's, (1, C, H, W).
+    """
+
+    settings: EvaluationConfig
+    reference: Reference | None
+    image: Tensor
+
+    def check_student(self, student: Student) -> None:
+        """Draw one image as the evaluation of a student will, trained or not.
+
+        Raises:
+            UserError: the student cannot be sampled at ``evaluation.guidance_scale``, or makes other images.
+        """
+        made = _one_image(student, student_sampler(student, self.settings.guidance_scale))
+        if made.shape != self.image.shape:
+            raise UserError(f"the student makes images of shape {tuple(made.shape[1:])}, and its teacher of shape "
+                            f"{tuple(self.image.shape[1:])}")
+
+
+def open_evaluation(
+    settings: EvaluationConfig,
+    teacher: Teacher,
+    device: torch.device | str | None = None,
+    parts: Iterable[Sequence[int]] = (),
+) -> OpenedEvaluation:
+    """Open features, reference and metrics, and draw and look at one image as the evaluation will.
+
+    All processes must call it together. The feature network is freed again; the reference's statistics are made here
+    where no cache has them.
+
+    Args:
+        parts: class labels of each student that will be measured alone, against images of these only.
+
+    Raises:
+        UserError: a part that is unknown, missing, damaged or does not fit another one.
+    """
+    evaluator = Evaluator(settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
+                          device=device, progress=False)
+    scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
+    evaluator.check_image(image)
+    for count in settings.pipeline_steps:
+        teacher.pipeline_calls(count)
+    own = None if teacher.classes is None else teacher.classes.own
+    if evaluator.reference is not None:
+        for labels in [*parts, *([] if own is None else [own])]:
+            evaluator.reference.of(labels)
+    return OpenedEvaluation(settings, evaluator.reference, image)
+
+
+@torch.no_grad()
+def _one_image(model: Teacher | Student, sampler: Sampler) -> Tensor:
+    prompts = prompt_conditions(model)
+    own = None if model.classes is None else model.classes.own
+    given = balanced_labels([0], model.num_classes, own) if prompts is None else prompts(range(1))
+    return sampler(indexed_noise(tuple(model.shape), 0, [0]), given).cpu()
