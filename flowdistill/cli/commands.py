@@ -256,6 +256,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         device=_device(args.device),
         weights=args.weights,
         prompts=args.prompts,
+        fresh=args.fresh,
     )
     if _is_main():
         print(report)
@@ -444,6 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
+    evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")

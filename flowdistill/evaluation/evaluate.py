@@ -18,6 +18,7 @@ from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
+from flowdistill.evaluation.kept_rows import TeacherIdentity
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.features.extractor import FEATURES, FeatureExtractor
@@ -73,6 +74,7 @@ def evaluate(
     weights: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     prompts: str | os.PathLike | None = None,
+    fresh: bool = False,
     progress: bool = True,
 ) -> Report:
     """Measure a teacher at several step counts and its student at each number of calls, on the same noise and labels.
@@ -93,7 +95,8 @@ def evaluate(
         teacher: of a live student or of a student folder whose teacher is not where it was.
         device: of the models and features; default: the GPU when there is one, for live objects where they are.
         weights: local Inception weights; see ``load_features``.
-        cache_dir: of reference statistics; see ``load_reference``.
+        cache_dir: of reference statistics, see ``load_reference``, and of a teacher's rows.
+        fresh: measure a teacher's rows again, though they are in the cache.
         prompts: of text-to-image models, a file that is gone through in turn; default: the prompts of the training.
 
     Returns:
@@ -146,6 +149,7 @@ def evaluate(
         device=place,
         weights=weights,
         cache_dir=cache_dir,
+        fresh=fresh,
         progress=progress,
     )
     report = evaluate_models(
@@ -262,15 +266,18 @@ def _use_prompts(model: Teacher | Student, prompts: PromptList) -> None:
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
     scale, solver = settings["guidance_scale"], settings["solver"]
     teacher = subject.teacher
+    known = None if teacher is None else TeacherIdentity(teacher)
     steps, own = (list(settings[key]) for key in ("teacher_steps", "pipeline_steps"))
     for key, counts in (("teacher_steps", steps), ("pipeline_steps", own)):
         if any(count < 1 for count in counts):
             raise UserError(f"a teacher is sampled with at least 1 step; {key} is {counts}")
     models: list[tuple[str, int, Sampler]] = []
-    if teacher is not None:
-        models += [("teacher", network_calls(solver, count), teacher_sampler(teacher, count, solver, scale))
+    if teacher is not None and known is not None:
+        models += [("teacher", network_calls(solver, count),
+                    known.known(teacher_sampler(teacher, count, solver, scale), "teacher", count, solver, scale))
                    for count in steps]
-        models += [("pipeline", teacher.pipeline_calls(count), pipeline_sampler(teacher, count, scale))
+        models += [("pipeline", teacher.pipeline_calls(count),
+                    known.known(pipeline_sampler(teacher, count, scale), "pipeline", count, known.scheduler(), scale))
                    for count in own]
     if subject.student is not None:
         models += [("student", calls, student_sampler(subject.student, scale, calls))

@@ -15,12 +15,14 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import what_is_missing
 from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, check_size, collect
-from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generate
+from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate
+from flowdistill.evaluation.kept_rows import VERSION, KeptRows, KnownSampler
 from flowdistill.evaluation.metrics import METRICS, MeasuredImages, all_metrics
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
@@ -45,7 +47,8 @@ class Evaluator:
         own: class labels that the models make, where these are not all: images and reference have these only.
         owner: part of each class label, for the FID of each part.
         weights: local Inception weights, see ``load_features``.
-        cache_dir: of reference statistics, see ``load_reference``.
+        cache_dir: of reference statistics, see ``load_reference``, and of rows of known samplers.
+        fresh: measure such rows again, though they are in the cache.
         progress: show on standard error what is measured: a bar on a terminal, else a line before each measurement.
 
     Raises:
@@ -70,6 +73,7 @@ class Evaluator:
         device: torch.device | str | None = None,
         weights: str | os.PathLike | None = None,
         cache_dir: str | os.PathLike | None = None,
+        fresh: bool = False,
         progress: bool = True,
     ) -> None:
         check_num_images(num_images)
@@ -77,6 +81,8 @@ class Evaluator:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.num_images, self.seed, self.batch_size = num_images, seed, batch_size
         self.own, self.owner, self.progress = own, owner, progress
+        self.fresh, self._cache_dir = fresh, cache_dir
+        self._read: list[tuple[Row, str]] = []
         self.extractor = self.reference = None
         self.missing = what_is_missing(features is None, reference is None)
         kinds = all_metrics() if metrics is None else [METRICS.get(name) for name in metrics]
@@ -105,27 +111,37 @@ class Evaluator:
             name, calls: what the row says of the model and of its network calls an image.
         """
         processes = Processes.current()
+        at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
+        key = self._key(sampler, tuple(shape), num_classes, condition)
+        kept = None if key is None or self.fresh else processes.on_main(lambda: self.kept_rows.find(key))
+        if kept is None:
+            row = self._measure(sampler, shape, num_classes, name, calls, at, condition)
+        else:
+            if self.progress and processes.is_main and not on_terminal():
+                say(f"the {name}{at} is known: {kept}")
+            row = kept.row
+            row.model, row.calls = name, calls
+            if row.images_per_second is None:
+                drawn = self._generate(sampler, shape, self._few, num_classes, f"{name}{at}", condition)
+                row.images_per_second = _speed([(len(batch.indices), batch.seconds) for batch in drawn], processes)
+            self._read.append((row, f"{name}{at}: {kept}"))
+        if key is not None and row.figures and (kept is None or kept.shipped):
+            made = None if kept is None else kept.made
+            processes.on_main(lambda: self.kept_rows.keep(key, row, self.batch_size, made))
+        return row
+
+    def _measure(
+        self, sampler: Sampler, shape: Sequence[int], num_classes: int | None, name: str, calls: int | None, at: str,
+        condition: Callable[[range], Condition | None] | None,
+    ) -> Row:
+        processes, total = Processes.current(), self.drawn
         broken = torch.zeros((), dtype=torch.int64)
         timed: list[tuple[int, float]] = []
         wanted = self._prompt_labels(getattr(condition, "prompts", None))
-        at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
-        total = self.drawn
         self._announce(f"the {name}{at}", total)
 
         def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
-            made = generate(
-                sampler,
-                shape,
-                total,
-                self.seed,
-                self.batch_size,
-                num_classes=num_classes,
-                own=self.own,
-                condition=condition,
-                description=f"{name}{at}",
-                progress=self.progress,
-            )
-            for batch in made:
+            for batch in self._generate(sampler, shape, total, num_classes, f"{name}{at}", condition):
                 timed.append((len(batch.indices), batch.seconds))
                 finite = batch.images.isfinite().flatten(1).all(dim=1)
                 broken.add_((~finite).sum().cpu())
@@ -138,11 +154,7 @@ class Evaluator:
                 pass
         else:
             collected = collect(batches(), self.extractor, total, processes, self._size)
-        # The first batch pays for compilation, autotuning and caches, unless it is the only one.
-        steady = timed[1:] or timed
-        rate = sum(count for count, _ in steady) / max(sum(seconds for _, seconds in steady), 1e-9) if steady else 0.0
-        speed = float(processes.sum(torch.tensor(rate, dtype=torch.float64)))
-        num_broken = int(processes.sum(broken))
+        speed, num_broken = _speed(timed, processes), int(processes.sum(broken))
         if num_broken:
             warnings.warn(
                 f"{num_broken} of {total} images of {name!r} are not finite, so nothing is measured on them",
@@ -155,11 +167,42 @@ class Evaluator:
         classes = labels if wanted is None else wanted[torch.arange(total) % len(wanted)]
         return processes.on_main(lambda: self._row(found, labels, name, calls, speed, classes))
 
+    def _generate(
+        self, sampler: Sampler, shape: Sequence[int], total: int, num_classes: int | None, description: str,
+        condition: Callable[[range], Condition | None] | None,
+    ) -> Iterator[Batch]:
+        return generate(sampler, shape, total, self.seed, self.batch_size, num_classes=num_classes, own=self.own,
+                        condition=condition, description=description, progress=self.progress)
+
+    def _key(
+        self, sampler: Sampler, shape: tuple[int, ...], num_classes: int | None, condition: object
+    ) -> str | None:
+        """What decides a row of a sampler that is known; None where something has no hash."""
+        extractor, reference = self.extractor, self.reference
+        listed = condition is None or hasattr(condition, "prompts")  # those are part of the teacher's identity
+        if not isinstance(sampler, KnownSampler) or extractor is None or extractor.hash is None or not listed:
+            return None
+        facts = [VERSION, sampler.identity(), self.num_images, self.seed, shape, num_classes, self.own, self.owner,
+                 extractor.hash, extractor.resize, extractor.channels, extractor.mode,
+                 None if reference is None else reference.identity(),
+                 sorted((metric.name, metric.version) for metric in self.metrics)]
+        return json_sha256(facts)
+
+    @cached_property
+    def kept_rows(self) -> KeptRows:
+        """Where rows of known samplers are kept."""
+        assert self.extractor is not None
+        return KeptRows(self._cache_dir, self.extractor.device)
+
+    @property
+    def _few(self) -> int:
+        """Images with which a speed is measured."""
+        return min(self.num_images, SPEED_BATCHES * self.batch_size * Processes.current().world)
+
     @property
     def drawn(self) -> int:
         """Images of every measured model, over all processes: few where only their speed is measured."""
-        few = SPEED_BATCHES * self.batch_size * Processes.current().world
-        return self.num_images if self.extractor is not None else min(self.num_images, few)
+        return self._few if self.extractor is None else self.num_images
 
     @property
     def _size(self) -> int | None:
@@ -208,8 +251,12 @@ class Evaluator:
     def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: object) -> Report:
         """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
         total = self.drawn if num_images is None else num_images
+        rows = list(rows)
+        read = [how for row, how in self._read if any(row is one for one in rows)]
+        if read:
+            protocol["rows_not_measured_here"] = read
         return Report(
-            rows=list(rows),
+            rows=rows,
             num_images=total,
             features=None if self.extractor is None else self.extractor.name,
             reference=None if self.reference is None else self.reference.name,
@@ -282,6 +329,14 @@ class Evaluator:
         for metric in self.metrics:
             figures |= metric.measure(images, self._given)
         return Row(name, calls, speed, **figures)
+
+
+def _speed(timed: Sequence[tuple[int, float]], processes: Processes) -> float:
+    """Images a second over all processes, of (images, seconds) of the batches of this one."""
+    # The first batch pays for compilation, autotuning and caches, unless it is the only one.
+    steady = timed[1:] or timed
+    rate = sum(count for count, _ in steady) / max(sum(seconds for _, seconds in steady), 1e-9) if steady else 0.0
+    return float(processes.sum(torch.tensor(rate, dtype=torch.float64)))
 
 
 def evaluate_models(

@@ -25,6 +25,7 @@ from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import atomic_write, cache_folder, in_cache, local_path
+from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.processes import Processes
 
 # Part of every cache key: raise it when the meaning of a stored number changes.
@@ -98,6 +99,16 @@ class Reference:
             first, second = (moments_of(features[rows]) for rows in split_halves(labels, seed))
             floors.append(frechet_distance(first.mean, first.covariance, second.mean, second.covariance))
         return floors
+
+    def identity(self) -> str:
+        """What tells this reference from others: the hash of its images, or of its statistics, and its part."""
+        if self.source_hash is not None:
+            part = None if self.labels is None else sorted(set(self.labels.tolist()))
+            return json_sha256([VERSION, self.source_hash, self.count, part])
+        digest = hashlib.sha256(f"{VERSION} {self.count}".encode())
+        for tensor in (self.mean, self.covariance, self.features, self.labels):
+            digest.update(b"none" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz (complete or absent) that ``load_reference`` and numpy read."""

@@ -126,6 +126,8 @@ class Report:
         measured_with = [f"{what} {name}" for what, name in (("features", self.features), ("reference", self.reference))
                          if name is not None]
         text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]))
+        if self.protocol.get("rows_not_measured_here"):
+            text += ["not measured here:", *(f"  {row}" for row in self.protocol["rows_not_measured_here"])]
         if self.protocol.get("not_measured"):
             text.append(self.protocol["not_measured"])
         for metric in all_metrics():

@@ -84,7 +84,8 @@ def teacher_pairs(
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
             weights, its path, its prompts and these arguments; a damaged file is made anew.
     """
-    key = _key(teacher, count, steps, guidance_scale, seed)
+    facts = [module_sha256(teacher.network), *teacher_facts(teacher, count, steps, guidance_scale, seed)]
+    key = json_sha256(facts)[:32]
     file = local_path(folder or cache_folder("pairs")) / f"{key}.safetensors"
 
     made: list[dict[str, Tensor]] = []
@@ -101,7 +102,8 @@ def teacher_pairs(
     return Pairs(indexed_noise(teacher.shape, seed, range(count)), content["latents"], content.get("labels"))
 
 
-def _key(teacher: Teacher, *settings: float) -> str:
+def teacher_facts(teacher: Teacher, *settings: float | str) -> list[object]:
+    """What decides a teacher's samples besides its weights: its path, its prompts and ``settings``, for a hash."""
     path = teacher.path
     facts: list[object] = [path.scheduler_name, path.kind, path.prediction, path.t_min, path.t_max]
     facts += [*teacher.shape, *settings]
@@ -115,8 +117,7 @@ def _key(teacher: Teacher, *settings: float) -> str:
         facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
     if teacher.guidance_norm is not None:
         facts.append(f"guidance_norm {teacher.guidance_norm}")
-    weights = module_sha256(teacher.network)
-    return json_sha256([weights, *facts])[:32]
+    return facts
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

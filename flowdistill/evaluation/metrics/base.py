@@ -70,6 +70,7 @@ class Metric(ABC):
             by these (``train.stop_when``).
         position: metrics stand in the table in ascending order of this.
         needs_reference: whether the images are compared with others; such a metric is left out without a reference.
+        version: raised when its figures mean something else than before, so that rows that were kept are measured anew.
     """
 
     name: ClassVar[str]
@@ -78,6 +79,7 @@ class Metric(ABC):
     better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {}
     position: ClassVar[int] = 100
     needs_reference: ClassVar[bool] = True
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
