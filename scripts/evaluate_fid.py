@@ -58,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cache", metavar="DIR", help="where reference statistics are kept (default: ~/.cache/flowdistill/statistics)")
     add("--save-reference", metavar="FILE.npz", help="also write the reference's statistics")
     add("--json", metavar="FILE", help="also write the report")
+    add("--more-metrics", default="", metavar="NAME,NAME", help="that are measured only when they are asked for, such "
+        "as frechet_at_infinity")
     add("--no-kid", action="store_true", help="FID only")
     return parser.parse_args(arguments)
 
@@ -107,6 +109,7 @@ def run(options: argparse.Namespace) -> Report | None:
         options.seed,
         options.batch_size,
         metrics=("frechet", "accuracy", "frechet_by_class") if options.no_kid else None,
+        more_metrics=[name for name in options.more_metrics.split(",") if name],
         device=options.device,
         weights=options.weights,
         cache_dir=options.cache,

@@ -256,6 +256,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         device=_device(args.device),
         weights=args.weights,
         prompts=args.prompts,
+        more_metrics=args.more_metrics,
         fresh=args.fresh,
     )
     if _is_main():
@@ -445,6 +446,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
+    evaluate.add_argument("--more-metrics", metavar="NAME,NAME", type=lambda text: text.split(","),
+                          help="measured only when asked for, such as frechet_at_infinity (default: the run's)")
     evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")

@@ -175,6 +175,8 @@ class EvaluationConfig:
                                            "it adds; []: none", at_least=1)
     batch_size: int = option(250, "images of one forward pass", at_least=1)
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
+    more_metrics: list[str] = option([], "metrics that are measured only when they are asked for, such as "
+                                         "frechet_at_infinity")
     at_end: bool = option(True, "measure when training ends and write report.json")
 
     @property

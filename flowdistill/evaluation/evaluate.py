@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "solver": "euler",
     "pipeline_steps": (),
     "guidance_scale": None,
+    "more_metrics": (),
 }
 MUCH_WORSE = 1.5
 """Times the pipeline's FID from which on the report says that the teacher's solver is much worse."""
@@ -74,6 +75,7 @@ def evaluate(
     weights: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     prompts: str | os.PathLike | None = None,
+    more_metrics: Sequence[str] | None = None,
     fresh: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -96,6 +98,7 @@ def evaluate(
         device: of the models and features; default: the GPU when there is one, for live objects where they are.
         weights: local Inception weights; see ``load_features``.
         cache_dir: of reference statistics, see ``load_reference``, and of a teacher's rows.
+        more_metrics: names of metrics that are not measured else; None: as the run says.
         fresh: measure a teacher's rows again, though they are in the cache.
         prompts: of text-to-image models, a file that is gone through in turn; default: the prompts of the training.
 
@@ -127,6 +130,7 @@ def evaluate(
         "solver": solver,
         "pipeline_steps": pipeline_steps,
         "guidance_scale": guidance_scale,
+        "more_metrics": more_metrics,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     settings = {**DEFAULTS, **(subject.settings or {}), **asked}
@@ -149,6 +153,7 @@ def evaluate(
         device=place,
         weights=weights,
         cache_dir=cache_dir,
+        more_metrics=settings["more_metrics"],
         fresh=fresh,
         progress=progress,
     )

@@ -28,6 +28,8 @@ from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.text import JsonObject
 
+FEW = 1_000
+"""Images up to which a report says that they are few."""
 SPEED_BATCHES = 2
 """Batches a process that a model's speed is measured with where nothing else is: one to warm up, one on the clock."""
 
@@ -42,7 +44,9 @@ class Evaluator:
         num_images: images of every measured model, over all processes.
         seed: of the noise, of KID's subsets, and of the samples that precision and recall take.
         batch_size: images in one call of the sampler and of the features; the figures do not depend on it.
-        metrics: names of those to measure (:data:`flowdistill.evaluation.metrics.METRICS`); None for all.
+        metrics: names of those to measure (:data:`flowdistill.evaluation.metrics.METRICS`); None for those that need
+            not be asked for.
+        more_metrics: names of others to measure besides.
         device: of the feature network; default: the GPU when there is one.
         own: class labels that the models make, where these are not all: images and reference have these only.
         owner: part of each class label, for the FID of each part.
@@ -68,6 +72,7 @@ class Evaluator:
         batch_size: int = 250,
         *,
         metrics: Sequence[str] | None = None,
+        more_metrics: Sequence[str] = (),
         own: Sequence[int] | None = None,
         owner: Sequence[int] | None = None,
         device: torch.device | str | None = None,
@@ -85,7 +90,8 @@ class Evaluator:
         self._read: list[tuple[Row, str]] = []
         self.extractor = self.reference = None
         self.missing = what_is_missing(features is None, reference is None)
-        kinds = all_metrics() if metrics is None else [METRICS.get(name) for name in metrics]
+        named = [METRICS.get(name) for name in dict.fromkeys([*(metrics or ()), *more_metrics])]
+        kinds = named if metrics is not None else [kind for kind in all_metrics() if kind.default or kind in named]
         if features is not None:
             self.extractor = load_features(features, device, weights)
         if self.extractor is not None and reference is not None:
@@ -313,9 +319,14 @@ class Evaluator:
             "fid_floors": self.floors,
             "torch": torch.__version__,
         }
+        notes = []
         if reference is not None and min(total, reference.count or total) <= len(reference.mean):
-            protocol["note"] = (f"no more images than features ({len(reference.mean)}): the FID is far above that of "
-                                "many images")
+            notes.append(f"no more images than features ({len(reference.mean)}): the FID is far above that of many "
+                         "images")
+        if reference is not None and total <= FEW:
+            notes.append(f"{total} images are few: FID is higher with fewer images, so compare it with one of as many")
+        if notes:
+            protocol["note"] = "; ".join(notes)
         if self.missing is not None:
             protocol["not_measured"] = self.missing
         return protocol

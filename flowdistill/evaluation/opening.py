@@ -63,7 +63,7 @@ def open_evaluation(
         UserError: a part that is unknown, missing, damaged or does not fit another one.
     """
     evaluator = Evaluator(settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
-                          device=device, progress=False)
+                          more_metrics=settings.more_metrics, device=device, progress=False)
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
     image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
     evaluator.check_image(image)

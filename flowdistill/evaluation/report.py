@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowdistill.evaluation.metrics import all_metrics
+from flowdistill.evaluation.metrics import Column, all_metrics
 from flowdistill.utils.files import atomic_write
 from flowdistill.utils.text import JsonObject, read_json_object
 
@@ -100,13 +100,14 @@ class Report:
     def table(self) -> str:
         """The rows as aligned text, one line a row, ``-`` for what was not measured, then the floor."""
         columns = [column for metric in all_metrics() for column in metric.columns
-                   if metric.position < 100 or any(row.figures.get(column.name) is not None for row in self.rows)]
+                   if metric.default and metric.position < 100
+                   or any(row.figures.get(column.name) is not None for row in self.rows)]
         header = ["model", "calls", *(column.title for column in columns), "images/s"]
         lines = [
             [
                 row.model,
                 _cell(row.calls, "d"),
-                *(_cell(row.figures.get(column.name), column.form, column.scale) for column in columns),
+                *(_figure(row, column) for column in columns),
                 _cell(row.images_per_second, ".1f"),
             ]
             for row in self.rows
@@ -126,6 +127,8 @@ class Report:
         measured_with = [f"{what} {name}" for what, name in (("features", self.features), ("reference", self.reference))
                          if name is not None]
         text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]))
+        if self.protocol.get("note"):
+            text.append(self.protocol["note"])
         if self.protocol.get("rows_not_measured_here"):
             text += ["not measured here:", *(f"  {row}" for row in self.protocol["rows_not_measured_here"])]
         if self.protocol.get("not_measured"):
@@ -143,6 +146,13 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _figure(row: Row, column: Column) -> str:
+    """A figure with its standard deviation, where there is one, without a space: a cell is one word."""
+    value = _cell(row.figures.get(column.name), column.form, column.scale)
+    std = None if column.spread is None else row.figures.get(column.spread)
+    return value if std is None or value == "-" else f"{value}±{_cell(std, column.form, column.scale)}"
 
 
 def _cell(value: float | int | None, form: str, scale: float = 1) -> str:

@@ -113,7 +113,8 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     written = json.loads(path.read_text())
     assert set(written) == {"rows", "num_images", "features", "reference", "seed", "fid_floor", "protocol"}
     columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"} | {
-        "precision", "recall", "per_part_fid", "stored_parameters", "active_parameters"
+        "precision", "recall", "per_part_fid", "stored_parameters", "active_parameters", "fid_std", "kid_std",
+        "precision_std", "recall_std", "accuracy_std", "fid_infinity", "fid_infinity_std",
     }
     assert all(set(row) == columns for row in written["rows"])
     assert (written["num_images"], written["features"], written["reference"], written["seed"]) == (
@@ -188,7 +189,7 @@ def test_without_features_speed_is_measured_and_without_a_reference_what_needs_n
     assert Report.read_json(tmp_path / "report.json") == report
 
     report = flowdistill.evaluate(teacher, 50, teacher_steps=[20], features="digits", progress=False)
-    assert report.rows[0].accuracy > 0.9 and set(report.rows[0].figures) == {"accuracy"}
+    assert report.rows[0].accuracy > 0.9 and set(report.rows[0].figures) == {"accuracy", "accuracy_std"}
     assert "50 images, features digits, seed 0\nnothing is compared with real images: set evaluation.reference" in str(
         report)
     report = flowdistill.evaluate(teacher, 5, teacher_steps=[2], reference="digits", progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowdistill.evaluation.confidence import binomial_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 
@@ -11,12 +12,15 @@ class Accuracy(Metric):
     """Share of images, in [0, 1], that the classifier takes for what was asked for; higher is better."""
 
     name = "accuracy"
-    figures = ("accuracy",)
-    columns = (Column("accuracy", "accuracy", ".2%"),)
+    figures = ("accuracy", "accuracy_std")
+    columns = (Column("accuracy", "accuracy", ".2%", spread="accuracy_std"),)
     better = {"accuracy": "higher"}
     position = 40
     needs_reference = False
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         collected = images.collected
-        return {} if collected.matches is None else {"accuracy": collected.matches / collected.judged}
+        if collected.matches is None:
+            return {}
+        share = collected.matches / collected.judged
+        return {"accuracy": share, "accuracy_std": binomial_std(share, collected.judged)}

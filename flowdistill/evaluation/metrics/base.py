@@ -32,12 +32,14 @@ class Column:
         title: head of the column.
         form: how a value is written, as ``format`` takes it.
         scale: what a value is multiplied by in the table.
+        spread: key of its standard deviation, which stands behind it; None for a figure without one.
     """
 
     name: str
     title: str
     form: str = ".3f"
     scale: float = 1.0
+    spread: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class MeasuredImages:
     owner: Sequence[int] | None = None
     seed: int = 0
 
+    @property
+    def kept_classes(self) -> Tensor | None:
+        """The classes of the images whose features were kept, int64 (K,)."""
+        return None if self.classes is None else self.classes[self.collected.indices]
+
 
 class Metric(ABC):
     """One file, one metric: it is made once for an evaluation and measures every row of the table.
@@ -70,6 +77,7 @@ class Metric(ABC):
             by these (``train.stop_when``).
         position: metrics stand in the table in ascending order of this.
         needs_reference: whether the images are compared with others; such a metric is left out without a reference.
+        default: whether it is measured without being asked for by name.
         version: raised when its figures mean something else than before, so that rows that were kept are measured anew.
     """
 
@@ -79,6 +87,7 @@ class Metric(ABC):
     better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {}
     position: ClassVar[int] = 100
     needs_reference: ClassVar[bool] = True
+    default: ClassVar[bool] = True
     version: ClassVar[int] = 1
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flowdistill.evaluation.confidence import STATED, frechet_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference
@@ -13,8 +14,8 @@ class Frechet(Metric):
     """Distance of the Gaussians of the two sets' features; lower is better."""
 
     name = "frechet"
-    figures = ("fid",)
-    columns = (Column("fid", "FID"),)
+    figures = ("fid", "fid_std")
+    columns = (Column("fid", "FID", spread="fid_std"),)
     better = {"fid": "lower"}
     position = 10
 
@@ -22,7 +23,9 @@ class Frechet(Metric):
         moments = images.collected.moments
         if moments.count < 2:
             return {}
-        return {"fid": frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)}
+        both = moments.mean, moments.covariance, reference.mean, reference.covariance
+        std = frechet_std(images.collected.features, *both, moments.count, images.kept_classes)
+        return {"fid": frechet_distance(*both), "fid_std": std}
 
     def protocol(self, reference: Reference) -> JsonObject:
-        return {"fid": "float64 moments, unbiased covariances"}
+        return {"fid": "float64 moments, unbiased covariances", "confidence": STATED}

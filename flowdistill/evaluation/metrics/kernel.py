@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from flowdistill.evaluation.confidence import mean_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.randomness import seed_torch
@@ -30,8 +32,8 @@ class Kernel(Metric):
     """Squared maximum mean discrepancy with a cubic kernel; lower is better, and below 0 by chance or by copying."""
 
     name = "kernel"
-    figures = ("kid",)
-    columns = (Column("kid", "KID x 1000", scale=1000.0),)
+    figures = ("kid", "kid_std")
+    columns = (Column("kid", "KID x 1000", scale=1000.0, spread="kid_std"),)
     better = {"kid": "lower"}
     position = 20
 
@@ -39,12 +41,14 @@ class Kernel(Metric):
         collected = images.collected
         if reference.features is None:
             return {}
-        distance = kernel_distance(collected.features, reference.features, images.seed)
-        if distance is None:
+        found = _subsets_distance(collected.features, reference.features, images.seed)
+        if found is None:
             return {}
+        distance, subsets_std = found
         own = 0.0 if images.classes is None else evenness_term(collected.features, images.classes, collected.indices)
         theirs = 0.0 if reference.labelled is None else evenness_term(*reference.labelled)
-        return {"kid": distance + own + theirs}
+        std = _std(collected.features, reference.features, collected.moments.count, images.kept_classes)
+        return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std)}
 
     def protocol(self, reference: Reference) -> JsonObject:
         copies = None
@@ -79,6 +83,12 @@ def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float
     Returns:
         The estimate, which may be negative; None with fewer than two samples on a side.
     """
+    found = _subsets_distance(features, reference, seed)
+    return None if found is None else found[0]
+
+
+def _subsets_distance(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float] | None:
+    """The estimate, and its standard deviation over other choices of the same number of subsets."""
     size = min(len(features), len(reference), SUBSET_SIZE)
     if size < 2:
         return None
@@ -94,7 +104,30 @@ def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float
     metric.update(features.float().cpu(), real=False)
     with torch.random.fork_rng(devices=[]):
         seed_torch(seed)
-        return float(metric.compute()[0])
+        mean, std = metric.compute()
+    return float(mean), 0.0 if subsets == 1 else float(std) / subsets**0.5
+
+
+def _std(features: Tensor, reference: Tensor, count: int, classes: Tensor | None) -> float:
+    """Standard deviation of the squared MMD of all of ``count`` images, of which ``features`` (K, D) are some.
+
+    An image's influence is twice its mean kernel with the other images, less that with the reference.
+    """
+    rows = torch.arange(len(features))
+    if len(features) > MOST_ROWS:
+        rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_ROWS]
+    if len(reference) > MOST_ROWS:
+        reference = reference[torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))[:MOST_ROWS]]
+    ours, theirs = features[rows].double().cpu(), reference.double().cpu()
+    own = _kernel(ours, ours)
+    others = (own.sum(dim=1) - own.diagonal()) / (len(ours) - 1)
+    influence = 2 * (others - _kernel(ours, theirs).mean(dim=1))
+    return mean_std(influence, count, None if classes is None else classes[rows])
+
+
+def _kernel(ours: Tensor, theirs: Tensor) -> Tensor:
+    """(N, M), of features (N, D) and (M, D)."""
+    return (ours @ theirs.T / ours.shape[1] + 1).pow(3)
 
 
 def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) -> float:
@@ -160,6 +193,6 @@ def _mean_kernel(features: Tensor) -> float:
     if len(features) > MOST_ROWS:
         features = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_ROWS]]
     features = features.double().cpu()
-    kernel = (features @ features.T / features.shape[1] + 1).pow(3)
+    kernel = _kernel(features, features)
     count = len(features)
     return ((kernel.sum() - kernel.trace()) / (count * (count - 1))).item()

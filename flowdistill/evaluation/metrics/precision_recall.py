@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowdistill.evaluation.confidence import binomial_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.randomness import generator_of
@@ -20,8 +21,10 @@ class PrecisionRecall(Metric):
     """Precision and recall, in [0, 1]; higher is better. Recall falls when a student drops modes."""
 
     name = "precision_recall"
-    figures = ("precision", "recall")
-    columns = (Column("precision", "precision"), Column("recall", "recall"))
+    figures = ("precision", "precision_std", "recall", "recall_std")
+    columns = (
+        Column("precision", "precision", spread="precision_std"), Column("recall", "recall", spread="recall_std"),
+    )
     better = {"precision": "higher", "recall": "higher"}
     position = 30
 
@@ -29,7 +32,11 @@ class PrecisionRecall(Metric):
         if reference.features is None:
             return {}
         found = precision_recall(images.collected.features, reference.features, seed=images.seed)
-        return {} if found is None else {"precision": found[0], "recall": found[1]}
+        if found is None:
+            return {}
+        size = compared(images.collected.features, reference.features)
+        stds = [binomial_std(share, size) for share in found]
+        return {"precision": found[0], "precision_std": stds[0], "recall": found[1], "recall_std": stds[1]}
 
     def protocol(self, reference: Reference) -> JsonObject:
         return {"precision_recall": f"k = {NEIGHBOURS}, as many samples as the reference has, at most {MOST_SAMPLES}"}
@@ -53,13 +60,18 @@ def precision_recall(
     Returns:
         (precision, recall) in [0, 1]; None with k or fewer points on a side.
     """
-    size = min(len(features), len(reference), MOST_SAMPLES)
+    size = compared(features, reference)
     if size <= neighbours:
         return None
     ours, theirs = (_subsample(points, size, seed) for points in (features, reference))
     # Equal points differ by rounding when the distance is |a|^2 + |b|^2 - 2 a.b; this much does not count.
     slack = 1e-12 * float(torch.cat([ours, theirs]).square().sum(dim=1).max())
     return _inside(ours, theirs, neighbours, slack), _inside(theirs, ours, neighbours, slack)
+
+
+def compared(features: Tensor, reference: Tensor) -> int:
+    """Points of either set that are compared, of (N, D) and (M, D)."""
+    return min(len(features), len(reference), MOST_SAMPLES)
 
 
 def _subsample(points: Tensor, size: int, seed: int) -> Tensor:
