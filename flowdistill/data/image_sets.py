@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -20,6 +19,9 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.randomness import mixed_seed
+
+MOST_WORKERS = 8
+"""Threads that read pictures; the figures do not depend on their number."""
 
 
 class ImageSet(Protocol):
@@ -34,8 +36,11 @@ class ImageSet(Protocol):
     def hash(self) -> str:
         """Changes when the images change; starts with what was hashed."""
 
-    def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
-        """The images of ``span`` as lists of uint8 (C, H, W), with their indices."""
+    def batches(
+        self, span: range, batch_size: int, channels: int | None, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """The images of ``span`` as lists of uint8 (C, H, W), with their indices; ``then``: each image as this
+        function returns it."""
 
 
 class NamedImages:
@@ -59,9 +64,12 @@ class NamedImages:
             digest.update(self.labels.contiguous().numpy().tobytes())
         return f"pixels and labels {digest.hexdigest()}"
 
-    def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
+    def batches(
+        self, span: range, batch_size: int, channels: int | None, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[range, list[Tensor]]]:
         for indices in batches_of(span, batch_size):
-            yield indices, list(self.images[indices.start : indices.stop])
+            images = self.images[indices.start : indices.stop]
+            yield indices, list(images if then is None else map(then, images))
 
 
 class FolderImages:
@@ -116,26 +124,42 @@ class FolderImages:
             digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return f"names, sizes and times {digest.hexdigest()}"
 
-    def batches(self, span: range, batch_size: int, channels: int | None) -> Iterator[tuple[range, list[Tensor]]]:
-        """``channels``: 1 reads grey images, also where they are stored in RGB; 3 reads every image as RGB, None as
-        it is stored, grey or RGB.
+    def batches(
+        self, span: range, batch_size: int, channels: int | None, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[range, list[Tensor]]]:
+        """Each image is read, and passed through ``then``, by one of several threads, and the next batch while a batch
+        is in use.
+
+        ``channels``: 1 reads every image as grey, 3 as RGB, None as it is stored, grey or RGB.
 
         Raises:
-            UserError: a picture that cannot be read, or one in colour where grey is asked for.
+            UserError: a picture that cannot be read, or that ``then`` refuses.
         """
-        read = _read_grey if channels == 1 else functools.partial(read_picture, channels=channels)
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for indices in batches_of(span, batch_size):
-                yield indices, list(pool.map(lambda index: read(self.paths[index]), indices))
+
+        def one(index: int) -> Tensor:
+            image = read_picture(self.paths[index], channels)
+            try:
+                return image if then is None else then(image)
+            except UserError as error:
+                raise UserError(f"{self.paths[index]}: {error}") from error
+
+        with ThreadPoolExecutor(max_workers=min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+            begun: deque[tuple[range, list[Future[Tensor]]]] = deque()
+            try:
+                for indices in batches_of(span, batch_size):
+                    begun.append((indices, [pool.submit(one, index) for index in indices]))
+                    if len(begun) > 1:
+                        yield _finished(begun.popleft())
+                while begun:
+                    yield _finished(begun.popleft())
+            finally:
+                for _, images in begun:  # of a reader that was closed, or of a picture that cannot be read
+                    for image in images:
+                        image.cancel()
 
 
-def _read_grey(path: Path) -> Tensor:
-    """A picture without colours, uint8 (1, H, W): whoever reads one channel would not see them."""
-    picture = read_picture(path)
-    if len(picture) > 1 and not all(torch.equal(channel, picture[0]) for channel in picture[1:]):
-        raise UserError(f"{path} is in colour, and the features read grey images (1 channel) only; name features that "
-                        "read colours, such as inception")
-    return picture[:1]
+def _finished(batch: tuple[range, list[Future[Tensor]]]) -> tuple[range, list[Tensor]]:
+    return batch[0], [image.result() for image in batch[1]]
 
 
 def batches_of(span: range, batch_size: int) -> Iterator[range]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.moments import Moments
-from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.features.extractor import AT_ONCE, FeatureExtractor, Prepared
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
 
@@ -45,6 +47,45 @@ def kept_rows(total: int, size: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+FAINT = 16
+"""Levels that the channels of a grey picture may differ by: lossy formats are not exact."""
+
+Images = Tensor | Sequence[Tensor] | Prepared
+
+
+def stored_batches(
+    images: ImageSet, span: range, batch_size: int, extractor: FeatureExtractor
+) -> Iterator[tuple[range, Images, Tensor | None]]:
+    """Stored images with their indices and labels, read ahead; resized where they are read if the processor does it.
+
+    Raises:
+        UserError: a picture that cannot be read, or one in colour for features that do not see any.
+    """
+    ahead = extractor.resizes_on_cpu
+    if extractor.channels == 1:
+        parts = images.batches(span, batch_size, None, functools.partial(_grey, extractor))
+        ahead = False
+    else:
+        parts = images.batches(span, min(batch_size, AT_ONCE) if ahead else batch_size, extractor.channels,
+                               extractor.prepare_one if ahead else None)
+    labels = images.labels
+    for indices, part in parts:
+        known = None if labels is None else labels[indices.start : indices.stop]
+        yield indices, Prepared(torch.stack(part)) if ahead else part, known
+
+
+def _grey(extractor: FeatureExtractor, image: Tensor) -> Tensor:
+    """A picture (C, H, W) as grey, uint8 (1, H, W), by the weights that Pillow takes."""
+    if len(image) == 1:
+        return image
+    levels = image.int()
+    if (levels.amax(dim=0) - levels.amin(dim=0)).max() > FAINT:
+        raise UserError(f"the picture is in colour, and the features {extractor.name!r} read grey (1 channel); name "
+                        "features that read colours, such as inception")
+    red, green, blue = levels
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
+
+
 def check_size(features: Tensor, extractor: FeatureExtractor, size: int | None) -> None:
     """Refuse ``features`` (B, D) of another size than the reference's; None: of any size.
 
@@ -59,7 +100,7 @@ def check_size(features: Tensor, extractor: FeatureExtractor, size: int | None) 
 
 
 def collect(
-    batches: Iterable[tuple[range, Tensor | Sequence[Tensor], Tensor | None]],
+    batches: Iterable[tuple[range, Images, Tensor | None]],
     extractor: FeatureExtractor,
     total: int,
     processes: Processes | None = None,

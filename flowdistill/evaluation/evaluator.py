@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import what_is_missing
 from flowdistill.data.image_sets import ImageSet
-from flowdistill.evaluation.collect import Collected, check_size, collect
+from flowdistill.evaluation.collect import Collected, check_size, collect, stored_batches
 from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate
 from flowdistill.evaluation.kept_rows import VERSION, KeptRows, KnownSampler
 from flowdistill.evaluation.metrics import METRICS, MeasuredImages, all_metrics
@@ -246,11 +246,8 @@ class Evaluator:
             raise UserError(f"the images {name} cannot be measured without features; name some")
         processes = Processes.current()
         self._announce(name, len(images))
-        parts = images.batches(processes.span(len(images)), self.batch_size, self.extractor.channels)
         labels = images.labels
-        batches = (
-            (indices, part, None if labels is None else labels[indices.start : indices.stop]) for indices, part in parts
-        )
+        batches = stored_batches(images, processes.span(len(images)), self.batch_size, self.extractor)
         collected = collect(batches, self.extractor, len(images), processes, self._size)
         return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowdistill.data import IMAGE_SETS, split_halves
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
-from flowdistill.evaluation.collect import collect
+from flowdistill.evaluation.collect import collect, stored_batches
 from flowdistill.evaluation.moments import Moments, frechet_distance
 from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import WORD, UserError, listed, shown
@@ -178,8 +178,8 @@ def load_reference(
     cached = processes.on_main(lambda: _read_cache(path, images, extractor))
     if cached is not None:
         return replace(cached, left_out=images.left_out)
-    span = processes.span(len(images))
-    batches = ((indices, part, None) for indices, part in images.batches(span, batch_size, extractor.channels))
+    stored = stored_batches(images, processes.span(len(images)), batch_size, extractor)
+    batches = ((indices, part, None) for indices, part, _ in stored)  # nobody asks how many the classifier gets right
     collected = collect(batches, extractor, len(images), processes)
     made = Reference(
         name=images.name,

@@ -28,8 +28,20 @@ INCEPTION_SIZE = 299
 WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
 
 NO_RESIZE = "none"
+AT_ONCE = 32
+"""Images of one size that are prepared together: in double precision, 250 large ones would take gigabytes."""
 FEATURES = ("digits", "shapes", "inception")
 """Names of feature extractors; every other text is a path."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images as an extractor's network reads them, float32 (B, C, H, W), on any device."""
+
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass
@@ -64,7 +76,7 @@ class FeatureExtractor:
         self.mode = self.mode or self.name
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def __call__(self, images: Tensor | Sequence[Tensor] | Prepared) -> Tensor:
         """Features, float32 (B, D), of uint8 images (B, C, H, W), or of B images (C, H, W) of different sizes.
 
         Raises:
@@ -73,9 +85,18 @@ class FeatureExtractor:
         return self._run(self.network, images)
 
     @torch.no_grad()
-    def classify(self, images: Tensor | Sequence[Tensor]) -> Tensor | None:
+    def classify(self, images: Tensor | Sequence[Tensor] | Prepared) -> Tensor | None:
         """Most likely class, int64 (B,), of each image; None when the extractor is no classifier."""
         return None if self.classifier is None else self._run(self.classifier, images).argmax(dim=1)
+
+    @property
+    def resizes_on_cpu(self) -> bool:
+        """Whether images are resized by the processor, which whoever reads files does beside the network."""
+        return self.resize != NO_RESIZE and self.device.type == "cpu"
+
+    def prepare_one(self, image: Tensor) -> Tensor:
+        """One uint8 image (C, H, W) as the network reads it, float32 (C, H, W), the same bits as in any batch."""
+        return self.prepare(self._checked(image.unsqueeze(0)))[0]
 
     def check_channels(self, channels: int) -> None:
         """Refuse images of this number of channels where the network does not read them; grey passes for colour.
@@ -86,7 +107,7 @@ class FeatureExtractor:
         if self.channels not in (None, channels) and (self.channels, channels) != (3, 1):
             raise UserError(f"the features {self.name!r} read images of {self.channels} channel(s), not {channels}")
 
-    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor | Sequence[Tensor]) -> Tensor:
+    def _run(self, network: Callable[[Tensor], Tensor], images: Tensor | Sequence[Tensor] | Prepared) -> Tensor:
         ready = self._ready(images)
         # Mixed precision of the surrounding training and TF32 convolutions would change the figure with the machine.
         precise = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -100,10 +121,15 @@ class FeatureExtractor:
             raise UserError(f"the features {self.name!r} cannot be taken of images of shape {shape}: "
                             f"{reason[-1]}") from error
 
-    def _ready(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def _ready(self, images: Tensor | Sequence[Tensor] | Prepared) -> Tensor:
+        if isinstance(images, Prepared):
+            return images.images.to(self.device, non_blocking=True)
         if isinstance(images, Tensor):
             return self.prepare(self._checked(images))
-        if self.resize == NO_RESIZE and len({tuple(image.shape) for image in images}) > 1:
+        if len({tuple(image.shape) for image in images}) == 1:
+            parts = [images[start : start + AT_ONCE] for start in range(0, len(images), AT_ONCE)]
+            return torch.cat([self.prepare(self._checked(torch.stack(list(part)))) for part in parts])
+        if self.resize == NO_RESIZE:
             raise UserError(f"the images differ in size or channels, and the features {self.name!r} do not resize")
         return torch.cat([self.prepare(self._checked(image.unsqueeze(0))) for image in images])
 

@@ -1,5 +1,6 @@
 """Features by name, by file and by module; reference statistics and their cache."""
 
+import time
 import warnings
 
 import numpy as np
@@ -13,9 +14,15 @@ from flowdistill.data.image_sets import FolderImages
 from flowdistill.data.pictures import read_picture
 from flowdistill.evaluation import Evaluator, Reference, frechet_distance, load_reference
 from flowdistill.features import load_features
-from flowdistill.features.extractor import INCEPTION_FILE, INCEPTION_SHA256, INCEPTION_URL, clean_resize
+from flowdistill.features.extractor import (
+    INCEPTION_FILE,
+    INCEPTION_SHA256,
+    INCEPTION_URL,
+    FeatureExtractor,
+    clean_resize,
+)
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.images import to_uint8
+from flowdistill.utils.images import save_images, to_uint8
 
 
 class Pool(nn.Module):
@@ -261,3 +268,57 @@ def test_floor_is_the_distance_of_halves():
     )
     far = frechet_distance(noise.mean(0), noise.T.cov(), *whole)
     assert 0 < max(floors) < far / 20
+
+
+class Slow(nn.Module):
+    """Features that wait until all images of the next batch have been read."""
+
+    def __init__(self, read: list[object], ahead: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.read, self.ahead, self.seen = read, ahead, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        end = time.monotonic() + 10
+        while len(self.read) < min(self.seen + self.ahead, 20) and time.monotonic() < end:
+            time.sleep(0.001)
+        assert len(self.read) >= min(self.seen + self.ahead, 20), f"{self.seen} seen, {len(self.read)} read"
+        return images.flatten(1)[:, :4]
+
+
+def test_pictures_are_read_beside_the_network(tmp_path, monkeypatch):
+    save_images(load_digits()[0][:20], tmp_path / "images")
+    read: list[object] = []
+
+    def counted(path, channels=None):
+        picture = read_picture(path, channels)
+        read.append(path)
+        return picture
+
+    monkeypatch.setattr("flowdistill.data.image_sets.read_picture", counted)
+    load_reference(tmp_path / "images", load_features(Slow(read, 5), "cpu"), tmp_path / "cache", batch_size=5)
+    assert len(read) == 20
+
+
+@pytest.mark.parametrize("sizes", [(40,), (40, 30, 64)])
+def test_figures_are_the_same_bits_for_any_number_of_workers(tmp_path, monkeypatch, sizes):
+    """As they are of the same images from memory; the features resize."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(70):
+        size = sizes[number % len(sizes)]
+        image = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(image.numpy()).save(tmp_path / "images" / f"{number:03}.png")
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 5, stride=9), nn.SiLU(), nn.AdaptiveAvgPool2d(1)).requires_grad_(False)
+    extractor = FeatureExtractor("small", "its hash", layers, clean_resize, "299x299", channels=3)
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr("flowdistill.data.image_sets.MOST_WORKERS", workers)
+        found.append(load_reference(tmp_path / "images", extractor, tmp_path / f"cache {workers}", batch_size=50))
+    one, three = found
+    assert torch.equal(one.mean, three.mean) and torch.equal(one.covariance, three.covariance)
+    images = [read_picture(path, 3) for path in sorted((tmp_path / "images").iterdir())]
+    in_memory = torch.cat([extractor(images[start : start + 32]) for start in range(0, 70, 32)])
+    assert torch.equal(one.features, in_memory)

@@ -75,7 +75,7 @@ CASES = {
     "statistics that are not there": (["evaluation.reference=PLACE/none.npz"], "do not exist"),
     "reference of another size": (["evaluation.reference=digits:PLACE/three.npz"], "64 numbers .* the reference has 3"),
     "reference of other features": (["evaluation.reference=PLACE/others.npz"], "made with other features"),
-    "reference of images in colour": (["evaluation.reference=PLACE/one in colour"], "9.png is in colour, and the feat"),
+    "reference of images in colour": (["evaluation.reference=PLACE/one in colour"], "9.png: the picture is in colour"),
     "reference with a damaged image": (["evaluation.reference=PLACE/damaged"], "000007.png cannot be read"),
     "guidance that the student does not take": (["evaluation.guidance_scale=3"], "guidance_scale"),
 }
