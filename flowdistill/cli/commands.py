@@ -231,17 +231,18 @@ def _only_for_pipelines(args: argparse.Namespace, *names: str) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from flowdistill.evaluation import evaluate
 
-    model: str | Teacher = args.model
+    models: list[str | Teacher] = list(args.model)
     if args.variant is not None:
         from flowdistill.students import is_student_folder
         from flowdistill.teachers import load_teacher
         from flowdistill.utils.files import local_path
 
-        if is_student_folder(args.model) or (local_path(args.model) / "config.yaml").is_file():
-            _only_for_pipelines(args, "variant")
-        model = load_teacher(args.model, device=_device(args.device), variant=args.variant)
+        for number, model in enumerate(args.model):
+            if is_student_folder(model) or (local_path(model) / "config.yaml").is_file():
+                _only_for_pipelines(argparse.Namespace(model=model, variant=args.variant), "variant")
+            models[number] = load_teacher(model, device=_device(args.device), variant=args.variant)
     report = evaluate(
-        model,
+        models if len(models) > 1 else models[0],
         num_images=args.num_images,
         reference=args.reference,
         features=args.features,
@@ -258,6 +259,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         prompts=args.prompts,
         more_metrics=args.more_metrics,
         fresh=args.fresh,
+        html=args.html,
     )
     if _is_main():
         print(report)
@@ -423,14 +425,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", help="default: the GPU when there is one")
 
     evaluate = command(
-        "evaluate", _evaluate, lambda args: args.json or args.model, "measure FID and speed",
+        "evaluate", _evaluate, lambda args: args.json or args.html or args.model[0], "measure FID and speed",
         "Measure a student at one call and its teacher at several step counts: FID, KID, accuracy and images/s. What\n"
-        "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.",
+        "is not given comes from the run's own configuration. The processes of 'accelerate launch' share the work.\n"
+        "Several runs, students, pipelines and folders of images are compared in one table.",
         ["runs/digits-freeflow --json report.json",
          "assets/digits-flow --features digits --reference digits --teacher-steps 1,4,50",
-         "runs/my-run --features inception --weights inception.pt --reference images/"],
+         "runs/my-run --features inception --weights inception.pt --reference images/",
+         "runs/one runs/two images/ --json comparison.json --html comparison.html"],
     )
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", nargs="+",
+                          help="run, student folder or pipeline (folder, hub id); of several also folders of images")
     evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
     evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: the run's)")
     evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: the run's)")
@@ -452,6 +457,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
+    evaluate.add_argument("--html", metavar="FILE", help="also write a page with the table, a figure and images there")
 
     export = command(
         "export", _export, lambda args: args.out_dir, "write a stock diffusers pipeline",

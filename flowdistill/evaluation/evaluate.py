@@ -18,7 +18,9 @@ from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
 from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
+from flowdistill.evaluation.html import write_html
 from flowdistill.evaluation.kept_rows import TeacherIdentity
+from flowdistill.evaluation.pictures import Strip, drawn_strip
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.features.extractor import FEATURES, FeatureExtractor
@@ -77,6 +79,7 @@ def evaluate(
     prompts: str | os.PathLike | None = None,
     more_metrics: Sequence[str] | None = None,
     fresh: bool = False,
+    html: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure a teacher at several step counts and its student at each number of calls, on the same noise and labels.
@@ -85,7 +88,8 @@ def evaluate(
 
     Args:
         run_or_model: a run folder (teacher and settings from its ``config.yaml``), a student folder, a diffusers
-            pipeline (folder or hub id: teacher rows only), or a live teacher or student.
+            pipeline (folder or hub id: teacher rows only), or a live teacher or student; or a list of these and of
+            folders of images, which are compared in one table: see :mod:`flowdistill.evaluation.compare`.
         num_images, reference, features, teacher_steps, batch_size, solver, pipeline_steps, guidance_scale: None means
             what the run's ``evaluation`` section says, and without a run 10,000, (1, 2, 4, 10, 50), 250, "euler", (),
             and the student's own guidance scale (1.0 for a teacher alone). Without features only speed is measured,
@@ -93,6 +97,7 @@ def evaluate(
             ``pipeline_steps`` are rows of the pipeline's own scheduler, with the noise that it adds.
         seed: of the noise, 0 to 2^64 - 1; image i depends on (seed, i) only.
         json: file to write the report to.
+        html: file to write a page to, with the table, a figure and some images of each row.
         teacher_rows: False measures the student only.
         teacher: of a live student or of a student folder whose teacher is not where it was.
         device: of the models and features; default: the GPU when there is one, for live objects where they are.
@@ -107,20 +112,14 @@ def evaluate(
 
     Raises:
         UserError: num_images or a step count below 1, nothing to evaluate at the path, nothing to measure, or ``json``
-            cannot be written (said before anything is measured).
+            or ``html`` cannot be written (said before anything is measured).
     """
     check_seed(seed)
     processes = Processes.start()
-    if json is not None:
-        processes.on_main(lambda: check_writable(json))
+    for file in filter(None, (json, html)):
+        processes.on_main(lambda file=file: check_writable(file))
+    strips: list[Strip] | None = None if html is None else []
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
-    if teacher is not None:
-        subject.teacher = teacher
-    if prompts is not None:
-        for part in (subject.teacher, subject.student):
-            if part is not None:
-                _use_prompts(part, read_prompts(prompts))
     given = {
         "num_images": num_images,
         "reference": reference,
@@ -133,6 +132,41 @@ def evaluate(
         "more_metrics": more_metrics,
     }
     asked = {key: value for key, value in given.items() if value is not None}
+    how = {"weights": weights, "cache_dir": cache_dir, "fresh": fresh, "progress": progress}
+    if isinstance(run_or_model, (list, tuple)):
+        report = _several(run_or_model, teacher, asked, seed, place, teacher_rows, prompts, strips, how)
+    else:
+        subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
+        if teacher is not None:
+            subject.teacher = teacher
+        report = _evaluate_one(subject, asked, seed, place, teacher_rows, prompts, strips, how)
+    if json is not None:
+        processes.on_main(lambda: report.write_json(json))
+    if html is not None:
+        processes.on_main(lambda: write_html(report, strips or [], html))
+    return report
+
+
+def _several(
+    sources: Sequence[Any], teacher: Teacher | None, asked: dict[str, Any], seed: int, place: torch.device,
+    teacher_rows: bool, prompts: str | os.PathLike | None, strips: list[Strip] | None, how: dict[str, Any],
+) -> Report:
+    from flowdistill.evaluation.compare import evaluate_several
+
+    if len(sources) < 2 or teacher is not None:
+        raise UserError("a list of models to compare has at least two, each with a teacher of its own" if sources else
+                        "there is nothing to evaluate in an empty list")
+    return evaluate_several(sources, asked, seed, place, teacher_rows, prompts, strips, **how)
+
+
+def _evaluate_one(
+    subject: _Subject, asked: dict[str, Any], seed: int, place: torch.device, teacher_rows: bool,
+    prompts: str | os.PathLike | None, strips: list[Strip] | None, how: dict[str, Any],
+) -> Report:
+    if prompts is not None:
+        for part in (subject.teacher, subject.student):
+            if part is not None:
+                _use_prompts(part, read_prompts(prompts))
     settings = {**DEFAULTS, **(subject.settings or {}), **asked}
     check_num_images(settings["num_images"])
     if settings["guidance_scale"] is None:
@@ -151,11 +185,8 @@ def evaluate(
         own=own,
         owner=None if subject.student is None else subject.student.class_owner,
         device=place,
-        weights=weights,
-        cache_dir=cache_dir,
         more_metrics=settings["more_metrics"],
-        fresh=fresh,
-        progress=progress,
+        **how,
     )
     report = evaluate_models(
         models,
@@ -177,8 +208,9 @@ def evaluate(
     for row in report.rows:
         if row.model == "student" and subject.student is not None:
             row.stored_parameters, row.active_parameters = student_parameters(subject.student)
-    if json is not None:
-        processes.on_main(lambda: report.write_json(json))
+    if strips is not None and Processes.current().is_main:
+        strips += [drawn_strip(f"{name}, {calls} call{'' if calls == 1 else 's'}", sampler, model, condition, own, seed)
+                   for name, calls, sampler in models]
     return report
 
 

@@ -97,8 +97,8 @@ class Report:
         """Read what ``write_json`` wrote."""
         return cls.from_dict(read_json_object(path))
 
-    def table(self) -> str:
-        """The rows as aligned text, one line a row, ``-`` for what was not measured, then the floor."""
+    def cells(self) -> list[list[str]]:
+        """The head of the table and its rows, as texts; ``-`` for what was not measured."""
         columns = [column for metric in all_metrics() for column in metric.columns
                    if metric.default and metric.position < 100
                    or any(row.figures.get(column.name) is not None for row in self.rows)]
@@ -112,12 +112,11 @@ class Report:
             ]
             for row in self.rows
         ]
-        widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+        return [header, *lines]
+
+    def remarks(self) -> list[str]:
+        """The lines under the table."""
         text = []
-        for line in [header, *lines]:
-            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-            text.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-        text.insert(1, "-" * len(text[0]))
         for row in self.rows:
             if row.stored_parameters != row.active_parameters:
                 text.append(f"{row.model}: {row.stored_parameters:,} parameters stored, {row.active_parameters:,} used "
@@ -137,7 +136,18 @@ class Report:
             text += metric.remarks(self.rows, self.protocol)
         if self.fid_floor is not None:
             text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")
-        return "\n".join(text)
+        return text
+
+    def table(self) -> str:
+        """The rows as aligned text, one line a row, then the remarks."""
+        cells = self.cells()
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        text = []
+        for line in cells:
+            aligned = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+            text.append("  ".join([line[0].ljust(widths[0]), *aligned[1:]]))
+        text.insert(1, "-" * len(text[0]))
+        return "\n".join([*text, *self.remarks()])
 
     def protocol_text(self) -> str:
         """How it was measured, one ``name: value`` a line."""
