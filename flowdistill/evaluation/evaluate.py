@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def evaluate(
     """
     check_seed(seed)
     processes = Processes.start()
-    for file in filter(None, (json, html)):
-        processes.on_main(lambda file=file: check_writable(file))
+    for file in (json, html):
+        if file is not None:
+            processes.on_main(partial(check_writable, file))
     strips: list[Strip] | None = None if html is None else []
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = {

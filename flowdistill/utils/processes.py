@@ -113,9 +113,9 @@ class Processes:
             error = found
         errors: list[Exception | None] = [None] * self.world
         dist.all_gather_object(errors, error)
-        for found in errors:
-            if found is not None:
-                raise found if error is None else error
+        for one in errors:
+            if one is not None:
+                raise one if error is None else error
         return cast(T, result)
 
     def _device(self) -> torch.device:
