@@ -27,7 +27,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     import torch
 
     from flowdistill import load_student
-    from flowdistill.config import found_again, load_config
+    from flowdistill.config import load_config, teacher_found_again
     from flowdistill.evaluation import Evaluator, student_sampler
     from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors
 
@@ -35,8 +35,8 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     config, student = load_config(folder / "config.yaml", []), load_student(folder)
     report = read_json_object(folder / "report.json")
     saved = checkpoints(folder / "checkpoints")
-    teacher = dataclasses.replace(config.teacher, source=found_again(config.teacher.source, folder))
-    pairs = _pairs(tuple(dataclasses.asdict(teacher).items()), student.info.guidance_scale)
+    teacher = teacher_found_again(dataclasses.asdict(config.teacher), folder)
+    pairs = _pairs(tuple(teacher.items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],
         "fid_floor": report["fid_floor"],

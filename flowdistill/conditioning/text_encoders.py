@@ -25,6 +25,7 @@ from flowdistill.conditioning.components import (
     load_model,
     weight_files,
 )
+from flowdistill.conditioning.pipeline_lora import PipelineLora
 from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer
@@ -48,15 +49,18 @@ class TextEncoders:
             where they are.
         dtype: of the encoders' weights; a live pipeline's stay as they are.
         variant: of the weight files in a folder; see :func:`flowdistill.conditioning.components.chosen_variant`.
+        lora: becomes part of the weights that are loaded from a folder.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype, variant: str | None = None
+        self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype, variant: str | None = None,
+        lora: PipelineLora | None = None,
     ) -> None:
         self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
         self.live = cast(Pipeline, source) if isinstance(source, DiffusionPipeline) else None
         self.dtype = dtype
         self.variant = variant
+        self.lora = lora
         if self.live is not None:
             index = dict(self.live.config) | {"_class_name": type(self.live).__name__}
         else:
@@ -91,6 +95,8 @@ class TextEncoders:
         except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the text encoders in {self.folder} could not be loaded: {reason}") from error
+        if self.lora is not None:
+            self.lora.fuse_texts(pipeline)
         for name in self.components:
             _move(getattr(pipeline, name), device)
         yield pipeline
@@ -100,7 +106,7 @@ class TextEncoders:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the encoders' weights, the tokenizers' files and the pipeline's settings."""
+        """A hash of the encoders' weights and their LoRA, the tokenizers' files and the pipeline's settings."""
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         if self.folder is not None:
             for name in self.components:
@@ -114,12 +120,21 @@ class TextEncoders:
                     with tempfile.TemporaryDirectory() as folder:
                         component.save_pretrained(folder)
                         add_folder(digest, Path(folder), name)
+        if self.lora is not None:
+            self.lora.add_to(digest)
         return digest.hexdigest()
 
     def save(self, target: Path) -> None:
         """Write a pipeline folder with the text components and no others, which this class opens again."""
         target.mkdir(parents=True)
+        changed = [] if self.lora is None else self.lora.components
+        if changed:
+            with self.opened(torch.device("cpu")) as pipeline:
+                for name in changed:
+                    getattr(pipeline, name).save_pretrained(target / name)
         for name in self.components:
+            if name in changed:
+                continue
             if self.folder is not None:
                 for file in self._files(name):
                     copy = target / name / file.relative_to(self.folder / name)

@@ -10,7 +10,7 @@ Importing this package costs neither torch nor OmegaConf.
 from flowdistill.config.checks import validate
 from flowdistill.config.loading import accept_former_names, load_config, method_config_class, save_config
 from flowdistill.config.registry import METHODS, register_method
-from flowdistill.config.run_folder import found_again, run_settings
+from flowdistill.config.run_folder import found_again, run_settings, teacher_found_again
 from flowdistill.config.schema import (
     MISSING,
     EvaluationConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "register_method",
     "run_settings",
     "save_config",
+    "teacher_found_again",
     "validate",
     "what_is_missing",
 ]

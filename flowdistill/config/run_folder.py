@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flowdistill.config.checks import leaf_types, with_texts
 from flowdistill.config.schema import EvaluationConfig, TeacherConfig
@@ -13,6 +14,7 @@ from flowdistill.utils.files import local_path
 from flowdistill.utils.text import JsonObject, parse_yaml, read_text
 
 CONFIG = "config.yaml"
+TEACHER_PATHS = ("source", "lora", "prompts", "start")
 
 
 def run_settings(folder: str | os.PathLike[str]) -> JsonObject:
@@ -59,6 +61,12 @@ def found_again(path: str, folder: str | os.PathLike[str]) -> str:
         if (start / place).exists():
             return path if start == Path.cwd() else str(start / place)
     return path
+
+
+def teacher_found_again(section: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A run's ``teacher`` settings with the paths among them as they are reached from here; see :func:`found_again`."""
+    paths = {key: found_again(section[key], folder) for key in TEACHER_PATHS if isinstance(section.get(key), str)}
+    return {**section, **paths}
 
 
 def _starts(folder: Path) -> Iterator[Path]:

@@ -84,6 +84,15 @@ class TeacherConfig:
     variant: str | None = option(None, "weight files such as fp16, where a model has them; null: those without a "
                                        "variant, or a model's only one", pattern=r"[A-Za-z0-9_-]+")
     start: str | None = option(None, "student (run or folder) whose network students start as; null: the teacher's own")
+    lora: str | None = option(None, "text to image: LoRA that is made part of the weights, so that the teacher is a "
+                                    "fine-tune: a .safetensors file, a folder or a hub id")
+    lora_scale: float = option(1.0, "how much of it")
+
+    def validate(self) -> None:
+        """UserError for a scale of no LoRA."""
+        if self.lora is None and self.lora_scale != 1:
+            raise UserError(f"teacher.lora_scale is {self.lora_scale:g}, but teacher.lora is null; set the LoRA's file "
+                            "too")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList, read_prompts
-from flowdistill.config import TeacherConfig, found_again, run_settings
+from flowdistill.config import TeacherConfig, found_again, run_settings, teacher_found_again
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
 from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
@@ -363,18 +363,18 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         for key, names in (("reference", IMAGE_SETS), ("features", FEATURES)):
             if isinstance(settings.get(key), str) and settings[key] not in names:
                 settings[key] = _found_again(settings[key], folder)
-        section = dict(config.get("teacher") or {})
-        for key in ("source", "prompts", "start"):
-            if isinstance(section.get(key), str):
-                section[key] = found_again(section[key], folder)
+        section = teacher_found_again(config.get("teacher") or {}, folder)
         teacher = _load_teacher(section, device) if with_teacher else None
         return _Subject(name, teacher, student, settings)
     if folder.is_dir() and is_student_folder(folder):
         student = load_student(folder).to(device)
-        base = found_again(getattr(getattr(student, "info", None), "base_model", "") or "", folder)
+        info = student.info
+        lora = {} if info.base_lora is None else {"lora": info.base_lora.source, "lora_scale": info.base_lora.scale}
+        section = teacher_found_again({"source": info.base_model, **lora}, folder)
         # A student is complete without its teacher: when that has moved, its rows are left out.
-        found = with_teacher and base and local_path(base).is_dir()
-        return _Subject(name, _load_teacher({"source": base}, device) if found else None, student)
+        found = with_teacher and info.base_model and local_path(section["source"]).is_dir() and (
+            not lora or local_path(section["lora"]).exists())
+        return _Subject(name, _load_teacher(section, device) if found else None, student)
     if (student := exported_student(folder, device)) is not None:
         return _Subject(name, student=student)
     return _Subject(name, _load_teacher({"source": name}, device))

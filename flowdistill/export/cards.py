@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowdistill.conditioning.pipeline_lora import with_lora
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.files import portable_path
@@ -49,8 +50,11 @@ def class_record(student: Student) -> dict[str, Any]:
 
 def origin(student: Student) -> str:
     """The sentence that says where a student comes from."""
-    base = portable_path(student.info.base_model) or "a diffusers pipeline"
-    return f"Distilled with {student.info.method or 'flowdistill'} from {base}."
+    info = student.info
+    base, lora = portable_path(info.base_model) or "a diffusers pipeline", info.base_lora
+    if lora is not None:
+        base = with_lora(base, lora._replace(source=portable_path(lora.source)))
+    return f"Distilled with {info.method or 'flowdistill'} from {base}."
 
 
 def code(call: str, folder: str = "path/to/this/folder") -> str:

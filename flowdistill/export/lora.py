@@ -8,6 +8,7 @@ weight as well: e a^T / |a|^2, of rank 1. A student of several calls has no such
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from flowdistill.conditioning.pipeline_lora import BaseLora
 from flowdistill.export.few_step import StockSteps
 from flowdistill.export.prompt_pipelines import stock_pipeline
 from flowdistill.networks.backbones import last_linear
@@ -23,6 +25,7 @@ from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.students.student import Student
 from flowdistill.utils.files import portable_path
+from flowdistill.utils.shipped import find_path
 
 FILE = "pytorch_lora_weights.safetensors"
 SCHEDULERS = {
@@ -103,11 +106,32 @@ def _use(student: Student, scheduler: str, steps: str) -> str:
     loaded = name if family.pipelines[student.prompts.text.pipeline_class].exported_as else "DiffusionPipeline"
     guided = family.takes_guidance(student.network.velocity.backbone)
     guidance = "guidance_scale=1, " if guided else f"{facts.no_guidance}, " if facts.no_guidance else ""
+    fused, other = _base_lora(student.info.base_lora, getattr(diffusers, name))
     return (
         f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"
         f"```python\nfrom diffusers import {loaded}, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
         f'pipe = {loaded}.from_pretrained("{portable_path(student.info.base_model)}")\n'
-        f"pipe.scheduler = {scheduler}\n"
+        f"{fused}pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
         f'images = pipe("a prompt", {steps}, {guidance}height={height}, width={width}).images\n```\n'
+        f"{other}"
+    )
+
+
+def _base_lora(lora: BaseLora | None, kind: Any) -> tuple[str, str]:
+    """Lines that make a teacher of its base model, and what that means for other programs; empty without a LoRA."""
+    if lora is None:
+        return "", ""
+    # All of them: Flux's default leaves the text encoder's part out.
+    parts = json.dumps(kind._lora_loadable_modules)
+    repository, file = lora.source, ""
+    if lora.source.count("/") > 1 and not find_path(lora.source).exists():  # owner/name/file
+        owner, name, inside = lora.source.split("/", 2)
+        repository, file = f"{owner}/{name}", f', weight_name="{inside}"'
+    return (
+        f'pipe.load_lora_weights("{portable_path(repository)}"{file})\n'
+        f"pipe.fuse_lora({parts}, lora_scale={lora.scale})\npipe.unload_lora_weights()\n",
+        f"\nThe teacher was the base model with the LoRA `{portable_path(lora.source)}` in its weights, and `{FILE}` "
+        f"is what training added to both. Other programs load the two: that LoRA at strength {lora.scale}, this one at "
+        "1.\n",
     )

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.networks.attention import attention_kernels, only_math
 from flowdistill.networks.backbones import Backbone, BackboneFamily
-from flowdistill.networks.lora import LoraSettings, add_lora
+from flowdistill.networks.lora import LoraSettings, add_lora, lora_layers
 from flowdistill.paths.native_path import Coefficients, NativePath
+from flowdistill.utils.errors import UserError
 
 EMBEDDING_FREQUENCIES = 256
 Around = Callable[[], contextlib.AbstractContextManager[object]]
@@ -109,7 +110,13 @@ class VelocityNetwork(nn.Module):
 
         With ``lora``, a :meth:`frozen_copy` and float32 adapters that train. Either stays in evaluation mode: a
         distilled student must match its frozen teacher, whose label dropout and dropout are off.
+
+        Raises:
+            UserError: the backbone has adapters of somebody else's in it.
         """
+        if self.lora is None and next(lora_layers(self.backbone), None) is not None:
+            raise UserError("the pipeline's network has an adapter in it, which a student could not be told from; call "
+                            "fuse_lora() and unload_lora_weights() first")
         if lora is not None:
             tree = self.frozen_copy().backbone
             return VelocityNetwork(tree, path or self.path, self.family, self.attention, lora).eval()

@@ -15,13 +15,14 @@ from torch import nn
 
 from flowdistill.conditioning.components import check_variant, chosen_variant, weight_files
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.pipeline_lora import check_takes_lora, find_lora, read_lora
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
-from flowdistill.teachers.loading import DTYPES, Parts, assemble, check_source, models_of, read_record
+from flowdistill.teachers.loading import DTYPES, TEACHER, Parts, assemble, check_source, models_of, read_record
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
@@ -63,7 +64,7 @@ def read_architecture(source: str, variant: str | None = None) -> Architecture:
     Raises:
         UserError: none of the three is there, a file is damaged, or the folder has its weights in other variants only.
     """
-    check_source(source, "teacher source")
+    check_source(source, TEACHER)
     folder = find_path(source)
     if folder.exists():
         models = [name for name in models_of(folder) if weight_files(folder / name)]
@@ -135,6 +136,10 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
     if "vae" in parts:
         codec = VaeCodec(_on_meta(parts["vae"], dtype))
     backbone = _on_meta(parts[name], dtype)
+    if config.lora is not None:  # changes weights and no shape, so only whether it fits is of interest
+        check_takes_lora(architecture.pipeline, config.source)
+        if (file := find_lora(config.lora, download=False)) is not None:
+            read_lora(file, config.lora_scale, getattr(diffusers, architecture.pipeline), name, backbone)
     clip = parts.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS)
     texts = partial(_texts, architecture.pipeline, backbone, clip, config)
     settings = replace(

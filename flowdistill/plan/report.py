@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from flowdistill.conditioning.pipeline_lora import teacher_in_words
 from flowdistill.config import load_config
 from flowdistill.plan.advice import GIB, RESERVED, Step, advise, fits
 from flowdistill.plan.memory import Plan, make_plan
@@ -24,7 +25,7 @@ def describe(plan: Plan) -> str:
     """The parts, the activations and the peak; GiB."""
     config = plan.config
     lines = [
-        f"{config.method.name} of {config.teacher.source}, for one process; GiB (2^30 bytes)",
+        f"{config.method.name} of {teacher_in_words(config.teacher)}, for one process; GiB (2^30 bytes)",
         f"from {plan.architecture.origin}; nothing was loaded",
         "",
         f"{'':16}" + "".join(f"{column:>12}" for column in COLUMNS),

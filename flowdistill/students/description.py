@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from flowdistill.conditioning.pipeline_lora import with_lora
 from flowdistill.students.generator import Generator
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
@@ -12,7 +13,7 @@ from flowdistill.teachers.codec import VaeCodec
 def describe(student: Student) -> str:
     """What a student is, where it comes from and what it takes, one fact a line."""
     info, networks = student.info, student.networks
-    origin = f", distilled from {info.base_model}" if info.base_model else ""
+    origin = f", distilled from {with_lora(info.base_model, info.base_lora)}" if info.base_model else ""
     latents = "latents of an autoencoder" if isinstance(student.codec, VaeCodec) else "pixels in [-1, 1]"
     lines = [
         f"student       {student.kind.replace('_', ' ')}, by {info.method or 'an unknown method'}{origin}",

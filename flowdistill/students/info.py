@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowdistill.conditioning.pipeline_lora import BaseLora
+
 
 @dataclass(frozen=True)
 class StudentInfo:
@@ -16,6 +18,7 @@ class StudentInfo:
         guidance_range: guidance scales it was trained for; None when guidance is not an input.
         guidance_scale: the scale used when none is asked for, or the one it was distilled at.
         settings: the method's own settings, for the record.
+        base_lora: the LoRA that was part of the teacher's weights; None where there was none.
     """
 
     method: str = ""
@@ -23,3 +26,4 @@ class StudentInfo:
     guidance_range: tuple[float, float] | None = None
     guidance_scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
+    base_lora: BaseLora | None = None

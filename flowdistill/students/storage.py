@@ -13,6 +13,7 @@ from torch import nn
 
 from flowdistill.conditioning import ClassLabels
 from flowdistill.conditioning.components import load_model
+from flowdistill.conditioning.pipeline_lora import BaseLora
 from flowdistill.conditioning.prompts import PromptConditions, PromptList
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.networks.storage import SIDECAR, find_stored, read_network, write_network
@@ -64,6 +65,8 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
             "text": None if student.prompts is None else _describe_prompts(student.prompts),
             "settings": info.settings,
         } | student.own_description()
+        if info.base_lora is not None:
+            description["base_lora"] = info.base_lora._asdict()
         (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -89,13 +92,14 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
     folder = without_marks(folder)
     network, scheduler = read_network(folder, description)
     family, backbone = network.velocity.family, network.velocity.backbone
-    guidance = description["guidance_range"]
+    guidance, lora = description["guidance_range"], description.get("base_lora")
     info = StudentInfo(
         method=description["method"],
         base_model=description["base_model"],
         guidance_range=None if guidance is None else (guidance[0], guidance[1]),
         guidance_scale=description["guidance_scale"],
         settings=description["settings"],
+        base_lora=None if lora is None else BaseLora(**lora),
     )
     classes = family.labels(backbone, description["null_label"])
     if classes is not None and description.get("labels") is not None:

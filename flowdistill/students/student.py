@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,8 +76,8 @@ class Student(nn.Module, ABC):
     @classmethod
     def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Self:
         """A student of ``teacher`` around ``network``."""
-        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
-                   teacher.prompts)
+        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes,
+                   replace(info, base_lora=teacher.lora), teacher.scheduler, teacher.prompts)
 
     @staticmethod
     def network_from(

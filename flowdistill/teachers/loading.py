@@ -22,6 +22,7 @@ from flowdistill.conditioning.components import (
     variants_of,
     weight_files,
 )
+from flowdistill.conditioning.pipeline_lora import PipelineLora, base_lora, check_takes_lora, find_lora, read_lora
 from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig
@@ -46,6 +47,7 @@ from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+TEACHER = "teacher source"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,9 +75,14 @@ def load_teacher(
         config = replace(source, **settings)
     else:
         config = TeacherConfig(source="" if live is not None else os.fspath(source), **settings)  # type: ignore[arg-type]
+    config.validate()
     weights = _dtype(config.dtype)
     pipeline: Any
+    lora: PipelineLora | None = None
     if live is not None:
+        if config.lora is not None:
+            raise UserError("teacher.lora is for a pipeline folder or a hub id; a live pipeline, whose own weights are "
+                            "used, takes it by load_lora_weights, fuse_lora and unload_lora_weights")
         pipeline, scheduler = live, None
         name = pipeline.config.get("_name_or_path") or type(live).__name__
         recorded: JsonObject = {}
@@ -83,10 +90,18 @@ def load_teacher(
     else:
         name = config.source
         folder = pipeline_folder(name, config.variant)
+        file = None if config.lora is None else find_lora(config.lora)  # the errors before the work
+        if file is not None:
+            check_takes_lora(read_json_object(folder / INDEX)["_class_name"], name)
         pipeline, scheduler, recorded = _load_pipeline(folder, weights, config.variant)
+        if file is not None:
+            network = _named_backbone(pipeline)
+            lora = read_lora(file, config.lora_scale, type(pipeline), *network)
+            lora.fuse(*network)
 
     def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
-        return _prompts(pipeline, folder, family, pixels, config.negative_prompt, weights, config.variant)
+        encoders = TextEncoders(folder or pipeline, weights, config.variant, None if lora is None else lora.of_texts())
+        return _prompts(pipeline, encoders, family, pixels, config.negative_prompt)
 
     known = config.null_label is not None or "null_label" in recorded
     if config.null_label is None:
@@ -103,6 +118,7 @@ def load_teacher(
     if config.offload not in PARTS:
         raise UserError(f"teacher.offload is '{config.offload}'; allowed are {', '.join(PARTS)}")
     teacher.offload = config.offload
+    teacher.lora = base_lora(config)
     if config.start is not None:
         teacher.start = _start(config.start, teacher)
     return teacher if device is None else teacher.to(device)
@@ -218,18 +234,15 @@ def _resized(
 
 def _prompts(
     pipeline: DiffusionPipeline,
-    folder: Path | None,
+    text: TextEncoders,
     family: BackboneFamily,
     image_size: tuple[int, int],
     negative: str | None,
-    dtype: torch.dtype,
-    variant: str | None,
 ) -> PromptConditions:
     kind = type(pipeline).__name__
     if kind not in family.pipelines:
         raise UserError(f"the pipeline {kind} is not supported; supported with a {family.backbone_class} are "
                         f"{', '.join(family.pipelines)}")
-    text = TextEncoders(folder or pipeline, dtype, variant)
     if not text.components:
         raise UserError(f"the pipeline {kind} has no text encoder, so no prompt can be encoded")
     return PromptConditions(text, family, image_size, negative)
@@ -255,7 +268,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def pipeline_folder(source: str, variant: str | None = None, what: str = "teacher source") -> Path:
+def pipeline_folder(source: str, variant: str | None = None, what: str = TEACHER) -> Path:
     """The folder that ``source`` is, or into which the hub's files of it go.
 
     Args:
@@ -300,8 +313,10 @@ def check_source(source: str, what: str) -> None:
     if (place.parent / INDEX).is_file():
         hint = f"; it is a part of the one in {place.parent}"
     elif adapter is not None:
-        hint = (f", but an adapter ({adapter}); fuse first: load its base model, call load_lora_weights(\"{source}\"), "
-                "fuse_lora() and unload_lora_weights(), and save_pretrained(\"a new folder\")")
+        named = "name it in teacher.lora, and its base model in teacher.source, or " if what == TEACHER else ""
+        hint = (f", but an adapter ({adapter}); {named}fuse first: load its base model, call "
+                f"load_lora_weights(\"{source}\"), fuse_lora() and unload_lora_weights(), and save_pretrained(\"a new "
+                "folder\")")
     elif single is not None:
         hint = _from_file(str(single))
     raise UserError(f"{source} is not a diffusers pipeline folder: it has no model_index.json{hint}")
@@ -402,10 +417,14 @@ def read_record(folder: Path) -> JsonObject:
 
 
 def _backbone(pipeline: LoadedPipeline) -> Backbone:
+    return _named_backbone(pipeline)[1]
+
+
+def _named_backbone(pipeline: LoadedPipeline) -> tuple[str, Backbone]:
     for name in ("transformer", "unet"):
         module = pipeline.components.get(name)
         if module is not None:
-            return module
+            return name, module
     have = ", ".join(sorted(pipeline.components)) or "nothing"
     raise UserError(f"the pipeline {type(pipeline).__name__} has neither a unet nor a transformer (it has {have})")
 

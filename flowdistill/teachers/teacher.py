@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.pipeline_lora import BaseLora
 from flowdistill.conditioning.prompts import PromptConditions, encode
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.networks.lora import LoraSettings
@@ -42,6 +43,7 @@ class Teacher:
         guidance_norm: what happens to the norm of a guided prediction, one of
             ``flowdistill.objectives.guidance.NORMS``; None: what the pipeline does.
         start: a velocity network that students start as instead of this one, maybe of another architecture.
+        lora: the LoRA of a user's that is part of the weights; None where there is none.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Teacher:
         self.prompts = prompts
         self.guidance_norm: str | None = None
         self.offload = "none"
+        self.lora: BaseLora | None = None
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
         self.offload_hook: OffloadHook | None = None
 
@@ -411,6 +414,7 @@ class Teacher:
             f"source        {self.source or 'in memory'}",
             f"backbone      {type(network).__name__}, {parameters / 1e6:.2f} M parameters, "
             f"{next((p.dtype for p in network.parameters()), torch.float32)}".replace("torch.", ""),
+            *([] if self.lora is None else [f"LoRA          {self.lora}, part of the weights"]),
             f"sample        {sample}, {latents}",
             f"path          {kinds.get(path.kind, path.kind)}, predicts {path.prediction}, from {path.scheduler_name}",
             f"times         t = sigma / (alpha + sigma) from {path.t_max:.4f} (prior) to {path.t_min:.4f} (data)",

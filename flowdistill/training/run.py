@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+from flowdistill.conditioning.pipeline_lora import teacher_in_words
 from flowdistill.config import (
     RunConfig,
     TrainConfig,
@@ -392,7 +393,7 @@ def describe_run(folder: str | os.PathLike[str]) -> str:
         stopping = stopping_of(config, found[-1][1])
         if stopping is not None:
             state += f"{', stopped by train.stop_when' if stopping.exhausted else ''}; kept is {stopping.summary()}"
-    lines = [f"run           {config.method.name}{state}", f"teacher       {config.teacher.source}"]
+    lines = [f"run           {config.method.name}{state}", f"teacher       {teacher_in_words(config.teacher)}"]
     lines.append(describe(load_student(folder)) if trained else
                  "student       none yet; it is written when training stops")
     return "\n".join(lines)

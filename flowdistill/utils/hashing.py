@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowdistill.utils.files import is_clutter, local_path
 
@@ -68,7 +68,12 @@ def module_sha256(module: nn.Module) -> str:
 
 def add_module(digest: hashlib._Hash, module: nn.Module, prefix: str = "") -> None:
     """Hash a module's weights and buffers, their names behind ``prefix``, on top of what ``digest`` has seen."""
-    for name, value in sorted(module.state_dict().items()):
+    add_tensors(digest, module.state_dict(), prefix)
+
+
+def add_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """The same for tensors by their names."""
+    for name, value in sorted(tensors.items()):
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{prefix}{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

@@ -66,6 +66,9 @@ class EchoDistill(Method):
         self.config, self.teacher = config, teacher
         if teacher.prompts is None:
             raise UserError(f"teacher.source {teacher.source} is no text-to-image pipeline, which echodistill needs")
+        if teacher.lora is not None:
+            raise UserError(f"teacher.lora is set, but {self.name} writes LoRA files of teacher.source itself; save "
+                            "that pipeline with the LoRA in its weights (fuse_lora) and give it as teacher.source")
         for levels in (config.time, config.alignment_time):
             levels.check(teacher)
         size = teacher.prompts.image_size[0]
