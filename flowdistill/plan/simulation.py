@@ -107,14 +107,15 @@ class Live(TorchDispatchMode):
         key = _described((func, args, kwargs)) if _makes_new_tensors(func) else None
         remembered = self._made.get(key)
         if remembered is not None:
-            out = _again(remembered)
+            out, old = _again(remembered), frozenset[int]()
         else:
             out = func(*args, **kwargs)
+            # What a view or an addition in place returns was there: a weight, as its layer transposes it, before all.
+            old = frozenset(x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             if key is not None:
-                old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-                self._made[key] = _layout(out, old)
+                self._made[key] = _layout(out, set(old))
         for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in old:
                 self._note(tensor.untyped_storage())
         return out
 

@@ -21,7 +21,7 @@ from tests.families import FAMILIES, PROMPTS
 from tests.tiny import tiny_dit_pipeline
 
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
-WITHIN = 2.0
+WITHIN = 1.35
 """The factor within which activations are estimated."""
 
 
@@ -141,6 +141,18 @@ def test_storages_are_counted_once_each_however_often_a_shape_comes():
         assert live.number(half) == 11 and live.peak() == 128 + 2 * 160 + 64 + 128 + 64
         whole = x.long()
         assert (whole * 2).dtype == torch.int64 and (whole * 2.0).dtype == torch.float32  # although 2 == 2.0
+
+
+def test_what_was_there_is_not_counted_when_it_is_looked_at():
+    """A layer's weight is transposed in its pass: a view of a storage that the plan has among the weights."""
+    layer, x = torch.nn.Linear(8, 4, device="meta"), torch.empty(2, 3, 8, device="meta")
+    with Live() as live, torch.no_grad():
+        out = layer(x)
+        x.add_(1)
+        view = layer.weight.t()[1:].reshape(-1, 2)
+    assert live.number(layer.weight) is live.number(x) is live.number(layer.bias) is None
+    assert live.number(out) is not None and live.number(view) is not None
+    assert live.peak() == out.nbytes + view.nbytes  # the last one is a copy
 
 
 WIDE = {"num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 16}
