@@ -169,6 +169,9 @@ class DisBack(Method):
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("critic",) if step < self.config.degradation_steps else self.host.schedule(step)
 
+    def calls_without_gradient(self, role: str) -> float:
+        return self.host.calls_without_gradient(role)
+
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
         path, last = WeightSnapshots(folder / PATH), self.config.degradation_steps
         if 0 < step <= last and (step % self.config.degradation_every == 0 or step == last):

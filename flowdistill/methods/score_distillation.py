@@ -222,6 +222,9 @@ class ScoreDistillation(SingleStudentMethod):
         if role == "student" and self.config.critic_follow:
             follow(self.score, self._student.network, self.config.critic_follow)
 
+    def calls_without_gradient(self, role: str) -> float:
+        return 0.0 if self.inputs_from_data else (len(self.steps) - 1) / 2  # k is uniform in 1 to K
+
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
 

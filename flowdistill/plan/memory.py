@@ -53,6 +53,7 @@ class Plan:
         activations: by role, what its update takes beyond its gradients at the worst moment (estimated).
         rows: of a micro-batch.
         updates: how often each role is updated in a step, at the end of the training.
+        calls: by role, how often an update calls the student without a gradient besides.
         unknown: why there is no estimate of the activations; then every weight that trains counts as having a gradient.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     parts: dict[str, Part]
     rows: int
     updates: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, float] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     unknown: str | None = None
 
@@ -104,6 +106,7 @@ def make_plan(config: RunConfig) -> Plan:
     rows = config.train.batch_size // config.train.gradient_accumulation
     plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))))
     networks = {name: role.network for name, role in roles.items()}
+    plan.calls = {name: method.calls_without_gradient(name) for name in networks}
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
     for name, network in networks.items():
         try:

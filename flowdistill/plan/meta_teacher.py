@@ -197,17 +197,23 @@ def _texts(
         raise UserError(f"the pipeline {pipeline} is not supported; supported with a {family.backbone_class} are "
                         f"{', '.join(family.pipelines)}")
     shapes = family.prompt_shapes(backbone, getattr(diffusers, pipeline), clip)
-    return ShapedPrompts(shapes, family, pixels, config.negative_prompt)
+    return ShapedPrompts(shapes, pipeline, family, pixels, config.negative_prompt)
+
+
+class NoEncoders(NamedTuple):
+    """What is known of text encoders that are not here: the class of their pipeline."""
+
+    pipeline_class: str
 
 
 class ShapedPrompts(PromptConditions):
     """Prompts as zeros of the shapes that their encodings have."""
 
     def __init__(
-        self, shapes: dict[str, tuple[int, ...]], family: BackboneFamily, image_size: tuple[int, int],
+        self, shapes: dict[str, tuple[int, ...]], pipeline: str, family: BackboneFamily, image_size: tuple[int, int],
         negative: str | None,
     ) -> None:
-        super().__init__(None, family, image_size, negative)  # type: ignore[arg-type]  # no text encoder is there
+        super().__init__(NoEncoders(pipeline), family, image_size, negative)  # type: ignore[arg-type]
         self.shapes = shapes
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:

@@ -51,7 +51,9 @@ def passes(plan: Plan) -> str:
     updates = ", ".join(f"the {role} {_times(count)}" for role, count in plan.updates.items())
     each = f"{parts} passes of a micro-batch of {rows}" if parts > 1 else f"one pass of {rows}"
     total = parts * sum(plan.updates.values())
-    return f"a step updates {updates}, each time in {each}: {total} pass{'es' if total > 1 else ''}"
+    calls = parts * sum(count * plan.calls[role] for role, count in plan.updates.items())
+    besides = f", and on average {calls:g} calls of the student without gradients" if calls else ""
+    return f"a step updates {updates}, each time in {each}: {total} pass{'es' if total > 1 else ''}{besides}"
 
 
 def verdict(plan: Plan, steps: list[Step], gpu_memory: float) -> str:

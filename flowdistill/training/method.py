@@ -123,6 +123,11 @@ class Method(ABC):
         """Names of the roles to update at ``step`` (from 0), in order; a name may come more than once."""
         return ("student",)
 
+    def calls_without_gradient(self, role: str) -> float:
+        """How often, on average, an update of ``role`` calls the student for states before the call that it learns
+        from: time that a plan names, and no memory."""
+        return 0.0
+
     def to(self, device: torch.device | str) -> Method:
         """Move the frozen parts and the networks to ``device``."""
         self.teacher.to(device)  # and the codec with it, which the student has too

@@ -11,6 +11,7 @@ from flowdistill.config import load_config
 from flowdistill.plan import advice, make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
+from flowdistill.plan.report import passes
 from flowdistill.plan.simulation import Live
 from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
@@ -242,6 +243,24 @@ def test_the_command_says_what_fits(tmp_path, cli):
     assert "a step updates the critic once, the student once, each time in one pass of 4 rows: 2 passes" in out
     none = cli("plan", file, "--gpu-memory", RESERVED + plan.peak * 0.01 / GIB).out
     assert "it still does not" in none and "configs/accelerate/fsdp2.yaml" in none
+
+
+@pytest.mark.parametrize("method", [{"name": "dmd2"}, {"name": "disback", "degradation_steps": 0}], ids=str)
+def test_several_steps_are_time_and_no_memory(tmp_path, method):
+    """Of steps 2 to 4 too: the states before them are made without a gradient."""
+    def planned(seed=0, **settings):
+        host = {"host": settings} if method["name"] == "disback" else settings
+        file = written(tmp_path, tiny_dit_pipeline(), {**method, **host}, {"gradient_accumulation": 2})
+        return make_plan(load_config(file, [f"seed={seed}"]))
+
+    one, *several = planned(), *(planned(seed, steps=4, critic_updates=5) for seed in (0, 2))
+    assert [1 + Draw(seed, 0, rows=2).one(4) for seed in (0, 2)] == [1, 4]  # the steps that are planned
+    each = "each time in 2 passes of a micro-batch of 2 rows"
+    assert passes(one) == f"a step updates the critic once, the student once, {each}: 4 passes"
+    for plan in several:
+        assert plan.parts == one.parts and plan.peak == one.peak and plan.activations == one.activations
+        assert passes(plan) == (f"a step updates the critic 5 times, the student once, {each}: 12 passes, and on "
+                                "average 18 calls of the student without gradients")
 
 
 @pytest.mark.parametrize("memory", [46, 30, 22, 18, 10, 2])
