@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
-CONFIGS = ("sd15/dmd2", "sdxl/disback", "sd3/dmd2", "sit/freeflow", "flux/dmd2")
+CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sdxl/disback", "sdxl/dmd2_4step", "sd3/dmd2", "sd3/dmd2_4step",
+           "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
 HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its average", "its optimiser",
         "its gradients", "critic", "its optimiser", "its gradients", "other networks", "activations: student",
         "critic", "peak")
@@ -31,9 +32,10 @@ def row(name: str) -> list[str]:
     student, critic, other = parts["student"], parts["critic"], parts.get("other networks")
     sizes = [parts["teacher"].weights, parts["autoencoder"].weights, student.weights, student.average,
              student.optimizer, student.gradients, critic.weights, critic.optimizer, critic.gradients,
-             0 if other is None else other.weights, plan.activations["student"], plan.activations["critic"], plan.peak]
+             0 if other is None else other.weights, *(plan.activations.get(role) for role in ("student", "critic")),
+             plan.peak]
     network = f"{parts['teacher'].parameters / 1e6:,.0f} M"
-    return [f"`configs/{name}.yaml`", network, *(f"{size / GIB:.2f}" for size in sizes)]
+    return [f"`configs/{name}.yaml`", network, *("-" if size is None else f"{size / GIB:.2f}" for size in sizes)]
 
 
 def table(rows: list[list[str]]) -> str:

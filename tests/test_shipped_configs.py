@@ -7,8 +7,9 @@ import pytest
 from flowdistill.config import load_config
 from flowdistill.plan import make_plan
 from flowdistill.plan.advice import fits
-from flowdistill.plan.meta_teacher import shipped_architectures
+from flowdistill.plan.meta_teacher import meta_teacher, read_architecture, shipped_architectures
 from flowdistill.teachers import load_teacher
+from flowdistill.training.run import method_class
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(file for file in (ROOT / "configs").glob("*/*.yaml")
@@ -16,6 +17,17 @@ FILES = sorted(file for file in (ROOT / "configs").glob("*/*.yaml")
 # Parameters of the network in millions, as its publishers round them. SiT-XL/2 has 675: diffusers' DiT has a time
 # embedding and a table of labels in each of the 28 blocks, 2.8 million together, where SiT has one.
 LARGE = {"sd15/dmd2": 860, "sdxl/disback": 2567, "sd3/dmd2": 2028, "sit/freeflow": 750, "flux/dmd2": 11901}
+
+
+# Those of several steps, their times, and the parameters of networks that no file above has.
+FEW_STEPS = {
+    "sd15/dmd2_4step": ([0.9360, 0.8032, 0.6173, 0.4094], 860),  # the authors' 999, 749, 499, 249
+    "sdxl/dmd2_4step": ([0.9360, 0.8032, 0.6173, 0.4094], 2567),
+    "sd3/dmd2_4step": ([1, 0.9, 0.75, 0.5], 2028),
+    "flux/dmd2_4step_lora": ([1, 0.9045, 0.7595, 0.5128], 11901),
+    "qwen_image/dmd2_4step_lora": ([1, 0.9, 0.75, 0.5], 20430),
+    "z_image/dmd2_4step_lora": ([1, 0.9474, 0.8571, 0.6667], 6155),
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -44,8 +56,24 @@ def test_it_can_be_planned(name, monkeypatch):
     assert not fits(plan, 8)
 
 
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_students_of_several_steps_are_built(name, monkeypatch):
+    """With the times that the file's remarks say; one step's plans are those above, and K is no memory."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    config, (times, millions) = load_config(ROOT / "configs" / f"{name}.yaml"), FEW_STEPS[name]
+    teacher = meta_teacher(config.teacher, read_architecture(config.teacher.source))
+    assert round(sum(p.numel() for p in teacher.network.parameters()) / 1e6) == pytest.approx(millions, rel=0.015)
+    method = method_class(config.method.name)(config.method, teacher)
+    assert method.steps.times == pytest.approx(times, abs=1e-4) and method.calls_without_gradient("student") == 1.5
+    shared = {id(p) for p in teacher.network.parameters()}
+    for role, part in method.roles().items():
+        own = sum(p.numel() for p in part.network.parameters() if p.requires_grad)
+        low_rank = getattr(config.method, role) == "lora"
+        assert low_rank == (shared <= {id(p) for p in part.network.parameters()}) and low_rank == (own < 2e5 * millions)
+
+
 def test_every_description_is_used():
-    used = {load_config(ROOT / "configs" / f"{name}.yaml").teacher.source for name in LARGE}
+    used = {load_config(ROOT / "configs" / f"{name}.yaml").teacher.source for name in [*LARGE, *FEW_STEPS]}
     described = shipped_architectures()
     assert used <= described.keys()
     assert {id(described[source]) for source in used} == {id(content) for content in described.values()}
