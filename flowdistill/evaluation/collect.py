@@ -25,7 +25,7 @@ class Collected:
 
     ``features``: float32 (K, D), the rows ``indices`` (K,) of the set in ascending order, all of them unless there are
     too many to keep. ``matches``: images whose most likely class is their label, of the ``judged`` ones that have one;
-    None without labels or classifier.
+    None without labels or classifier. ``spatial``: moments of the features by place; None without any.
     """
 
     moments: Moments
@@ -33,15 +33,19 @@ class Collected:
     indices: Tensor
     matches: int | None
     judged: int
+    spatial: Moments | None = None
 
     @property
     def complete(self) -> bool:
         return len(self.indices) == self.moments.count
 
 
-def kept_rows(total: int, size: int) -> Tensor:
-    """Indices (K,) of the rows to keep of ``total`` rows with ``size`` features: all, or a fixed random choice."""
-    most = max(2, KEPT_VALUES // max(size, 1))
+def kept_rows(total: int, size: int, most: int | None = None) -> Tensor:
+    """Indices (K,) of the rows to keep of ``total`` rows with ``size`` features: all, or a fixed random choice.
+
+    ``most``: how many there may be; None for as many as ``KEPT_VALUES`` are.
+    """
+    most = max(2, KEPT_VALUES // max(size, 1)) if most is None else most
     if total <= most:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most].sort().values
@@ -117,18 +121,23 @@ def collect(
     """
     processes = processes or Processes.current()
     moments: Moments | None = None
+    places: Moments | None = None
     kept: list[Tensor] = []
     judged = torch.zeros(2, dtype=torch.int64)  # right guesses, all guesses
     wanted = torch.empty(0, dtype=torch.int64)
 
     def go_through() -> None:
-        nonlocal moments, wanted
+        nonlocal moments, places, wanted
         for indices, images, labels in batches:
-            features = extractor(images).cpu()
+            features, spatial = (None if part is None else part.cpu() for part in extractor.with_spatial(images))
+            assert features is not None
+            if spatial is not None:
+                places = places or Moments(spatial.shape[1])
+                places.update(spatial)
             if moments is None:
                 check_size(features, extractor, size)
                 moments = Moments(features.shape[1])
-                wanted = kept_rows(total, features.shape[1])
+                wanted = kept_rows(total, features.shape[1], extractor.keeps)
             moments.update(features)
             here = wanted[(wanted >= indices.start) & (wanted < indices.stop)]
             kept.append(features[here - indices.start])
@@ -143,6 +152,10 @@ def collect(
     moments = (moments or Moments(found)).reduce(processes)
     if moments.count != total:
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
+    if extractor.spatial is not None:
+        found_places = processes.max(0 if places is None else places.size)
+        places = (places or Moments(found_places)).reduce(processes)
     features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
     matches, guessed = processes.sum(judged).tolist()
-    return Collected(moments, features, kept_rows(total, found), matches if guessed else None, guessed)
+    rows = kept_rows(total, found, extractor.keeps)
+    return Collected(moments, features, rows, matches if guessed else None, guessed, places)

@@ -97,7 +97,12 @@ class Evaluator:
         if self.extractor is not None and reference is not None:
             loaded = load_reference(reference, self.extractor, cache_dir, batch_size)
             self.reference = loaded if own is None else loaded.of(own)
-        self.metrics = [kind() for kind in kinds if self.reference is not None or not kind.needs_reference]
+        for kind in named:
+            if self.extractor is not None and not kind.applies(self.extractor):
+                raise UserError(f"the metric {kind.name!r} cannot be measured with the features "
+                                f"{self.extractor.name!r}")
+        self.metrics = [kind() for kind in kinds if (self.reference is not None or not kind.needs_reference)
+                        and (self.extractor is None or kind.applies(self.extractor))]
 
     def measure(
         self,
@@ -296,6 +301,7 @@ class Evaluator:
         if extractor is not None:
             protocol |= {
                 "features": extractor.name,
+                "distance": extractor.distance,
                 "features_sha256": extractor.hash,
                 "resize": extractor.resize,
                 "images": "clipped to [0, 1] and rounded to uint8 before the features",
@@ -316,12 +322,13 @@ class Evaluator:
             "fid_floors": self.floors,
             "torch": torch.__version__,
         }
-        notes = []
+        notes, called = [], "FID" if extractor is None else extractor.distance
         if reference is not None and min(total, reference.count or total) <= len(reference.mean):
-            notes.append(f"no more images than features ({len(reference.mean)}): the FID is far above that of many "
-                         "images")
+            notes.append(f"no more images than features ({len(reference.mean)}): the {called} is far above that of "
+                         "many images")
         if reference is not None and total <= FEW:
-            notes.append(f"{total} images are few: FID is higher with fewer images, so compare it with one of as many")
+            notes.append(f"{total} images are few: {called} is higher with fewer images, so compare it with one of as "
+                         "many")
         if notes:
             protocol["note"] = "; ".join(notes)
         if self.missing is not None:
@@ -332,7 +339,7 @@ class Evaluator:
         self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None,
         classes: Tensor | None,
     ) -> Row:
-        images = MeasuredImages(collected, labels, classes, self.owner, self.seed)
+        images = MeasuredImages(collected, labels, classes, self.owner, self.seed, self.extractor)
         figures: JsonObject = {}
         for metric in self.metrics:
             figures |= metric.measure(images, self._given)

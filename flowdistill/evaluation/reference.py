@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from flowdistill.data import IMAGE_SETS, split_halves
+from flowdistill.data.array_images import ArrayImages
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect, stored_batches
 from flowdistill.evaluation.moments import Moments, frechet_distance
-from flowdistill.features.extractor import FeatureExtractor
+from flowdistill.features.extractor import LEGACY, FeatureExtractor
 from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import atomic_write, cache_folder, in_cache, local_path
 from flowdistill.utils.hashing import json_sha256
@@ -45,7 +46,7 @@ class Reference:
     ``mean`` (D,) and ``covariance`` (D, D) float64; ``features`` float32 (K, D) for KID, or None; ``labels`` int64 (K,)
     of those rows, or None; ``count`` images (None: unknown); ``source_hash`` of the images; ``feature_hash`` of the
     extractor (None: not recorded in the file); ``left_out``: what looked like images of the set and was not read, in
-    words.
+    words; ``spatial_mean`` (S,) and ``spatial_covariance`` (S, S) float64 of the features by place, or None.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Reference:
     source_hash: str | None = None
     feature_hash: str | None = None
     left_out: str | None = None
+    spatial_mean: Tensor | None = None
+    spatial_covariance: Tensor | None = None
 
     @property
     def labelled(self) -> tuple[Tensor, Tensor] | None:
@@ -83,7 +86,7 @@ class Reference:
         moments = moments_of(features)
         name = f"{self.name}, labels {', '.join(map(str, labels))}"
         return replace(self, name=name, mean=moments.mean, covariance=moments.covariance, count=len(features),
-                       features=features, labels=self.labelled[1][mine])
+                       features=features, labels=self.labelled[1][mine], spatial_mean=None, spatial_covariance=None)
 
     def fid_floor(self, seeds: Iterable[int] = (0, 1, 2)) -> list[float] | None:
         """Distances of random class-balanced halves of the set to each other, one a seed; None without labels.
@@ -106,7 +109,8 @@ class Reference:
             part = None if self.labels is None else sorted(set(self.labels.tolist()))
             return json_sha256([VERSION, self.source_hash, self.count, part])
         digest = hashlib.sha256(f"{VERSION} {self.count}".encode())
-        for tensor in (self.mean, self.covariance, self.features, self.labels):
+        for tensor in (self.mean, self.covariance, self.features, self.labels, self.spatial_mean,
+                       self.spatial_covariance):
             digest.update(b"none" if tensor is None else tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -126,6 +130,8 @@ class Reference:
             arrays["features"] = self.features.numpy()
         if self.labels is not None:
             arrays["labels"] = self.labels.numpy()
+        if self.spatial_mean is not None and self.spatial_covariance is not None:
+            arrays |= {"spatial_mean": self.spatial_mean.numpy(), "spatial_covariance": self.spatial_covariance.numpy()}
         with atomic_write(path) as file:
             np.savez(file, **arrays)
 
@@ -151,10 +157,14 @@ def load_reference(
     """Statistics of a reference set under an extractor. All processes of an evaluation must call it together.
 
     Args:
-        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, or a file of ``Reference.save``.
-            Statistics by other programs (``.npz`` with ``mu`` and ``sigma``: pytorch-fid, ADM, EDM, clean-fid) do not
-            say which features made them and are named with their mode, which must be the extractor's:
-            ``"clean:cifar10.npz"`` for clean-fid's mode "clean", ``"digits:own.npz"`` for other features by name.
+        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, a file of ``Reference.save``, or
+            an .npz file with images as ``arr_0``, uint8 (N, H, W, 3).
+            ADM's references (``mu_s`` and ``sigma_s`` beside ``mu`` and ``sigma``) are of the features
+            ``"inception-legacy"`` and go with no others; their ``arr_0`` is what KID, precision and recall see.
+            Statistics by other programs (``mu`` and ``sigma`` alone: EDM, pytorch-fid, clean-fid) do not say which
+            features made them. With ``"inception-legacy"`` they are taken for EDM's, with a warning; with others they
+            are named with their mode, which must be the extractor's: ``"clean:cifar10.npz"`` for clean-fid's mode
+            "clean", ``"digits:own.npz"`` for other features by name.
         cache_dir: where statistics are kept; default ``~/.cache/flowdistill/statistics``. The key holds the hashes of
             extractor, resizing and images, so a change of either makes new statistics. A folder that cannot be written
             to costs a warning, not the evaluation.
@@ -167,9 +177,21 @@ def load_reference(
         return reference
     processes = Processes.current()
     file = _statistics_file(reference, extractor)
-    if file is not None:
-        return processes.on_main(lambda: _open_statistics(*file, extractor))
-    images = open_images(reference)
+    images = None if file is None else ArrayImages.found(file[0])
+    if file is not None and (images is None or _holds_statistics(file[0])):
+        loaded = processes.on_main(lambda: _open_statistics(*file, extractor))
+        if images is None or len(images) < 2 or loaded.features is not None:
+            return loaded
+        shown_images = _measured(images, extractor, cache_dir, batch_size, processes)
+        return replace(loaded, features=shown_images.features, source_hash=images.hash())
+    return _measured(images or open_images(reference), extractor, cache_dir, batch_size, processes)
+
+
+def _measured(
+    images: ImageSet, extractor: FeatureExtractor, cache_dir: str | os.PathLike | None, batch_size: int,
+    processes: Processes,
+) -> Reference:
+    """Statistics of images, from the cache where it has them."""
     if len(images) < 2:
         raise UserError(f"the reference {images.name} holds one image only; statistics need at least 2, and a distance "
                         "that means something needs thousands")
@@ -191,6 +213,8 @@ def load_reference(
         source_hash=images.hash(),
         feature_hash=extractor.hash,
         left_out=images.left_out,
+        spatial_mean=None if collected.spatial is None else collected.spatial.mean,
+        spatial_covariance=None if collected.spatial is None else collected.spatial.covariance,
     )
     if path is not None and processes.is_main:
         _write_cache(made, path)
@@ -236,13 +260,28 @@ def _open_statistics(path: Path, mode: str | None, extractor: FeatureExtractor) 
     arrays = _read_arrays(path)
     loaded = _from_arrays(path, arrays)
     _check_fits(loaded, extractor)
-    if mode is not None and mode not in (extractor.mode, extractor.name):
+    named = (extractor.mode, extractor.name)
+    if loaded.spatial_mean is not None and "mean" not in arrays:
+        if extractor.mode != LEGACY or mode not in (None, *named):
+            used = repr(extractor.name) if mode in (None, *named) else f"{mode!r}, as it was named"
+            raise UserError(
+                f"{path} is a reference of ADM's ('mu_s' and 'sigma_s' beside 'mu' and 'sigma'), made with "
+                f"TensorFlow's Inception and resizing, so it goes with the features 'inception-legacy' only, not with "
+                f"{used}; for other features give its images themselves, in a folder"
+            )
+        _check_sizes(path, loaded, extractor)
+        return replace(loaded, name=f"{loaded.name} (ADM's, 'inception-legacy' features)")
+    if mode is not None and mode not in named:
         raise UserError(
             f"{path} was made with {mode!r}, and the features {extractor.name!r} are {extractor.mode!r}, so the two "
             "cannot be compared; give the reference's images themselves, in a folder"
         )
     if "mean" in arrays:
         return loaded
+    if mode is None and extractor.mode == LEGACY:
+        warnings.warn(f"{path} does not say which features made it; it is taken for {extractor.mode!r}, as EDM's and "
+                      "ADM's are, and pytorch-fid's and clean-fid's are not", stacklevel=2)
+        return replace(loaded, name=f"{loaded.name} (not said which features; taken for {extractor.mode!r})")
     if mode is None or mode != extractor.mode:
         others = ("; pytorch-fid, torch-fidelity, ADM, EDM and clean-fid's legacy modes resize images in another way, "
                   "which alone makes a distance of 20 or more" if extractor.mode in INCEPTION_MODES else "")
@@ -252,6 +291,16 @@ def _open_statistics(path: Path, mode: str | None, extractor: FeatureExtractor) 
             f"{extractor.mode!r} features"
         )
     return replace(loaded, name=f"{loaded.name} ({mode!r} features, as it was named)")
+
+
+def _check_sizes(path: Path, reference: Reference, extractor: FeatureExtractor) -> None:
+    """Refuse ADM's statistics of other sizes than the features have, before anything is measured."""
+    features, spatial = extractor.with_spatial(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert spatial is not None and reference.spatial_mean is not None  # both are ADM's
+    for name, held, made in (("mu", reference.mean, features), ("mu_s", reference.spatial_mean, spatial)):
+        if len(held) != made.shape[1]:
+            raise UserError(f"{path} holds a {name!r} of {len(held)} numbers, and the features {extractor.name!r} are "
+                            f"{made.shape[1]}; it was made with other features")
 
 
 def read_npz(path: Path) -> Reference:
@@ -268,7 +317,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"the reference statistics {path} do not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in (*_OURS, *_THEIRS)}
+            arrays = {name: file[name] for name in file.files if name in (*_OURS, *_THEIRS, *_THEIRS_BY_PLACE)}
             names = list(file.files)
     except _UNREADABLE as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from error
@@ -278,44 +327,69 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _from_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
-    mean, covariance = (arrays[name] for name in (_OURS[:2] if "mean" in arrays else _THEIRS))
-    size = mean.size
-    if mean.ndim != 1 or covariance.shape != (size, size):
-        raise UserError(f"{path} holds a mean of shape {mean.shape} and a covariance of shape {covariance.shape}")
+def _holds_statistics(path: Path) -> bool:
+    """Whether an .npz file has statistics, not images only."""
     try:
-        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+        with np.load(path, allow_pickle=False) as file:
+            return any(name in file.files for name in (*_OURS[:2], *_THEIRS))
+    except _UNREADABLE:
+        return True  # for whoever reads them to say what is wrong
+
+
+def _from_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
+    mean, covariance = _gaussian(path, arrays, _OURS[:2] if "mean" in arrays else _THEIRS)
+    by_place = _OURS[-2:] if "mean" in arrays else _THEIRS_BY_PLACE
+    spatial = _gaussian(path, arrays, by_place) if all(name in arrays for name in by_place) else (None, None)
+    try:
         count = int(arrays.get("count", -1))
         features, labels = (
             torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "labels")
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold statistics: {error}") from error
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path} holds statistics that are not finite; make them again")
     return Reference(
         name=str(arrays.get("name", path.name)),
-        mean=torch.from_numpy(mean),
-        covariance=torch.from_numpy(covariance),
+        mean=mean,
+        covariance=covariance,
         count=None if count < 0 else count,
         features=features,
         labels=labels,
         source_hash=str(arrays.get("source_hash", "")) or None,
         feature_hash=str(arrays.get("feature_hash", "")) or None,
         left_out=str(arrays.get("left_out", "")) or None,
+        spatial_mean=spatial[0],
+        spatial_covariance=spatial[1],
     )
 
 
-_OURS = ("mean", "covariance", "name", "count", "features", "labels", "source_hash", "feature_hash", "left_out")
+def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    mean, covariance = (arrays[name] for name in names)
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        raise UserError(f"{path} holds a mean of shape {mean.shape} and a covariance of shape {covariance.shape}")
+    try:
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold statistics: {error}") from error
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds statistics that are not finite; make them again")
+    return torch.from_numpy(mean), torch.from_numpy(covariance)
+
+
+_OURS = ("mean", "covariance", "name", "count", "features", "labels", "source_hash", "feature_hash", "left_out",
+         "spatial_mean", "spatial_covariance")
 _THEIRS = ("mu", "sigma")
+_THEIRS_BY_PLACE = ("mu_s", "sigma_s")
 
 
 def _check_fits(reference: Reference, extractor: FeatureExtractor) -> None:
     made, used = reference.feature_hash, extractor.hash
     if made is not None and used is not None and made != used:
+        ours, theirs = used.split(" ")[-1][:16], made.split(" ")[-1][:16]
+        # The same weights behind another resizing differ in what stands before the hash.
+        resized = " and other resizing" if ours == theirs else ""
         raise UserError(
-            f"the reference {reference.name!r} was made with other features (sha256 {made[:16]}) than "
-            f"{extractor.name!r} (sha256 {used[:16]}); make it again or name the features it was made with"
+            f"the reference {reference.name!r} was made with other features (sha256 {theirs}{resized}) than "
+            f"{extractor.name!r} (sha256 {ours}); make it again or name the features it was made with"
         )
 
 

@@ -99,7 +99,7 @@ class Report:
 
     def cells(self) -> list[list[str]]:
         """The head of the table and its rows, as texts; ``-`` for what was not measured."""
-        columns = [column for metric in all_metrics() for column in metric.columns
+        columns = [column for metric in all_metrics() for column in metric.shown(self.protocol)
                    if metric.default and metric.position < 100
                    or any(row.figures.get(column.name) is not None for row in self.rows)]
         header = ["model", "calls", *(column.title for column in columns), "images/s"]
@@ -135,7 +135,8 @@ class Report:
         for metric in all_metrics():
             text += metric.remarks(self.rows, self.protocol)
         if self.fid_floor is not None:
-            text.append(f"FID of two random halves of the reference: {self.fid_floor:.3f}")
+            distance = self.protocol.get("distance", "FID")
+            text.append(f"{distance} of two random halves of the reference: {self.fid_floor:.3f}")
         return text
 
     def table(self) -> str:

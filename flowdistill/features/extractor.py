@@ -7,7 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.features.digits_classifier import load_digits_classifier
+from flowdistill.features.resizing import tf1_bilinear
 from flowdistill.features.shapes_networks import load_shapes_classifier
-from flowdistill.utils.errors import WORD, UserError, shown
+from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import cache_folder, check_pointer, local_path
 from flowdistill.utils.hashing import file_sha256, module_sha256
 from flowdistill.utils.objects import is_object, load_object
@@ -30,8 +31,11 @@ WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
 NO_RESIZE = "none"
 AT_ONCE = 32
 """Images of one size that are prepared together: in double precision, 250 large ones would take gigabytes."""
-FEATURES = ("digits", "shapes", "inception")
-"""Names of feature extractors; every other text is a path."""
+FEATURES = ("digits", "shapes", "inception", "inception-legacy", "dinov2", "clip", "lite0")
+"""Names of feature extractors, ``dinov2`` and ``clip`` also with a folder or hub id behind a colon; every other text is
+a path."""
+LEGACY = "legacy_tensorflow"
+"""clean-fid's word for images that TensorFlow's graph of Inception resizes itself."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class FeatureExtractor:
         channels: image channels the network reads, None for any.
         classifier: prepared images -> logits (B, K), or None.
         prompt_labels: N prompts -> the class that each describes, int64 (N,), -1 for none of them; or None.
+        distance: what the Fréchet distance of these features is called in a table.
+        spatial: prepared images -> the features and those by place, (B, D) and (B, S), from one pass; or None.
+        logits: features (B, D) -> logits (B, K) of an Inception Score; or None.
+        keeps: rows of a set of images that are kept at most; None for as many as memory is set aside for.
+        embeds: whether the features are CLIP's embeddings of unit length, which CMMD is defined for.
     """
 
     name: str
@@ -71,6 +80,11 @@ class FeatureExtractor:
     prompt_labels: Callable[[Sequence[str]], Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mode: str = ""
+    distance: str = "FD"
+    spatial: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    logits: Callable[[Tensor], Tensor] | None = None
+    keeps: int | None = None
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         self.mode = self.mode or self.name
@@ -97,6 +111,22 @@ class FeatureExtractor:
     def prepare_one(self, image: Tensor) -> Tensor:
         """One uint8 image (C, H, W) as the network reads it, float32 (C, H, W), the same bits as in any batch."""
         return self.prepare(self._checked(image.unsqueeze(0)))[0]
+
+    @torch.no_grad()
+    def with_spatial(self, images: Tensor | Sequence[Tensor] | Prepared) -> tuple[Tensor, Tensor | None]:
+        """The features and those by place, float32 (B, D) and (B, S), of one pass; None in place of what is not there.
+        """
+        if self.spatial is None:
+            return self(images), None
+        look, sizes = self.spatial, [0, 0]
+
+        def both(ready: Tensor) -> Tensor:
+            parts = [part.flatten(1) for part in look(ready)]
+            sizes[:] = [part.shape[1] for part in parts]
+            return torch.cat(parts, dim=1)
+
+        features, spatial = self._run(both, images).split(sizes, dim=1)
+        return features, spatial
 
     def check_channels(self, channels: int) -> None:
         """Refuse images of this number of channels where the network does not read them; grey passes for colour.
@@ -153,15 +183,17 @@ def load_features(
 
     Args:
         features: ``"digits"`` (the shipped digit classifier), ``"shapes"`` (the shipped classifier of
-            shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), the path of a folder with a digit
-            classifier or of a TorchScript file, ``package.module:function`` that makes a network, a module, or a
-            callable. A network of yours gets float32 images
-            (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a classifier: its
-            ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which class a prompt
-            describes, and images are held against their prompts.
+            shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), ``"inception-legacy"`` (the same
+            network behind TensorFlow's resizing, as ADM and EDM measure), ``"dinov2"``, ``"clip"``, ``"dinov2:SOURCE"``
+            or ``"clip:SOURCE"`` (of transformers, from a folder or a hub id), ``"lite0"`` (EfficientNet-Lite0 of an
+            optional package), the path of a folder with a digit classifier or of a TorchScript file,
+            ``package.module:function`` that makes a network, a module, or a callable. A network of yours gets float32
+            images (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a
+            classifier: its ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which
+            class a prompt describes, and images are held against their prompts.
         device: default: the GPU of this process when there is one, else the CPU.
-        weights: for ``"inception"``: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
-            environment variable FLOWDISTILL_WEIGHTS names, then flowdistill's cache. Nothing is ever downloaded.
+        weights: for the two Inceptions: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
+            environment variable FLOWDISTILL_WEIGHTS names, then flowdistill's cache. It is never downloaded.
 
     Raises:
         UserError: unknown name, missing or damaged file.
@@ -170,11 +202,16 @@ def load_features(
         return features
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if features == "digits":
-        return _from_module("digits", load_digits_classifier(), place, channels=1)
+        return replace(_from_module("digits", load_digits_classifier(), place, channels=1), distance="FID")
     if features == "shapes":
-        return _from_module("shapes", load_shapes_classifier(), place, channels=3)
+        return replace(_from_module("shapes", load_shapes_classifier(), place, channels=3), distance="FID")
     if features == "inception":
         return _inception(inception_file(weights), place)
+    if features == "inception-legacy":
+        return _inception_legacy(inception_file(weights), place)
+    named = _of_other_libraries(features, place) if isinstance(features, str) else None
+    if named is not None:
+        return named
     if isinstance(features, str) and is_object(features):
         return load_features(load_object(features, "evaluation.features")(), place)
     if isinstance(features, nn.Module):
@@ -185,13 +222,28 @@ def load_features(
     return _from_path(local_path(features), place)
 
 
+def _of_other_libraries(features: str, place: torch.device) -> FeatureExtractor | None:
+    """What ``dinov2``, ``clip`` and ``lite0`` name; None for another text. Their modules import this one."""
+    kind, _, source = features.partition(":")
+    if features == "lite0":
+        from flowdistill.features.lite0 import lite0_features
+
+        return lite0_features(place)
+    if kind in ("dinov2", "clip"):
+        from flowdistill.features.pretrained import DEFAULT_SOURCES, clip_features, dinov2_features
+
+        make = dinov2_features if kind == "dinov2" else clip_features
+        return make(source or DEFAULT_SOURCES[kind], place)
+    return None
+
+
 def _from_path(path: Path, device: torch.device) -> FeatureExtractor:
     if path.is_dir():
         return _from_module(str(path), load_digits_classifier(path), device, channels=1)
     if not path.is_file():
         raise UserError(
-            f"unknown features {shown(str(path), WORD)}: neither 'digits' nor 'shapes' nor 'inception' nor the path of "
-            "a TorchScript file"
+            f"unknown features {shown(str(path), WORD)}: neither {listed(FEATURES)} nor the path of a TorchScript "
+            "file"
         )
     if path.name == INCEPTION_FILE:
         return _inception(path, device)
@@ -251,7 +303,8 @@ def inception_file(weights: str | os.PathLike | None) -> Path:
     return path
 
 
-def _inception(path: Path, device: torch.device) -> FeatureExtractor:
+def _load_inception(path: Path, device: torch.device) -> tuple[nn.Module, str]:
+    """clean-fid's wrapper of the weight file, and the hash of the file."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     check_pointer(path)
@@ -265,10 +318,17 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
             f"download {INCEPTION_URL} again (95607719 bytes, sha256 {INCEPTION_SHA256}) and put it there"
         ) from error
     # NHWC convolutions are 1.4 times faster on a CPU.
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    name = "inception" if digest == INCEPTION_SHA256 else "inception (not the published weights)"
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last), digest
+
+
+def _inception_name(name: str, digest: str) -> str:
+    return name if digest == INCEPTION_SHA256 else f"{name} (not the published weights)"
+
+
+def _inception(path: Path, device: torch.device) -> FeatureExtractor:
+    model, digest = _load_inception(path, device)
     return FeatureExtractor(
-        name=name,
+        name=_inception_name("inception", digest),
         hash=digest,
         network=lambda images: model(images.contiguous(memory_format=torch.channels_last)),
         prepare=clean_resize,
@@ -276,6 +336,53 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
         channels=3,
         device=device,
         mode="clean",
+        distance="FID",
+    )
+
+
+LEGACY_ROWS = 50_000
+"""Rows kept of legacy Inception's features: papers take Inception Score and recall of all of 50,000 images."""
+SPATIAL_LAYER, SPATIAL_CHANNELS = "mixed_6", 7
+
+
+def _inception_legacy(path: Path, device: torch.device) -> FeatureExtractor:
+    """TensorFlow's Inception as it is used by ADM (evaluations/evaluator.py), EDM and the GANs before them.
+
+    The spatial features of sFID (Nash et al. 2021, arXiv 2103.03841) are the first 7 channels of the first branch of
+    the block that TensorFlow calls mixed_6, in TensorFlow's order: row, column, channel.
+    """
+    model, digest = _load_inception(path, device)
+    layers = dict(model.layers.named_children())
+    if SPATIAL_LAYER not in layers or not hasattr(layers[SPATIAL_LAYER], "conv") or not hasattr(model.base, "output"):
+        raise UserError(f"the Inception weights {path} have no {SPATIAL_LAYER}.conv and no output, which "
+                        f"'inception-legacy' reads; download {INCEPTION_URL} (sha256 {INCEPTION_SHA256})")
+    first = list(layers).index(SPATIAL_LAYER)
+    before, after = list(layers.values())[:first], list(layers.values())[first:]
+    weight = model.base.output.weight
+
+    def spatial(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.contiguous(memory_format=torch.channels_last)
+        for layer in before:
+            x = layer(x)
+        places = layers[SPATIAL_LAYER].conv(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)
+        for layer in after:
+            x = layer(x)
+        return x.flatten(1), places.flatten(1)
+
+    return FeatureExtractor(
+        name=_inception_name("inception-legacy", digest),
+        hash=f"{LEGACY} {digest}",
+        network=lambda images: spatial(images)[0],
+        prepare=lambda images: (tf1_bilinear(images, INCEPTION_SIZE) - 128) / 128,
+        resize="299x299, TensorFlow 1's bilinear without antialiasing (clean-fid's 'legacy_tensorflow')",
+        channels=3,
+        device=device,
+        mode=LEGACY,
+        distance="FID",
+        spatial=spatial,
+        # Without the bias of the output layer, as every implementation since that of Salimans et al. 2016.
+        logits=lambda features: features.to(weight) @ weight.T,
+        keeps=LEGACY_ROWS,
     )
 
 

@@ -148,9 +148,10 @@ class FidCallback:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, reference: Reference | None = None) -> None:
         settings = config.evaluation
-        names = ["frechet", "accuracy"]
+        names, self.expected = ["frechet", "accuracy"], {"fid", "accuracy"}
         if config.train.stop_when is not None:
             names.append(ranking_metric(config.train.stop_when.metric, KEY).name)
+            self.expected |= {config.train.stop_when.metric}
         self.evaluator = Evaluator(
             settings.features,
             reference or settings.reference,
@@ -164,13 +165,15 @@ class FidCallback:
         )
 
     def __call__(self, student: Student) -> dict[str, Any]:
-        """``fid``, ``accuracy`` and those beside the figure of ``train.stop_when``; None: could not be measured."""
+        """``fid``, or ``fd`` of features whose distance is no FID, ``accuracy`` and those beside the figure of
+        ``train.stop_when``; None: could not be measured."""
         row = self.evaluator.measure(
             student_sampler(student), tuple(student.shape), student.num_classes, calls=student.num_steps,
             condition=prompt_conditions(student),
         )
         names = [name for metric in self.evaluator.metrics for name in metric.figures]
-        return {name: row.figures.get(name) for name in names}
+        figures = {name: row.figures.get(name) for name in names}
+        return {name: value for name, value in figures.items() if value is not None or name in self.expected}
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -22,9 +22,9 @@ INCEPTION = {"name": "inception", "mode": "clean"}
 
 @pytest.fixture
 def file(tmp_path):
-    """Statistics as pytorch-fid, torch-fidelity, ADM, EDM and clean-fid keep them."""
+    """Statistics as pytorch-fid, torch-fidelity, EDM and clean-fid keep them."""
     path = tmp_path / "cifar10.npz"
-    np.savez(path, mu=np.full(4, 0.5), sigma=np.eye(4), mu_s=np.zeros(3), sigma_s=np.eye(3), arr_0=np.zeros((2, 4, 3)))
+    np.savez(path, mu=np.full(4, 0.5), sigma=np.eye(4), arr_0=np.zeros((2, 4, 3)))
     return path
 
 

@@ -116,7 +116,14 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
         "precision", "recall", "per_part_fid", "stored_parameters", "active_parameters", "fid_std", "kid_std",
         "precision_std", "recall_std", "accuracy_std", "fid_infinity", "fid_infinity_std",
     }
-    assert all(set(row) == columns for row in written["rows"])
+    # Of other features, or when asked for.
+    others = {
+        "fd", "fd_std", "fd_infinity", "fd_infinity_std", "sfid", "inception_score", "inception_score_std",
+        "precision_adm", "precision_adm_std", "recall_adm", "recall_adm_std", "cmmd", "cmmd_std", "density",
+        "density_std", "coverage", "coverage_std",
+    }
+    assert all(set(row) == columns | others for row in written["rows"])
+    assert all(row[name] is None for row in written["rows"] for name in others)
     assert (written["num_images"], written["features"], written["reference"], written["seed"]) == (
         700,
         "digits",

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowdistill.config.checks import closest, shown
 from flowdistill.evaluation.collect import Collected
 from flowdistill.evaluation.reference import Reference
+from flowdistill.features.extractor import FeatureExtractor
 from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.registry import Registry
 from flowdistill.utils.text import JsonObject
@@ -52,6 +53,7 @@ class MeasuredImages:
         classes: the class that each label or prompt describes, int64 (N,), -1 for none; None where it is unknown.
         owner: number of the network that makes each class label, of several students; None of one.
         seed: of whatever a metric draws.
+        extractor: that made the features.
     """
 
     collected: Collected
@@ -59,6 +61,7 @@ class MeasuredImages:
     classes: Tensor | None = None
     owner: Sequence[int] | None = None
     seed: int = 0
+    extractor: FeatureExtractor | None = None
 
     @property
     def kept_classes(self) -> Tensor | None:
@@ -75,7 +78,7 @@ class Metric(ABC):
         columns: those that the table shows.
         better: of the figures that rank models, each a number, whether lower or higher is better; a run may be stopped
             by these (``train.stop_when``).
-        position: metrics stand in the table in ascending order of this.
+        position: metrics stand in the table in ascending order of this; from 100 on, where anything was measured.
         needs_reference: whether the images are compared with others; such a metric is left out without a reference.
         default: whether it is measured without being asked for by name.
         version: raised when its figures mean something else than before, so that rows that were kept are measured anew.
@@ -89,6 +92,16 @@ class Metric(ABC):
     needs_reference: ClassVar[bool] = True
     default: ClassVar[bool] = True
     version: ClassVar[int] = 1
+
+    @classmethod
+    def applies(cls, extractor: FeatureExtractor) -> bool:
+        """Whether it can be measured with these features; else it is left out."""
+        return True
+
+    @classmethod
+    def shown(cls, protocol: JsonObject) -> Sequence[Column]:
+        """The columns of a table with this protocol."""
+        return cls.columns
 
     @abstractmethod
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

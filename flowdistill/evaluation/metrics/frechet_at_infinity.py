@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flowdistill.evaluation.confidence import frechet_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference, moments_of
 from flowdistill.utils.randomness import generator_of
@@ -29,11 +31,17 @@ class FrechetAtInfinity(Metric):
     """
 
     name = "frechet_at_infinity"
-    figures = ("fid_infinity", "fid_infinity_std")
+    figures = ("fid_infinity", "fid_infinity_std", "fd_infinity", "fd_infinity_std")
     columns = (Column("fid_infinity", "FID at infinity", spread="fid_infinity_std"),)
     better = {"fid_infinity": "lower"}
     position = 15
     default = False
+
+    @classmethod
+    def shown(cls, protocol: JsonObject) -> Sequence[Column]:
+        distance = protocol.get("distance", "FID")
+        figure = f"{figure_of(distance)}_infinity"
+        return (Column(figure, f"{distance} at infinity", spread=f"{figure}_std"),)
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         features = images.collected.features
@@ -44,7 +52,9 @@ class FrechetAtInfinity(Metric):
         moments = images.collected.moments
         spread = frechet_std(features, moments.mean, moments.covariance, reference.mean, reference.covariance,
                              moments.count, images.kept_classes)
-        return {"fid_infinity": value, "fid_infinity_std": None if spread is None else math.hypot(spread, error)}
+        figure = "fid" if images.extractor is None else figure_of(images.extractor.distance)
+        deviation = None if spread is None else math.hypot(spread, error)
+        return {f"{figure}_infinity": value, f"{figure}_infinity_std": deviation}
 
     def protocol(self, reference: Reference) -> JsonObject:
         return {"fid_infinity": f"a line in 1 / N through the FID of random subsets of {POINTS} sizes from N / "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.evaluation.metrics.base import Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference, moments_of
 from flowdistill.utils.text import JsonObject
@@ -27,7 +28,8 @@ class FrechetByClass(Metric):
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         labels, collected = images.labels, images.collected
-        if labels is None or not collected.complete or reference.labelled is None:
+        named = images.extractor is not None and figure_of(images.extractor.distance) != "fid"
+        if named or labels is None or not collected.complete or reference.labelled is None:
             return {}
         real, real_labels = reference.labelled
         found = {"per_class_fid": distances_by_class(collected.features, labels, real, real_labels)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,12 @@ class Kernel(Metric):
     columns = (Column("kid", "KID x 1000", scale=1000.0, spread="kid_std"),)
     better = {"kid": "lower"}
     position = 20
+
+    @classmethod
+    def shown(cls, protocol: JsonObject) -> Sequence[Column]:
+        distance = protocol.get("distance", "FID")
+        named = "KID" if distance == "FID" else distance.replace("FD", "KD", 1)
+        return (replace(cls.columns[0], title=f"{named} x 1000"),)
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         collected = images.collected

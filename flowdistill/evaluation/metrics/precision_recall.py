@@ -60,13 +60,27 @@ def precision_recall(
     Returns:
         (precision, recall) in [0, 1]; None with k or fewer points on a side.
     """
-    size = compared(features, reference)
-    if size <= neighbours:
+    if compared(features, reference) <= neighbours:
         return None
-    ours, theirs = (_subsample(points, size, seed) for points in (features, reference))
-    # Equal points differ by rounding when the distance is |a|^2 + |b|^2 - 2 a.b; this much does not count.
-    slack = 1e-12 * float(torch.cat([ours, theirs]).square().sum(dim=1).max())
+    return manifold_shares(*same_size(features, reference, seed), neighbours)
+
+
+def manifold_shares(ours: Tensor, theirs: Tensor, neighbours: int) -> tuple[float, float]:
+    """(precision, recall) of sets (N, D) and (M, D), float64, as they are, each of more than k points."""
+    slack = rounding(ours, theirs)
     return _inside(ours, theirs, neighbours, slack), _inside(theirs, ours, neighbours, slack)
+
+
+def same_size(features: Tensor, reference: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Both sets, float64 on the CPU, the larger one cut at random; at most 10,000 points each."""
+    size = compared(features, reference)
+    return _subsample(features, size, seed), _subsample(reference, size, seed)
+
+
+def rounding(ours: Tensor, theirs: Tensor) -> float:
+    """How far two squared distances of equal points may be apart, as they are |a|^2 + |b|^2 - 2 a.b: this much does not
+    count."""
+    return 1e-12 * float(torch.cat([ours, theirs]).square().sum(dim=1).max())
 
 
 def compared(features: Tensor, reference: Tensor) -> int:
@@ -85,15 +99,15 @@ def _inside(points: Tensor, others: Tensor, neighbours: int, slack: float) -> fl
     """Share of ``points`` within the manifold of ``others``."""
     # A point is its own nearest, hence k + 1.
     radii = torch.cat([
-        _squared_distances(chunk, others).kthvalue(neighbours + 1, dim=1).values for chunk in others.split(CHUNK)
+        squared_distances(chunk, others).kthvalue(neighbours + 1, dim=1).values for chunk in others.split(CHUNK)
     ])
     found = sum(
-        int((_squared_distances(chunk, others) <= radii + slack).any(dim=1).sum()) for chunk in points.split(CHUNK)
+        int((squared_distances(chunk, others) <= radii + slack).any(dim=1).sum()) for chunk in points.split(CHUNK)
     )
     return found / len(points)
 
 
-def _squared_distances(points: Tensor, others: Tensor) -> Tensor:
+def squared_distances(points: Tensor, others: Tensor) -> Tensor:
     """(N, M); float64, in which a product of matrices is exact enough and much faster than differences."""
     lengths = points.square().sum(dim=1, keepdim=True) + others.square().sum(dim=1)
     return torch.addmm(lengths, points, others.T, alpha=-2)
