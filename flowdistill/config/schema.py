@@ -174,8 +174,9 @@ class EvaluationConfig:
 
     num_images: int = option(10_000, "images of every measured model", at_least=2)
     features: str | None = option(None, "feature extractor: a name or a path; null: speed is measured only")
-    reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); null: what "
-                                         "needs none is measured")
+    reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); or "
+                                         "teacher: its own samples; null: those of a teacher that takes prompts, else "
+                                         "what needs none is measured")
     teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
     solver: str = option("euler", "the teacher's ODE solver: euler; heun, which averages velocities in t; or "
                                   "edm_heun, which averages in sigma, as EDM's own",
@@ -222,3 +223,8 @@ class RunConfig:
         """UserError for measurements during training without anything to measure with."""
         if self.train.evaluate_every and self.evaluation.missing is not None:
             raise UserError(f"train.evaluate_every is {self.train.evaluate_every}, but {self.evaluation.missing}")
+        if self.train.evaluate_every and self.evaluation.reference == "teacher" and (
+            self.evaluation.guidance_scale is None
+        ):
+            raise UserError(f"train.evaluate_every is {self.train.evaluate_every} and evaluation.reference is teacher: "
+                            "set evaluation.guidance_scale as well, at which the teacher's samples are drawn")

@@ -29,6 +29,7 @@ from flowdistill.evaluation.generation import Sampler, check_num_images
 from flowdistill.evaluation.kept_rows import KnownSampler
 from flowdistill.evaluation.pictures import Strip, drawn_strip, stored_strip
 from flowdistill.evaluation.report import Report, Row
+from flowdistill.evaluation.teacher_reference import TEACHER
 from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError, listed, shown
@@ -94,6 +95,9 @@ def evaluate_several(
     """
     compared = [_open_one(source, name, teacher_rows) for source, name in zip(sources, _names(sources), strict=True)]
     shared = {key: _agreed(key, compared, asked) for key in SHARED}
+    if shared["reference"] == TEACHER:
+        raise UserError("the reference 'teacher' is one model's own; evaluate models one by one against it, or give "
+                        "several another reference, such as a folder of one teacher's samples")
     check_num_images(shared["num_images"])
     for one in compared:
         one.settings = {**DEFAULTS, **one.settings, **asked, **shared}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from flowdistill.evaluation.kept_rows import TeacherIdentity
 from flowdistill.evaluation.pictures import Strip, drawn_strip
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
-from flowdistill.features.extractor import FEATURES, FeatureExtractor
+from flowdistill.evaluation.teacher_reference import STEPS, TEACHER, teacher_reference
+from flowdistill.features.extractor import FEATURES, FeatureExtractor, load_features
 from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
@@ -138,7 +139,8 @@ def evaluate(
     if isinstance(run_or_model, (list, tuple)):
         report = _several(run_or_model, teacher, asked, seed, place, teacher_rows, prompts, strips, how)
     else:
-        subject = _open(run_or_model, place, with_teacher=teacher_rows and teacher is None)
+        needed = teacher_rows or isinstance(reference, str) and reference == TEACHER
+        subject = _open(run_or_model, place, with_teacher=needed and teacher is None)
         if teacher is not None:
             subject.teacher = teacher
         report = _evaluate_one(subject, asked, seed, place, teacher_rows, prompts, strips, how)
@@ -178,9 +180,11 @@ def _evaluate_one(
     assert model is not None  # else there is nothing to measure
     condition = prompt_conditions(model)
     own = None if model.classes is None else model.classes.own
+    extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,
+                                         **{key: how[key] for key in ("weights", "cache_dir", "progress")})
     evaluator = Evaluator(
-        settings["features"],
-        settings["reference"],
+        extractor,
+        compared,
         settings["num_images"],
         seed,
         settings["batch_size"],
@@ -214,6 +218,47 @@ def _evaluate_one(
         strips += [drawn_strip(f"{name}, {calls} call{'' if calls == 1 else 's'}", sampler, model, condition, own, seed)
                    for name, calls, sampler in models]
     return report
+
+
+def is_teacher(reference: Any, teacher: Teacher | None) -> bool:
+    """Whether images are measured against the teacher's samples: asked for, or for want of others where it takes
+    prompts."""
+    if reference is None:
+        return teacher is not None and teacher.prompts is not None
+    return isinstance(reference, str) and reference == TEACHER
+
+
+def open_reference(
+    features: Any,
+    reference: Any,
+    teacher: Teacher | None,
+    settings: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    weights: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> tuple[FeatureExtractor | None, Any]:
+    """The features, and what images are measured against: ``reference`` itself, or a teacher's samples.
+
+    Args:
+        settings: ``num_images``, ``teacher_steps``, ``solver``, ``guidance_scale`` and ``batch_size``.
+
+    Raises:
+        UserError: features that cannot be opened, or a reference ``"teacher"`` without a teacher.
+    """
+    extractor = None if features is None else load_features(features, device, weights)
+    if extractor is None or not is_teacher(reference, teacher):
+        return extractor, reference
+    if teacher is None:
+        raise UserError("the reference 'teacher' is the teacher's own samples, and there is no teacher here; give one, "
+                        "or another reference")
+    scale, solver = settings["guidance_scale"], settings["solver"]
+    steps = max(settings["teacher_steps"], default=STEPS)
+    sampler = TeacherIdentity(teacher).known(teacher_sampler(teacher, steps, solver, scale), "teacher", steps, solver,
+                                             scale)
+    how = f"{solver}, {network_calls(solver, steps)} calls, guidance {scale:g}"
+    return extractor, teacher_reference(teacher, sampler, how, extractor, settings["num_images"],
+                                        settings["batch_size"], prompt_conditions(teacher), cache_dir, progress)
 
 
 def student_parameters(student: Student) -> tuple[int, int]:
@@ -360,7 +405,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         config = run_settings(folder)
         student = load_student(folder).to(device) if is_student_folder(folder) else None
         settings = {key: value for key, value in (config.get("evaluation") or {}).items() if key in DEFAULTS}
-        for key, names in (("reference", IMAGE_SETS), ("features", FEATURES)):
+        for key, names in (("reference", (*IMAGE_SETS, TEACHER)), ("features", FEATURES)):
             if isinstance(settings.get(key), str) and settings[key] not in names:
                 settings[key] = _found_again(settings[key], folder)
         section = teacher_found_again(config.get("teacher") or {}, folder)

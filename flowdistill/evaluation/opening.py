@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from flowdistill.config import EvaluationConfig
-from flowdistill.evaluation.evaluate import prompt_conditions, student_sampler, teacher_sampler
+from flowdistill.evaluation.evaluate import (
+    is_teacher,
+    open_reference,
+    prompt_conditions,
+    student_sampler,
+    teacher_sampler,
+)
 from flowdistill.evaluation.evaluator import Evaluator
 from flowdistill.evaluation.generation import Sampler, balanced_labels
 from flowdistill.evaluation.reference import Reference
@@ -25,7 +31,8 @@ class OpenedEvaluation:
 
     Attributes:
         settings: the section.
-        reference: its statistics, so that nobody computes them again; None where none is set.
+        reference: its statistics, so that nobody computes them again; None where none is set, or where the teacher's
+            samples are drawn later.
         image: one of the teacher's, (1, C, H, W).
     """
 
@@ -62,9 +69,13 @@ def open_evaluation(
     Raises:
         UserError: a part that is unknown, missing, damaged or does not fit another one.
     """
-    evaluator = Evaluator(settings.features, settings.reference, settings.num_images, 0, settings.batch_size,
-                          more_metrics=settings.more_metrics, device=device, progress=False)
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    # Its own samples are drawn at the student's guidance scale, which may be known when there is a student only.
+    later = settings.guidance_scale is None and is_teacher(settings.reference, teacher)
+    extractor, reference = open_reference(settings.features, None if later else settings.reference,
+                                          None if later else teacher, vars(settings), device)
+    evaluator = Evaluator(extractor, reference, settings.num_images, 0, settings.batch_size,
+                          more_metrics=settings.more_metrics, device=device, progress=False)
     image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
     evaluator.check_image(image)
     for count in settings.pipeline_steps:

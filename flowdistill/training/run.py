@@ -28,6 +28,7 @@ from flowdistill.config import (
 )
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.evaluation.evaluate import is_teacher
 from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.evaluation.opening import OpenedEvaluation, open_evaluation
 from flowdistill.export.pipelines import check_exportable
@@ -190,7 +191,8 @@ def open_run_evaluation(
     """
     if not config.evaluation.at_end and not config.train.evaluate_every:
         return None
-    if config.evaluation.missing is not None:
+    own = config.evaluation.features is not None and is_teacher(config.evaluation.reference, teacher)
+    if config.evaluation.missing is not None and not own:
         log_once(config.evaluation.missing)
     return open_evaluation(config.evaluation, teacher, accelerator.device, parts)
 
@@ -360,7 +362,8 @@ def make_report(
     if reuse and file.is_file():
         report = Report.read_json(file)
     else:
-        given: dict[str, Any] = {} if opened is None else {"reference": opened.reference}
+        found = None if opened is None else opened.reference
+        given: dict[str, Any] = {} if found is None else {"reference": found}
         if config.evaluation.features is None:
             # No more at once than training had: a speed is not worth running out of memory for.
             rows = config.train.batch_size // config.train.gradient_accumulation // accelerator.num_processes
