@@ -24,6 +24,7 @@ class CMMD(Metric):
     name = "cmmd"
     figures = ("cmmd", "cmmd_std")
     columns = (Column("cmmd", "CMMD", spread="cmmd_std"),)
+    better = {"cmmd": "lower"}
     position = 101
 
     @classmethod

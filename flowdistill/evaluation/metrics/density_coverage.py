@@ -24,6 +24,7 @@ class DensityCoverage(Metric):
     columns = (
         Column("density", "density", spread="density_std"), Column("coverage", "coverage", spread="coverage_std"),
     )
+    better = {"density": "higher", "coverage": "higher"}
     position = 108
     default = False
 

@@ -24,7 +24,7 @@ class Frechet(Metric):
     name = "frechet"
     figures = ("fid", "fid_std", "fd", "fd_std")
     columns = (Column("fid", "FID", spread="fid_std"),)
-    better = {"fid": "lower"}
+    better = {"fid": "lower", "fd": "lower"}
     position = 10
 
     @classmethod

@@ -33,7 +33,7 @@ class FrechetAtInfinity(Metric):
     name = "frechet_at_infinity"
     figures = ("fid_infinity", "fid_infinity_std", "fd_infinity", "fd_infinity_std")
     columns = (Column("fid_infinity", "FID at infinity", spread="fid_infinity_std"),)
-    better = {"fid_infinity": "lower"}
+    better = {"fid_infinity": "lower", "fd_infinity": "lower"}
     position = 15
     default = False
 

@@ -23,6 +23,7 @@ class InceptionScore(Metric):
     name = "inception_score"
     figures = ("inception_score", "inception_score_std")
     columns = (Column("inception_score", "IS", ".2f", spread="inception_score_std"),)
+    better = {"inception_score": "higher"}
     position = 104
     needs_reference = False
 

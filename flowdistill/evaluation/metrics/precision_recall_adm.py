@@ -25,6 +25,7 @@ class PrecisionRecallADM(Metric):
         Column("precision_adm", "precision as ADM", spread="precision_adm_std"),
         Column("recall_adm", "recall as ADM", spread="recall_adm_std"),
     )
+    better = {"precision_adm": "higher", "recall_adm": "higher"}
     position = 106
 
     @classmethod

@@ -16,6 +16,7 @@ class SpatialFrechet(Metric):
     name = "spatial_frechet"
     figures = ("sfid",)
     columns = (Column("sfid", "sFID"),)
+    better = {"sfid": "lower"}
     position = 102
 
     @classmethod
