@@ -88,6 +88,7 @@ class Evaluator:
         self.own, self.owner, self.progress = own, owner, progress
         self.fresh, self._cache_dir = fresh, cache_dir
         self._read: list[tuple[Row, str]] = []
+        self._warm: set[str] = set()  # names of models whose speed was measured
         self.extractor = self.reference = None
         self.missing = what_is_missing(features is None, reference is None)
         named = [METRICS.get(name) for name in dict.fromkeys([*(metrics or ()), *more_metrics])]
@@ -133,8 +134,7 @@ class Evaluator:
             row = kept.row
             row.model, row.calls = name, calls
             if row.images_per_second is None:
-                drawn = self._generate(sampler, shape, self._few, num_classes, f"{name}{at}", condition)
-                row.images_per_second = _speed([(len(batch.indices), batch.seconds) for batch in drawn], processes)
+                row.images_per_second = self._measured_speed(sampler, shape, num_classes, name, at, condition)
             self._read.append((row, f"{name}{at}: {kept}"))
         if key is not None and row.figures and (kept is None or kept.shipped):
             made = None if kept is None else kept.made
@@ -177,6 +177,18 @@ class Evaluator:
         labels = balanced_labels(range(total), num_classes, self.own)
         classes = labels if wanted is None else wanted[torch.arange(total) % len(wanted)]
         return processes.on_main(lambda: self._row(found, labels, name, calls, speed, classes))
+
+    def _measured_speed(
+        self, sampler: Sampler, shape: Sequence[int], num_classes: int | None, name: str, at: str,
+        condition: Callable[[range], Condition | None] | None,
+    ) -> float:
+        """Images a second, by one batch a process, and one before it where no model of this name is warm yet."""
+        processes = Processes.current()
+        batches = 1 if name in self._warm else SPEED_BATCHES
+        self._warm.add(name)
+        few = min(self.num_images, batches * self.batch_size * processes.world)
+        drawn = self._generate(sampler, shape, few, num_classes, f"{name}{at}", condition)
+        return _speed([(len(batch.indices), batch.seconds) for batch in drawn], processes)
 
     def _generate(
         self, sampler: Sampler, shape: Sequence[int], total: int, num_classes: int | None, description: str,

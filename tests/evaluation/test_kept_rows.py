@@ -139,19 +139,21 @@ def test_a_damaged_entry_is_made_anew(teacher, tmp_path, sampled, content):
 
 def test_of_a_shipped_row_the_speed_is_measured_here(teacher, tmp_path, sampled, monkeypatch):
     monkeypatch.setattr(kept_rows, "shipped_folder", lambda name: tmp_path / name)
-    measure(teacher, tmp_path / "one", teacher_steps=[2])
-    (file,) = (tmp_path / "one").glob("*.json")
-    entry = json.loads(file.read_text())
-    entry["row"] |= {"fid": 12.5, "images_per_second": 1e9}
-    entry["made"] |= {"torch": "0.1"}
+    measure(teacher, tmp_path / "one", teacher_steps=[2, 4])
+    entries = [json.loads(file.read_text()) for file in (tmp_path / "one").glob("*.json")]
+    for entry in entries:
+        entry["row"] |= {"fid": 12.5, "images_per_second": 1e9}
+        entry["made"] |= {"torch": "0.1"}
     (tmp_path / "assets").mkdir()
-    (tmp_path / "assets" / kept_rows.SHIPPED).write_text(json.dumps({"rows": [entry]}))
+    (tmp_path / "assets" / kept_rows.SHIPPED).write_text(json.dumps({"rows": entries}))
     report = measure(teacher, tmp_path / "two", teacher_steps=[2], batch_size=5)
-    assert sampled[1:] == [(2, 5), (2, 5)]  # two batches, the second one on the clock
+    assert sampled[2:] == [(2, 5), (2, 5)]  # two batches, the second one on the clock
     assert report.rows[0].fid == 12.5 and 0 < report.rows[0].images_per_second < 1e8
     assert "teacher at 2 calls: shipped, measured with torch 0.1 on cpu; its images/s are measured here" in str(report)
     again = measure(teacher, tmp_path / "two", teacher_steps=[2])
-    assert len(sampled) == 3 and again.rows == report.rows
+    assert len(sampled) == 4 and again.rows == report.rows
+    measure(teacher, tmp_path / "three", teacher_steps=[2, 4], batch_size=5)
+    assert sampled[4:] == [(2, 5), (2, 5), (4, 5)]  # the network is warm by then
     assert "from the cache, measured with torch 0.1 on cpu" in str(again)
 
 
