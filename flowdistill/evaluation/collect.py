@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.data.image_sets import ImageSet
-from flowdistill.evaluation.moments import Moments
+from flowdistill.evaluation.moments import Moments, moments_of
 from flowdistill.features.extractor import AT_ONCE, FeatureExtractor, Prepared
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
@@ -58,20 +58,22 @@ Images = Tensor | Sequence[Tensor] | Prepared
 
 
 def stored_batches(
-    images: ImageSet, span: range, batch_size: int, extractor: FeatureExtractor
+    images: ImageSet, processes: Processes, batch_size: int, extractor: FeatureExtractor
 ) -> Iterator[tuple[range, Images, Tensor | None]]:
-    """Stored images with their indices and labels, read ahead; resized where they are read if the processor does it.
+    """This process's part of stored images with their indices and labels, in whole batches.
+
+    They are read ahead, and resized where they are read if the processor does it.
 
     Raises:
         UserError: a picture that cannot be read, or one in colour for features that do not see any.
     """
-    ahead = extractor.resizes_on_cpu
+    ahead = extractor.resizes_on_cpu and extractor.channels != 1
+    batch_size = min(batch_size, AT_ONCE) if ahead else batch_size
+    span = processes.span(len(images), batch_size)
     if extractor.channels == 1:
         parts = images.batches(span, batch_size, None, functools.partial(_grey, extractor))
-        ahead = False
     else:
-        parts = images.batches(span, min(batch_size, AT_ONCE) if ahead else batch_size, extractor.channels,
-                               extractor.prepare_one if ahead else None)
+        parts = images.batches(span, batch_size, extractor.channels, extractor.prepare_one if ahead else None)
     labels = images.labels
     for indices, part in parts:
         known = None if labels is None else labels[indices.start : indices.stop]
@@ -112,6 +114,9 @@ def collect(
 ) -> Collected:
     """Features of ``total`` images, of which this process's ``batches`` give a contiguous part in index order.
 
+    Where all features are kept the moments are taken of them together, so that they have the same bits for any number
+    of processes; of more images, each process takes those of its own, and the sum is the same up to rounding.
+
     Args:
         batches: (indices, uint8 images, labels or None); a label of -1 is not judged.
         size: number of features there must be, None for any.
@@ -138,7 +143,8 @@ def collect(
                 check_size(features, extractor, size)
                 moments = Moments(features.shape[1])
                 wanted = kept_rows(total, features.shape[1], extractor.keeps)
-            moments.update(features)
+            if len(wanted) < total:
+                moments.update(features)
             here = wanted[(wanted >= indices.start) & (wanted < indices.stop)]
             kept.append(features[here - indices.start])
             guesses = None if labels is None else extractor.classify(images)
@@ -149,13 +155,16 @@ def collect(
     processes.together(go_through)
     # A process may have had no images: it learns the number of features from the others.
     found = processes.max(0 if moments is None else moments.size)
-    moments = (moments or Moments(found)).reduce(processes)
+    features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
+    rows = kept_rows(total, found, extractor.keeps)
+    if len(rows) == total:
+        moments = processes.on_main(lambda: moments_of(features))
+    else:
+        moments = (moments or Moments(found)).reduce(processes)
     if moments.count != total:
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
     if extractor.spatial is not None:
         found_places = processes.max(0 if places is None else places.size)
         places = (places or Moments(found_places)).reduce(processes)
-    features = processes.rows(torch.cat(kept) if kept else torch.empty(0, found))
     matches, guessed = processes.sum(judged).tolist()
-    rows = kept_rows(total, found, extractor.keeps)
     return Collected(moments, features, rows, matches if guessed else None, guessed, places)

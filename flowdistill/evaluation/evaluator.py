@@ -195,7 +195,7 @@ class Evaluator:
         condition: Callable[[range], Condition | None] | None,
     ) -> Iterator[Batch]:
         return generate(sampler, shape, total, self.seed, self.batch_size, num_classes=num_classes, own=self.own,
-                        condition=condition, description=description, progress=self.progress)
+                        condition=condition, whole_batches=True, description=description, progress=self.progress)
 
     def _key(
         self, sampler: Sampler, shape: tuple[int, ...], num_classes: int | None, condition: object
@@ -264,7 +264,7 @@ class Evaluator:
         processes = Processes.current()
         self._announce(name, len(images))
         labels = images.labels
-        batches = stored_batches(images, processes.span(len(images)), self.batch_size, self.extractor)
+        batches = stored_batches(images, processes, self.batch_size, self.extractor)
         collected = collect(batches, self.extractor, len(images), processes, self._size)
         return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
 

@@ -87,6 +87,7 @@ def generate(
     num_classes: int | None = None,
     own: Sequence[int] | None = None,
     condition: Callable[[range], Condition | None] | None = None,
+    whole_batches: bool = False,
     description: str = "images",
     progress: bool = True,
 ) -> Iterator[Batch]:
@@ -102,6 +103,8 @@ def generate(
         rank, world: which share; default: this process of torch.distributed.
         num_classes, own: see :func:`balanced_labels`.
         condition: what the sampler gets as its second argument for a range of indices, instead of labels.
+        whole_batches: share the images out in whole batches: then the batches are the same for any number of processes,
+            and so is the last bit of every image.
         progress: a progress bar on rank 0 (of its own share), on a terminal.
 
     Raises:
@@ -113,7 +116,7 @@ def generate(
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
     here = Processes.current()
     here = Processes(here.rank if rank is None else rank, here.world if world is None else world)
-    span = here.span(num_images)
+    span = here.span(num_images, batch_size if whole_batches else 1)
     # None: no bar either where standard error is no terminal, as its redrawing would fill a log file.
     hidden = None if progress and here.is_main else True
     bar = tqdm(total=len(span), desc=description, unit="img", disable=hidden, leave=False)

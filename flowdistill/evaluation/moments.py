@@ -12,6 +12,9 @@ from flowdistill.utils.processes import Processes
 
 Array = np.ndarray | Tensor
 
+ROWS = 4096
+"""Rows that are taken into moments at once: 64 MiB of 2,048 features in double precision."""
+
 
 class Moments:
     """Running mean and covariance of feature rows, accumulated on the CPU in float64.
@@ -79,6 +82,14 @@ class Moments:
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 samples, not {self.count}")
         return self._scatter / (self.count - 1)
+
+
+def moments_of(features: Tensor) -> Moments:
+    """Mean and covariance of features (N, D), the same bits for the same features."""
+    moments = Moments(features.shape[1])
+    for rows in features.split(ROWS):
+        moments.update(rows)
+    return moments
 
 
 def frechet_distance(mean1: Array, covariance1: Array, mean2: Array, covariance2: Array) -> float:

@@ -22,7 +22,7 @@ from flowdistill.data import IMAGE_SETS, split_halves
 from flowdistill.data.array_images import ArrayImages
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
 from flowdistill.evaluation.collect import collect, stored_batches
-from flowdistill.evaluation.moments import Moments, frechet_distance
+from flowdistill.evaluation.moments import frechet_distance, moments_of
 from flowdistill.features.extractor import LEGACY, FeatureExtractor
 from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import atomic_write, cache_folder, in_cache, local_path
@@ -136,13 +136,6 @@ class Reference:
             np.savez(file, **arrays)
 
 
-def moments_of(features: Tensor) -> Moments:
-    """Mean and covariance of features (N, D)."""
-    moments = Moments(features.shape[1])
-    moments.update(features)
-    return moments
-
-
 def mean_floor(floors: list[float] | None) -> float | None:
     """Mean of ``Reference.fid_floor``."""
     return statistics.fmean(floors) if floors else None
@@ -200,7 +193,7 @@ def _measured(
     cached = processes.on_main(lambda: _read_cache(path, images, extractor))
     if cached is not None:
         return replace(cached, left_out=images.left_out)
-    stored = stored_batches(images, processes.span(len(images)), batch_size, extractor)
+    stored = stored_batches(images, processes, batch_size, extractor)
     batches = ((indices, part, None) for indices, part, _ in stored)  # nobody asks how many the classifier gets right
     collected = collect(batches, extractor, len(images), processes)
     made = Reference(

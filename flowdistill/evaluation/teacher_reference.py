@@ -74,7 +74,8 @@ def teacher_reference(
     if progress and processes.is_main and not on_terminal():
         say(f"drawing the reference: {name}")
     made = generate(sampler, tuple(teacher.shape), num_images, SEED, batch_size, num_classes=teacher.num_classes,
-                    condition=condition, description="the teacher as reference", progress=progress)
+                    condition=condition, whole_batches=True, description="the teacher as reference",
+                    progress=progress)
 
     def pixels(images: Tensor) -> Tensor:
         if not images.isfinite().all():

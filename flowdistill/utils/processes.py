@@ -49,9 +49,12 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def span(self, total: int) -> range:
-        """This process's contiguous part of ``range(total)``; sizes differ by at most one."""
-        return range(self.rank * total // self.world, (self.rank + 1) * total // self.world)
+    def span(self, total: int, unit: int = 1) -> range:
+        """This process's contiguous part of ``range(total)``; sizes differ by at most one ``unit``, which no two
+        processes share: so batches of a unit are the same ones for any number of processes."""
+        units = -(-total // unit)
+        first, end = (unit * (rank * units // self.world) for rank in (self.rank, self.rank + 1))
+        return range(min(first, total), min(end, total))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over the processes, on the CPU."""

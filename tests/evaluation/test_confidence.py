@@ -14,8 +14,7 @@ from flowdistill.evaluation.confidence import binomial_std, frechet_std, mean_st
 from flowdistill.evaluation.metrics import METRICS, MeasuredImages
 from flowdistill.evaluation.metrics.frechet_at_infinity import FrechetAtInfinity, subset_sizes
 from flowdistill.evaluation.metrics.kernel import _std, _subsets_distance
-from flowdistill.evaluation.moments import frechet_distance
-from flowdistill.evaluation.reference import moments_of
+from flowdistill.evaluation.moments import frechet_distance, moments_of
 from flowdistill.features import load_features
 
 SIZE, COUNT, SEEDS = 6, 400, 60

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowdistill.evaluation.metrics.base import Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.metrics.frechet import figure_of
-from flowdistill.evaluation.moments import frechet_distance
-from flowdistill.evaluation.reference import Reference, moments_of
+from flowdistill.evaluation.moments import frechet_distance, moments_of
+from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.text import JsonObject
 
 if TYPE_CHECKING:
