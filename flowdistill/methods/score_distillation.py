@@ -141,6 +141,9 @@ class HostConfig(Regression, CriticKind):
         if self.step_inputs == "data" and self.data is None:
             raise UserError("method.step_inputs is data, but method.data is null; name an image set, such as digits, "
                             "or set step_inputs to simulated")
+        if self.critic_told_step and self.steps == 1:
+            raise UserError("method.critic_told_step is true, but method.steps is 1, so that there is nothing to tell; "
+                            "set it to false, or steps to 2 to 8")
         if self.steps > 1 and self.regression_weight:
             raise UserError(f"method.regression_weight is {self.regression_weight} and method.steps {self.steps}, but "
                             "pairs are noise and what one call must make of it; set the weight to 0, or steps to 1")

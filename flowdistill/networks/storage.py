@@ -59,6 +59,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if not place.exists():
             raise UserError(f"{source} does not exist; give a run folder or a student folder")
         hint = "its training has not finished yet" if (place / "config.yaml").is_file() else (
+            "it is a pipeline already") if (place / "model_index.json").is_file() else (
             "it has no flowdistill.json that describes one")
         raise UserError(f"{source} holds no student: {hint}")
     return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from flowdistill.conditioning.pipeline_lora import with_lora
-from flowdistill.students.generator import Generator
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 
@@ -17,7 +16,7 @@ def describe(student: Student) -> str:
     latents = "latents of an autoencoder" if isinstance(student.codec, VaeCodec) else "pixels in [-1, 1]"
     lines = [
         f"student       {student.kind.replace('_', ' ')}, by {info.method or 'an unknown method'}{origin}",
-        f"call          {_calls(student)}",
+        f"call          {student.calls_in_words()}",
         f"backbone      {_backbone(networks[0])}"
         + (f"; {len(networks)} networks, of which one makes an image" if len(networks) > 1 else ""),
         f"sample        {' x '.join(map(str, student.shape))}, {latents}",
@@ -25,14 +24,6 @@ def describe(student: Student) -> str:
         f"guidance      {_guidance(student)}",
     ]
     return "\n".join(lines)
-
-
-def _calls(student: Student) -> str:
-    if not isinstance(student, Generator) or student.num_steps == 1:
-        count = "one" if student.num_steps == 1 else str(student.num_steps)
-        return f"{count} of the network for an image, from t = {student.t_start:.4f}"
-    times = ", ".join(f"{t:.4f}" for t in student.steps.times)
-    return f"{student.num_steps} of the network for an image, at t = {times}; {student.steps.stepping}"
 
 
 def _backbone(network: nn.Module) -> str:

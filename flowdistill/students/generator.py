@@ -44,8 +44,9 @@ def start_time(teacher: Teacher, start: float | None, unit: str = "linear", name
     else:
         t = start if unit == "linear" else teacher.path.native_to_linear(torch.tensor(start)).item()
     if not (t > 0 and teacher.t_min <= t <= teacher.t_max):
-        raise UserError(f"{name} is {start} ({unit}), which is t = {t:.4f}; this teacher allows "
-                        f"{teacher.t_min:.4f} to {teacher.t_max:.4f}")
+        above = "" if teacher.t_min > 0 else ", and above 0"
+        raise UserError(f"{name} is {start} ({unit}), which is t = {t:.6g}; this teacher allows "
+                        f"{teacher.t_min:.6g} to {teacher.t_max:.6g}{above}")
     return t
 
 
@@ -67,9 +68,15 @@ def given_times(
         own = teacher_times(teacher.path, count)
         if start is None:
             return (first, *own[1:])
-        later = tuple(first * t / own[0] for t in own[1:])  # the same spacing over what is left
+        later = [first * t / own[0] for t in own[1:]]  # the same spacing over what is left
+        if teacher.path.kind == "vp":  # stock schedulers call such networks at whole timesteps
+            timesteps = teacher.path.coefficients(torch.tensor(later, dtype=torch.float64)).timestep
+            later = teacher.path.native_to_linear(timesteps.round()).tolist()
         return (first, *later)
-    linear = tuple(start_time(teacher, t, unit, "method.step_times") for t in times)
+    if unit == "timestep" and len(times) > 1 and times[0] <= 1:
+        raise UserError(f"method.step_times is {list(times)} and method.start_unit is timestep, but these are linear "
+                        "times from 0 to 1; set start_unit to linear")
+    linear = tuple(start_time(teacher, t, unit, "a time of method.step_times") for t in times)
     if len(linear) != count:
         raise UserError(f"method.step_times has {len(linear)} times, and method.steps is {count}; give one time a "
                         "step")
@@ -133,6 +140,12 @@ class Generator(Student):
     def num_steps(self) -> int:
         return len(self.steps)
 
+    def calls_in_words(self) -> str:
+        if len(self.steps) == 1:
+            return super().calls_in_words()
+        times = ", ".join(f"{t:.4f}" for t in self.steps.times)
+        return f"{len(self.steps)} of the network for an image, at t = {times}; {self.steps.stepping}"
+
     def own_description(self) -> dict[str, Any]:
         return {} if len(self.steps) == 1 else {"format": SEVERAL_STEPS, "steps": self.steps.to_json()}
 
@@ -140,7 +153,10 @@ class Generator(Student):
     def load(cls, folder: Path, description: dict[str, Any], resident: int | None = None) -> Student:
         student = cls(*read_student(folder, description))
         if (steps := description.get("steps")) is not None:
-            student.steps = Steps.from_json(steps, folder / SIDECAR)
+            student.steps = Steps.from_json(steps, folder / SIDECAR, student.network.velocity.path.t_max)
+            if student.steps.times[0] != student.t_start:
+                raise UserError(f"{folder / SIDECAR} is damaged: its first step is at {student.steps.times[0]}, and "
+                                f"its t_start is {student.t_start}")
         return student.requires_grad_(False).eval()
 
     def scalars(self, guidance_scale: Tensor | float | None = None) -> dict[str, Tensor | float]:

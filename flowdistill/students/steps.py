@@ -71,16 +71,21 @@ class Steps:
         return {"times": list(self.times), "stepping": self.stepping, "start_scale": self.start_scale}
 
     @classmethod
-    def from_json(cls, content: Any, file: Path) -> Steps:
-        """What :meth:`to_json` gave.
+    def from_json(cls, content: Any, file: Path, t_max: float = 1.0) -> Steps:
+        """What :meth:`to_json` gave, of a network that goes up to ``t_max``.
 
         Raises:
             UserError: it is damaged.
         """
         try:
-            return cls(tuple(map(float, content["times"])), content["stepping"], float(content["start_scale"]))
+            steps = cls(tuple(map(float, content["times"])), content["stepping"], float(content["start_scale"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file} is damaged: its steps are {content!r}") from error
+            raise UserError(f"{file} is damaged: its steps are {content!r}, and there must be falling times above 0, a "
+                            f"stepping ({' or '.join(STEPPINGS)}) and a start_scale") from error
+        if len(steps) > MOST_STEPS or steps.times[0] > t_max * (1 + 1e-9):
+            raise UserError(f"{file} is damaged: its steps are {content!r}, and there must be at most {MOST_STEPS}, "
+                            f"from {t_max:.6g} down")
+        return steps
 
     def start(self, noise: Tensor) -> Tensor:
         """The first state."""

@@ -108,6 +108,10 @@ class Student(nn.Module, ABC):
         """Network calls of an image."""
         return 1
 
+    def calls_in_words(self) -> str:
+        """How often the network is called for an image, and at which times."""
+        return f"one of the network for an image, from t = {self.t_start:.4f}"
+
     def checked_steps(self, steps: int | None) -> int:
         """The number of network calls asked for, or of an image (None).
 

@@ -307,6 +307,7 @@ def test_bad_settings():
         ({"steps": 2, "step_times": [2.0, 1.0]}, "this teacher allows"),
         ({"stepping": "both"}, "'method.stepping' must be one of"),
         ({"steps": 2, "step_inputs": "data"}, "method.data is null"),
+        ({"critic_told_step": True}, "there is nothing to tell"),
         ({"steps": 2, "regression_weight": 1.0}, "pairs are noise and what one call must make of it"),
     ):
         with pytest.raises(UserError, match=message):

@@ -211,10 +211,17 @@ def test_disk(tmp_path, stepping):
     file = tmp_path / "s" / "flowdistill.json"
     content = json.loads(file.read_text())
     assert content["format"] == 3  # which earlier versions refuse by its number
-    content["steps"]["times"].reverse()
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is damaged: its steps are"):
-        load_student(tmp_path / "s")
+    times = content["steps"]["times"]
+    for wrong, message in (
+        (times[::-1], "there must be falling times above 0"),
+        ([*times, *(times[-1] / k for k in range(2, 7))], "at most 8"),
+        ([3.0, *times[1:]], "at most 8, from 0.9"),
+        ([0.99 * times[0], *times[1:]], "first step is at 0.9.* t_start is"),
+    ):
+        content["steps"]["times"] = wrong
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"is damaged: .*{message}"):
+            load_student(tmp_path / "s")
     single = Generator.from_teacher(load_teacher(FAMILIES["unet"](SCHEDULERS["flow"]()), null_label=3), StudentInfo())
     single.save(tmp_path / "one")
     content = json.loads((tmp_path / "one" / "flowdistill.json").read_text())
@@ -233,6 +240,11 @@ def test_times_of_the_teachers_own_sampler():
     for teacher in teachers.values():
         assert teacher_times(teacher.path, 1) == pytest.approx((teacher.t_max,))
     assert given_times(flow, 2, 0.8, "linear", None) == pytest.approx((0.8, 0.4))
+    moved = given_times(ddpm, 2, 399.0, "timestep", None)  # whole timesteps, as stock schedulers have them
+    timesteps = ddpm.path.coefficients(torch.tensor(moved, dtype=torch.float64)).timestep
+    assert timesteps.tolist() == pytest.approx([399, 190])
+    with pytest.raises(UserError, match="start_unit is timestep, but these are linear times"):
+        given_times(ddpm, 2, None, "timestep", [1.0, 0.5])
     for times, message in (
         ([1.0, 0.5], "has 2 times, and method.steps is 3"), ([0.5, 1.0, 0.2], "it must fall"),
         ([1.0, 0.5, 0.5], "it must fall"), ([1.0, 0.5, 0.0], "step_times is 0.0 .* allows"),

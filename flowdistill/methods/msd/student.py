@@ -164,6 +164,9 @@ class RoutedStudent(Student):
     def num_steps(self) -> int:
         return self.students[0].num_steps
 
+    def calls_in_words(self) -> str:
+        return self.students[0].calls_in_words()
+
     @property
     def networks(self) -> Sequence[nn.Module]:
         return [student.network for student in self.students]
