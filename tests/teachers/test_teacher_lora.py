@@ -38,7 +38,7 @@ from flowdistill.plan import make_plan
 from flowdistill.plan.report import describe as plan_in_words
 from flowdistill.students import Generator, StudentInfo, describe, given_times
 from flowdistill.students.steps import Steps, start_scale
-from flowdistill.teachers.pairs import _key
+from flowdistill.teachers.pairs import teacher_pairs
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import describe_run, distill, make_accelerator
@@ -154,13 +154,15 @@ def test_a_half_precision_teacher_is_fused_as_diffusers_does(models: Callable[[s
         assert equal(text.text_encoder, pipeline.text_encoder)
 
 
-def test_caches_tell_it_from_its_base(models: Callable[[str], Path]) -> None:
+def test_caches_tell_it_from_its_base(models: Callable[[str], Path], tmp_path: Path) -> None:
     """Encoded prompts go by the text encoders' hash, pairs by that of the weights too."""
     kinds = {"lora": SCALE, "other scale": 0.5, "base": 0.0}
     teachers = [teacher_of(models("sd"), "sd", scale=scale) for scale in kinds.values()]
     teachers.append(teacher_of(models("sd"), "sd", None))
     assert len({teacher.prompts.text.fingerprint for teacher in teachers}) == len(teachers)
-    assert len({_key(teacher, 4, 2) for teacher in teachers}) == len(teachers)
+    for teacher in teachers:
+        teacher_pairs(teacher, 1, 1, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(teachers)
     embeds = [teacher.encode(prompts=["a cat"]).tensors["prompt_embeds"] for teacher in teachers]
     assert torch.equal(embeds[2], embeds[3]) and (embeds[0] - embeds[3]).abs().max() > 1e-2
     assert (embeds[0] - embeds[1]).abs().max() > 1e-2
