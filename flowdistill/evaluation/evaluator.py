@@ -124,7 +124,7 @@ class Evaluator:
         """
         processes = Processes.current()
         at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
-        key = self._key(sampler, tuple(shape), num_classes, condition)
+        key = self.row_key(sampler, tuple(shape), num_classes, condition)
         kept = None if key is None or self.fresh else processes.on_main(lambda: self.kept_rows.find(key))
         if kept is None:
             row = self._measure(sampler, shape, num_classes, name, calls, at, condition)
@@ -197,7 +197,7 @@ class Evaluator:
         return generate(sampler, shape, total, self.seed, self.batch_size, num_classes=num_classes, own=self.own,
                         condition=condition, whole_batches=True, description=description, progress=self.progress)
 
-    def _key(
+    def row_key(
         self, sampler: Sampler, shape: tuple[int, ...], num_classes: int | None, condition: object
     ) -> str | None:
         """What decides a row of a sampler that is known; None where something has no hash."""
