@@ -21,7 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads wou
 LONG = (
     "training/test_sharded.py", "methods/msd/test_msd.py", "scripts/test_experiment.py", "test_readme.py",
     "test_shipped_configs.py", "training/test_processes.py", "plan/test_plan.py", "methods/test_disback.py",
-    "test_wheel.py",
+    "test_wheel.py", "evaluation/test_shipped_rows.py", "teachers/test_teacher_lora.py", "training/test_stopping.py",
+    "export/test_few_step_pipelines.py",
 )
 """Files that take longest. They come first, so that no process is left alone with one of them at the end."""
 

@@ -62,7 +62,7 @@ class ToyStudent:
 class ToyFigures:
     """In the place of ``FidCallback``: a figure that is best at step 10 of the default run, and rises from there."""
 
-    def __init__(self, config=None, accelerator=None):
+    def __init__(self, config=None, accelerator=None, reference=None):
         pass
 
     def __call__(self, student):

@@ -33,7 +33,7 @@ class ArrayImages:
     def found(cls, path: str | os.PathLike) -> ArrayImages | None:
         """The images of a file; None where it is no .npz file or its ``arr_0`` is no such array."""
         try:
-            with zipfile.ZipFile(local_path(path)) as file, file.open(f"{ARRAY}.npy") as member:
+            with zipfile.ZipFile(local_path(path)) as archive, archive.open(f"{ARRAY}.npy") as member:
                 shape, _, kind = _READERS[np.lib.format.read_magic(member)](member)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None

@@ -53,7 +53,7 @@ def frechet_std(
 
     Args:
         features: of K of the images, (K, D); ``classes`` are theirs.
-        mean, covariance: of all, float64 (D,) and (D, D).
+        mean, covariance: of all, float64 (D,) and (D, D); those of the reference in any type.
 
     Returns:
         The standard deviation; None with no more images than features, where the covariance is singular and another
@@ -61,7 +61,7 @@ def frechet_std(
     """
     if count <= len(mean) or len(features) < 2:
         return None
-    values, vectors = torch.linalg.eigh(reference_covariance)
+    values, vectors = torch.linalg.eigh(reference_covariance.double())
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     values, vectors = torch.linalg.eigh(root @ covariance @ root)
     inverse = torch.where(values > 1e-10 * values.max(), values.clamp(min=1e-300).rsqrt(), 0.0)

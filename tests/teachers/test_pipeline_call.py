@@ -164,4 +164,5 @@ def test_a_solver_much_worse_than_the_pipeline_is_said(tmp_path):
     assert "the deterministic solver is much worse than the pipeline's own call" in note and "at 10; compare" in note
     assert f"teacher: {note}" in str(report)
     teacher.sample = lambda noise, condition, **settings: own(noise, condition, 1, 1.0, generators_of(noise))
+    options["cache_dir"] = tmp_path / "another"  # the weights are the same, whatever this teacher's sampler does
     assert "pipeline_note" not in evaluate(teacher, 100, "digits", "digits", [4], **options).protocol
