@@ -6,12 +6,15 @@
     python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
     python scripts/benchmark_step.py configs/digits/sid.yaml
     python scripts/benchmark_step.py configs/digits/disback.yaml
+    python scripts/benchmark_step.py configs/digits/dmd2_4step.yaml
 
 A training step of the real loop (draws, all losses, backward passes, clipping, optimisers, moving average) against the
 sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
 gradients, and forward and backward passes (of SiD also backward to the input only). Of DisBack it is a step of stage 2
-with a node as its target. ``generate`` against a loop over the bare network at batch 64. Everything
-alternates in one run and medians are compared, but other work on the machine still shows: run it alone.
+with a node as its target. A student of several steps calls its network up to K - 1 times more for the states before the
+step that is trained, and as many are counted as were called. ``generate`` against a loop over the bare network at batch
+64. Everything alternates in one run, and the ratios are medians over the rounds, but other work on the machine still
+shows: run it alone.
 """
 
 from __future__ import annotations
@@ -106,6 +109,31 @@ def host_passes(method: Any, batch: int) -> list[Pass]:
     ]
 
 
+STATES = "student, states of earlier steps"
+
+
+def count_states(method: Any) -> Callable[[], int]:
+    """A function that returns how many calls of the student's network the states before the trained step have taken
+    since it was called last; 0 where a student has one step, or states from data."""
+    host = getattr(method, "host", method)
+    drawn: list[int] = []
+    draw_step = getattr(host, "draw_step", None)
+    if draw_step is not None and method.calls_without_gradient("student"):
+
+        def remember(draw: Any) -> int:
+            drawn.append(draw_step(draw))
+            return drawn[-1]
+
+        host.draw_step = remember
+
+    def taken() -> int:
+        count = sum(k - 1 for k in drawn)
+        drawn.clear()
+        return count
+
+    return taken
+
+
 def boot_passes(method: Any, batch: int) -> list[Pass]:
     """Of BOOT."""
     bounded = method.boundary_weight > 0
@@ -144,8 +172,12 @@ PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
 
 
 def needed_passes(method: Any, batch: int) -> list[Pass]:
-    """Of one step of a method that ``check`` lets through."""
-    return PASSES[method.name](method, batch)
+    """Of one step of a method that ``check`` lets through; 0 times: as often as the step that is drawn needs."""
+    passes = PASSES[method.name](method, batch)
+    host = getattr(method, "host", method)
+    if getattr(host, "steps", 1) > 1 and host.step_inputs == "simulated":
+        passes.append((STATES, "student", batch, NONE, 0))  # as many as the steps that are drawn ask for
+    return passes
 
 
 def bare_pass(trainer: Any, module: Any, rows: int, kind: str) -> Thunk:
@@ -203,13 +235,21 @@ def sampling(trainer: Any) -> tuple[Thunk, Thunk]:
     if student.classes is not None:
         labels = student.classes.wrap(torch.arange(SAMPLING_BATCH, device=device) % student.num_classes)
 
+    times = student.steps.times if student.num_steps > 1 else (1.0,)
+    fresh = student.num_steps > 1 and student.steps.stepping == "stochastic"
+
     @torch.no_grad()
     def loop() -> Any:
         images = []
         for _ in range(SAMPLING_BATCHES):
-            noise = torch.randn(SAMPLING_BATCH, *shape, device=device)
-            time = torch.full((SAMPLING_BATCH,), 1000.0, device=device)
-            images.append(student.decode(noise - module.family.call(module.backbone, noise, time, labels)).cpu())
+            x = torch.randn(SAMPLING_BATCH, *shape, device=device)
+            for t, later in zip(times, (*times[1:], 0.0), strict=True):
+                time = torch.full((SAMPLING_BATCH,), 1000.0 * t, device=device)
+                velocity = module.family.call(module.backbone, x, time, labels)
+                x = x - t * velocity if fresh or not later else x + (later - t) * velocity
+                if fresh and later:
+                    x = (1 - later) * x + later * torch.randn_like(x)
+            images.append(student.decode(x).cpu())
         return torch.cat(images)
 
     return lambda: student.generate(num_images=count, batch_size=SAMPLING_BATCH), loop
@@ -241,7 +281,13 @@ def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, folder)
         passes = needed_passes(config.method, trainer.micro_rows)
-        steps: dict[str, Thunk] = {"step": trainer.train_step}
+        states_taken, taken = count_states(trainer.method), []
+
+        def train_step() -> None:
+            trainer.train_step()
+            taken.append(states_taken())
+
+        steps: dict[str, Thunk] = {"step": train_step}
         frozen = trainer.method.teacher.network
         # Without the hook that feeds a student's network its duration: what diffusers alone would do.
         bare_networks = {"teacher": frozen, **{name: frozen.trainable_copy() for name in trainer.roles}}
@@ -256,21 +302,27 @@ def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
         timed = measure(steps, rounds, warmup, clear)
         generate, loop = sampling(trainer)
         drawn = measure({"generate": generate, "loop": loop}, rounds, warmup, lambda: None)
-    counts = {name: count for name, *_, count in passes}
-    bare = [sum(counts[name] * timed[name][i] for name in counts) for i in range(rounds)]
+    counts = {name: [count] * rounds for name, *_, count in passes}
+    if STATES in counts:
+        counts[STATES] = taken[-rounds:]
+    bare = [sum(counts[name][i] * timed[name][i] for name in counts) for i in range(rounds)]
     updates = [sum(timed[f"update {name}"][i] for name in trainer.roles) for i in range(rounds)]
     with_updates = [a + b for a, b in zip(bare, updates, strict=True)]
     median = statistics.median
+
+    def ratio(ours: list[float], theirs: list[float]) -> float:
+        return median(a / b for a, b in zip(ours, theirs, strict=True))
+
     return {
         "passes": [
-            {"name": name, "rows": rows, "kind": kind, "count": count, "seconds": median(timed[name])}
-            for name, _, rows, kind, count in passes
+            {"name": name, "rows": rows, "kind": kind, "count": sum(counts[name]) / rounds,
+             "seconds": median(timed[name])}
+            for name, _, rows, kind, _ in passes
         ],
         "step": median(timed["step"]), "bare": median(bare), "updates": median(updates),
-        "step_ratio": median(timed["step"]) / median(bare),
-        "step_ratio_with_updates": median(timed["step"]) / median(with_updates),
+        "step_ratio": ratio(timed["step"], bare), "step_ratio_with_updates": ratio(timed["step"], with_updates),
         "generate": median(drawn["generate"]), "loop": median(drawn["loop"]),
-        "sampling_ratio": median(drawn["generate"]) / median(drawn["loop"]),
+        "sampling_ratio": ratio(drawn["generate"], drawn["loop"]),
         "rounds": rounds, "load": os.getloadavg()[0],
     }  # fmt: skip
 
@@ -279,7 +331,7 @@ def text(result: dict[str, Any]) -> str:
     """The figures as a person reads them."""
     lines = []
     for one in result["passes"]:
-        times = f", {one['count']} times" if one["count"] > 1 else ""
+        times = "" if one["count"] == 1 else f", {one['count']:.3g} times"
         name = f"{one['name']}: {one['rows']} rows, {one['kind']}{times}"
         lines.append(f"{name:<64}{1000 * one['seconds']:9.2f} ms")
     for name, key in (("sum of the bare passes", "bare"), ("clipping and AdamW, all networks", "updates"),
@@ -289,7 +341,7 @@ def text(result: dict[str, Any]) -> str:
                  f"step / (bare passes + updates): {result['step_ratio_with_updates']:.3f}")  # fmt: skip
     lines.append(f"generate / bare loop, batch {SAMPLING_BATCH}: {result['sampling_ratio']:.3f} "
                  f"(target {SAMPLING_TARGET:.2f}); {1000 * result['generate']:.1f} and {1000 * result['loop']:.1f} ms")
-    lines.append(f"medians of {result['rounds']} rounds; load of the machine {result['load']:.1f}")
+    lines.append(f"medians of {result['rounds']} rounds, ratios within each; load of the machine {result['load']:.1f}")
     return "\n".join(lines)
 
 

@@ -85,7 +85,8 @@ def add_lora(backbone: nn.Module, settings: LoraSettings, gaussian: bool = False
     alpha: Any = settings.rank if settings.alpha is None else settings.alpha
     start: bool | Literal["gaussian"] = "gaussian" if gaussian else True
     wanted = LoraConfig(r=settings.rank, lora_alpha=alpha, init_lora_weights=start, target_modules=names)
-    inject_adapter_in_model(wanted, backbone, ADAPTER)
+    # A plan's backbone has no numbers, and its adapters need none: for Flux they would be half a gigabyte of draws.
+    inject_adapter_in_model(wanted, backbone, ADAPTER, low_cpu_mem_usage=any(p.is_meta for p in backbone.parameters()))
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

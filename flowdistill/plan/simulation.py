@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from flowdistill.networks.velocity import Around, VelocityNetwork
 from flowdistill.training.method import NetworkCall
@@ -111,11 +111,11 @@ class Live(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
             # What a view or an addition in place returns was there: a weight, as its layer transposes it, before all.
-            old = frozenset(x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            old = frozenset(x.untyped_storage()._cdata for x in _tensors((args, kwargs)))
             if key is not None:
                 self._made[key] = _layout(out, set(old))
-        for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in old:
+        for tensor in _tensors(out):
+            if tensor.is_meta and tensor.untyped_storage()._cdata not in old:
                 self._note(tensor.untyped_storage())
         return out
 
@@ -146,6 +146,17 @@ class Live(TorchDispatchMode):
                 alive += size
                 highest = max(highest, alive)
         return highest
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors among a function's arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 class _Single(NamedTuple):
