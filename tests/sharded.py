@@ -38,12 +38,14 @@ def shipped() -> dict:
 
 
 def method_of(name):
+    # Each tensor costs FSDP2 time, whatever its size.
     if name == "unet":
-        return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(tiny_unet_pipeline(), null_label=3))
+        small = {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        return FreeFlow(FreeFlowConfig(**OPTIMIZERS), load_teacher(tiny_unet_pipeline(**small), null_label=3))
     low = {"student": "lora", "critic": "lora", "lora": LoraSettings(4)} if name == "adapters" else {
         "critic_follow": 0.3}
     small = {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
-             "up_block_types": ("CrossAttnUpBlock2D",)}  # each tensor costs FSDP2 time, whatever its size
+             "up_block_types": ("CrossAttnUpBlock2D",)}
     teacher = load_teacher(stable_diffusion(**small), prompts=PROMPTS)
     return Dmd2(Dmd2Config(guidance_scale=2.0, **low, **OPTIMIZERS), teacher)
 

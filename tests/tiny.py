@@ -45,14 +45,14 @@ def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
 
 def tiny_unet(
     num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None, sample_size: Any = 8,
-    **settings: str,
+    **settings: Any,
 ) -> UNet2DModel:
     torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "down_block_types": ("DownBlock2D",) * 2,
+              "up_block_types": ("UpBlock2D",) * 2}
     return UNet2DModel(
-        sample_size=sample_size, in_channels=channels, out_channels=out_channels or channels,
-        block_out_channels=(8, 16), layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4, num_class_embeds=num_class_embeds,
-        attention_head_dim=8, **settings,
+        sample_size=sample_size, in_channels=channels, out_channels=out_channels or channels, layers_per_block=1,
+        norm_num_groups=4, num_class_embeds=num_class_embeds, attention_head_dim=8, **blocks | settings,
     ).eval()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
+from typing import get_type_hints as evaluated_hints
 
 from flowdistill.config.schema import MISSING, RunConfig
 from flowdistill.utils import errors
@@ -18,6 +20,9 @@ from flowdistill.utils.text import JsonObject
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+# A class's hints are evaluated from their texts, and one configuration asks for those of each section ten times.
+get_type_hints = functools.cache(evaluated_hints)
 
 Values = Mapping[str, Any]
 """A section's, as YAML takes them or as they are written."""
