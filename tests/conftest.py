@@ -58,6 +58,18 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_pictures() -> Iterator[int]:
+    """The picture at the end of a run has the teacher at 3 calls. At as many as it has outside the tests, the value, it
+    takes longer than a test's training."""
+    from flowdistill.evaluation import comparison
+
+    calls = comparison.TEACHER_STEPS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "TEACHER_STEPS", 3)
+        yield calls
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

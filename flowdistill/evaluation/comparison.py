@@ -13,6 +13,9 @@ from flowdistill.teachers import Teacher
 from flowdistill.utils.images import grid, save_picture, stacked
 from flowdistill.utils.randomness import indexed_noise
 
+TEACHER_STEPS = 50
+"""Calls of the teacher at its best, in the picture."""
+
 
 @torch.no_grad()
 def save_comparison(
@@ -30,11 +33,11 @@ def save_comparison(
     block.
 
     Args:
-        teacher_steps: None for 50 and as many as the student has calls.
+        teacher_steps: None for ``TEACHER_STEPS`` and as many as the student has calls.
         rows_each: of a block; None for three, and for one of a student of several calls, which has several blocks.
     """
     if teacher_steps is None:
-        teacher_steps = (50, student.num_steps)
+        teacher_steps = (TEACHER_STEPS, student.num_steps)
     if rows_each is None:
         rows_each = 3 if student.num_steps == 1 else 1
     count = rows_each * columns

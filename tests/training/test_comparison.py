@@ -54,7 +54,8 @@ def test_a_student_of_several_calls_is_beside_the_teacher_at_as_many(tmp_path, t
     assert torch.equal(found[1], found[4]) == (stepping == "deterministic")
 
 
-def test_the_teacher_is_shown_at_as_many_calls_as_the_student_has(tmp_path, teacher, monkeypatch):
+def test_the_teacher_is_shown_at_as_many_calls_as_the_student_has(tmp_path, teacher, monkeypatch, short_pictures):
+    monkeypatch.setattr("flowdistill.evaluation.comparison.TEACHER_STEPS", short_pictures)
     asked = []
     real = teacher.sample
     monkeypatch.setattr(teacher, "sample", lambda *args, steps: asked.append(steps) or real(*args, steps=1))
