@@ -1,5 +1,7 @@
 """Score distillation of students of several steps: exact gradients in float64, and every host on real backbones."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -22,6 +24,7 @@ from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, MixtureVelocity, exact_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from tests.measured_memory import real_peak
 from tests.methods.test_score_distillation import DoubleDraw
 from tests.students.test_steps import deterministic_slopes, stochastic_slopes
 from tests.tiny import tiny_unet_pipeline
@@ -199,6 +202,30 @@ def test_it_costs_the_passes_that_are_said():
 
 
 # --- real backbones
+
+
+def test_earlier_steps_take_no_memory(monkeypatch):
+    """An update of step 4 has the peak of one of step 1; with a gradient through the states it would not."""
+    method = Dmd2(Dmd2Config(steps=4, student="full"), load_teacher(tiny_unet_pipeline(), null_label=3))
+    networks = {name: role.network for name, role in method.roles().items()}
+
+    def peak(k):
+        monkeypatch.setattr(method, "draw_step", lambda draw: k)
+        for network in networks.values():
+            network.zero_grad(set_to_none=True)
+        return real_peak(lambda: method.loss("student", networks, Draw(0, 0, rows=64))[0].backward())
+
+    peak(1)  # what is made once
+    one, sample = peak(1), method.draw_sample
+    assert peak(4) == pytest.approx(one, rel=0.01)
+
+    def with_gradient(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "no_grad", nullcontext)
+            return sample(*args)
+
+    monkeypatch.setattr(method, "draw_sample", with_gradient)
+    assert peak(1) == pytest.approx(one, rel=0.01) and peak(4) > 2 * one
 
 
 TEACHERS = {

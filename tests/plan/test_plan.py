@@ -1,6 +1,5 @@
 """The plan against real runs: bytes of weights, gradients and optimiser exactly, activations within a factor."""
 
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ from flowdistill.training.run import distill, method_class
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
+from tests.measured_memory import real_peak
 from tests.tiny import tiny_dit_pipeline
 
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
@@ -110,19 +110,6 @@ def test_bytes_are_those_of_a_run(tmp_path, monkeypatch, name):
     assert planned == Counted.real and plan.parts.keys() == Counted.real.keys()
     assert all(figures["weights"] for part, figures in planned.items())
     assert planned["student"]["gradients"] > 0 and planned["student"]["optimizer"] > 0
-
-
-def real_peak(update):
-    """The most bytes that torch's CPU allocator had given out at once during ``update()``, by torch's profiler."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        update()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        highest = max(highest, alive)
-    return highest
 
 
 def test_storages_are_counted_once_each_however_often_a_shape_comes():
