@@ -216,7 +216,9 @@ def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: 
             owner = f"'{prefix[:-1]}'" if prefix else "the top level"
             if schema is method:
                 owner += f" with the name {schema().name!r}"
-            hint = closest(name, names, prefix)
+            inner = [f"'{key[: -len(name)]}{section}.{name}'" for section, (kind, _) in sections.items()
+                     if name in {item.name for item in fields(kind)}]
+            hint = f"; did you mean {listed(inner)}?" if inner else closest(name, names, prefix)
             allowed = f" allowed in {owner}: {listed(names)}" if not hint or len(names) <= NAMES else ""
             raise UserError(f"unknown key '{shortened(key)}' ({origin}){hint or ';'}{allowed}")
         if name not in sections:

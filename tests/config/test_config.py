@@ -191,6 +191,8 @@ UNKNOWN_KEYS = [
     ("method.optimizer.batas=[0,0]", "method.optimizer.batas", "method.optimizer.betas"),
     ("method.critic_optimizer.lrr=1", "method.critic_optimizer.lrr", "method.critic_optimizer.lr"),
     ("evaluation.num_image=3", "evaluation.num_image", "evaluation.num_images"),
+    ("method.lr=1", "method.lr", "method.optimizer.lr', 'method.critic_optimizer.lr"),  # a level further down
+    ("num_images=3", "num_images", "evaluation.num_images"),
 ]
 
 
