@@ -125,7 +125,7 @@ def test_only_adapters_and_embeddings_train(tmp_path, method):
     teacher = digits_teacher()
     before = {name: p.clone() for name, p in teacher.network.named_parameters()}
     config = RunConfig(output_dir=str(tmp_path), teacher=TeacherConfig(source="tiny"), method=None, train=TrainConfig(
-        steps=5, batch_size=8, log_every=1, checkpoint_every=3, trackers=[], device="cpu", precision="fp32"))
+        steps=5, batch_size=4, log_every=1, checkpoint_every=3, trackers=[], device="cpu", precision="fp32"))
     untrained = METHODS[method](teacher)
     config.method = untrained.config
     config.method.name = untrained.name

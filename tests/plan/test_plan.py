@@ -157,7 +157,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_near_a_measurement(tmp_path, case, method):
     train, teacher = CASES[case]
-    pipeline = tiny_dit_pipeline(layers=6, **WIDE)
+    pipeline = tiny_dit_pipeline(layers=4, **WIDE)
     file = written(tmp_path, pipeline, {"name": method}, {"batch_size": 16} | train, **teacher)
     config = load_config(file)
     plan = make_plan(config)
