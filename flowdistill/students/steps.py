@@ -36,7 +36,7 @@ ALMOST_CLEAN = 0.03
 Network = Callable[[Tensor, Tensor, Condition | None], Tensor]
 """``(x, t, condition) -> velocity``, t float64 (B,)."""
 Noise = Callable[[int], Tensor]
-"""``noise(k)``: unit noise (B, *shape) with which step k, from 2 on, is entered."""
+"""``noise(k)``: unit noise (B, *shape) with which step k, from 2 on, is entered; asked for in this order."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def _column(t: float, state: Tensor) -> Tensor:
 def noise_of(start: Tensor) -> Noise:
     """Noise between the steps that is a function of each row's own start noise: so an image is one of its start noise
     and its condition, whatever the batch and the number of processes."""
-    digests: list[int] = []
+    generators: list[torch.Generator] = []
 
     def noise(k: int) -> Tensor:
-        if not digests:  # not before they are needed: reading a GPU's rows waits for it
-            digests.extend(row_digests(start))
-        rows = [torch.empty(start.shape[1:]).normal_(generator=generator_of(digest, k)) for digest in digests]
+        if not generators:  # not before they are needed: reading a GPU's rows waits for it
+            generators.extend(map(generator_of, row_digests(start)))
+        rows = [torch.empty(start.shape[1:]).normal_(generator=generator) for generator in generators]
         return torch.stack(rows).to(start)
 
     return noise

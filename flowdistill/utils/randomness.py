@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +16,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.seeds import check_seed
 
 _SHORT = 2**32  # torch's CPU generator, a Mersenne twister, keeps so much of a seed: 2^32 would be 0 again
+_WORDS = 624  # of its state
 
 
 def generator_of(seed: int, *key: int) -> torch.Generator:
@@ -49,12 +51,22 @@ def seed_torch(seed: int) -> None:
 
 
 def _twister_state(seed: int, *key: int) -> Tensor:
-    """The state of a CPU generator as torch stores it: seed, words left, next word, 624 words, and the rest zero."""
-    words: NDArray[np.uint32] = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=key)).state["state"]["key"]
-    state = torch.Generator().manual_seed(0).get_state().view(torch.int64).clone()
+    """The state of a CPU generator as torch stores it: seed, words left, next word, 624 words, and the rest zero.
+
+    The words are those of ``np.random.MT19937(np.random.SeedSequence(seed, spawn_key=key))``, in a third of the time.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(_WORDS)
+    words[0] = 1 << 31
+    state = _fresh_state().copy()
     state[0] = seed % 2**63
-    state[3 : 3 + len(words)] = torch.from_numpy(words.astype(np.int64))
-    return state.view(torch.uint8)
+    state[3 : 3 + _WORDS] = words
+    return torch.from_numpy(state.view(np.uint8))
+
+
+@functools.cache
+def _fresh_state() -> NDArray[np.int64]:
+    state: NDArray[np.int64] = torch.Generator().manual_seed(0).get_state().numpy().view(np.int64)
+    return state
 
 
 def mixed_seed(*parts: int | str) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -121,17 +121,31 @@ def test_torchs_own_generator_keeps_32_bits_of_a_seed():
 
 def test_a_state_made_of_words_is_the_state_that_torch_makes_of_them(monkeypatch):
     """The layout of a state is torch's own: its words in a state of ours must give its numbers."""
-    words = np.random.RandomState(5).get_state()[1]  # the words that torch, too, makes of a seed of 32 bits
+    seed = 2**31 + 5  # of the first word only the highest bit counts, which is set in all of ours
+    words = np.random.RandomState(seed).get_state()[1]  # the words that torch, too, makes of a seed of 32 bits
 
-    class Twister:
-        def __init__(self, sequence: Any) -> None:
-            self.state = {"state": {"key": words}}
+    class Sequence(NamedTuple):
+        seed: int
+        spawn_key: tuple[int, ...]
 
-    monkeypatch.setattr(np.random, "MT19937", Twister)
-    ours, theirs = generator_of(2**32), torch.Generator().manual_seed(5)
+        def generate_state(self, count: int) -> Any:
+            assert (self.seed, self.spawn_key, count) == (2**32, (), len(words))
+            return words.copy()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "SeedSequence", Sequence)
+        ours = generator_of(2**32)
+    theirs = torch.Generator().manual_seed(seed)
     for _ in range(3):
         assert torch.equal(torch.randn(700, generator=ours), torch.randn(700, generator=theirs))
         assert torch.equal(torch.randint(9, (5,), generator=ours), torch.randint(9, (5,), generator=theirs))
+
+
+@pytest.mark.parametrize("key", [(), (0,), (7, 2**40)])
+def test_the_words_of_a_long_seed_are_numpys(key: tuple[int, ...]) -> None:
+    twister = np.random.MT19937(np.random.SeedSequence(2**63 + 9, spawn_key=key))
+    ours = generator_of(2**63 + 9, *key).get_state().view(torch.int64)
+    assert ours[3 : 3 + 624].tolist() == twister.state["state"]["key"].tolist()
 
 
 WRONG = [-1, SEEDS, 2**70, 1.5, "3", None]
