@@ -60,6 +60,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="also write the report")
     add("--more-metrics", default="", metavar="NAME,NAME", help="that are measured only when they are asked for, such "
         "as frechet_at_infinity")
+    add("--scorers", default="", metavar="NAME:PATH,...", help="how well images fit their prompts: clip, pickscore and "
+        "hpsv2, each with a folder or hub id behind a colon; with --prompts or a run")
     add("--no-kid", action="store_true", help="FID only")
     return parser.parse_args(arguments)
 
@@ -110,6 +112,7 @@ def run(options: argparse.Namespace) -> Report | None:
         options.batch_size,
         metrics=("frechet", "accuracy", "frechet_by_class") if options.no_kid else None,
         more_metrics=[name for name in options.more_metrics.split(",") if name],
+        scorers=[name for name in options.scorers.split(",") if name],
         device=options.device,
         weights=options.weights,
         cache_dir=options.cache,

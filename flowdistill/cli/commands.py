@@ -258,6 +258,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         weights=args.weights,
         prompts=args.prompts,
         more_metrics=args.more_metrics,
+        scorers=args.scorers,
         fresh=args.fresh,
         html=args.html,
     )
@@ -453,6 +454,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--more-metrics", metavar="NAME,NAME", type=lambda text: text.split(","),
                           help="measured only when asked for, such as frechet_at_infinity (default: the run's)")
+    evaluate.add_argument("--scorers", metavar="NAME:PATH,...", type=lambda text: text.split(","),
+                          help="text to image: how well images fit their prompts, by clip, pickscore and hpsv2, each "
+                               "with a folder or hub id behind a colon (default: the run's)")
     evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")

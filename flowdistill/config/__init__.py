@@ -12,7 +12,9 @@ from flowdistill.config.loading import accept_former_names, load_config, method_
 from flowdistill.config.registry import METHODS, register_method
 from flowdistill.config.run_folder import found_again, run_settings, teacher_found_again
 from flowdistill.config.schema import (
+    FEATURES,
     MISSING,
+    SCORERS,
     EvaluationConfig,
     HostingConfig,
     OptimizerConfig,
@@ -25,8 +27,10 @@ from flowdistill.config.schema import (
 )
 
 __all__ = [
+    "FEATURES",
     "METHODS",
     "MISSING",
+    "SCORERS",
     "EvaluationConfig",
     "HostingConfig",
     "OptimizerConfig",

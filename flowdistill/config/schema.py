@@ -168,12 +168,20 @@ class TrainConfig:
                             "the steps between measurements")
 
 
+FEATURES = ("digits", "shapes", "inception", "inception-legacy", "dinov2", "clip", "lite0")
+"""Names of feature extractors, ``dinov2`` and ``clip`` also with a folder or hub id behind a colon; every other text is
+a path. They are here so that a command's help has them without torch."""
+SCORERS = ("clip", "pickscore", "hpsv2")
+"""Names of scorers of images and prompts, each also with weights behind a colon."""
+
+
 @dataclass
 class EvaluationConfig:
     """What is measured, against what."""
 
     num_images: int = option(10_000, "images of every measured model", at_least=2)
-    features: str | None = option(None, "feature extractor: a name or a path; null: speed is measured only")
+    features: str | None = option(None, f"feature extractor: {', '.join(FEATURES)} or a path; null: speed is "
+                                        "measured only, and what scorers say")
     reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); or "
                                          "teacher: its own samples; null: those of a teacher that takes prompts, else "
                                          "what needs none is measured")
@@ -187,24 +195,32 @@ class EvaluationConfig:
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
     more_metrics: list[str] = option([], "metrics that are measured only when they are asked for, such as "
                                          "frechet_at_infinity")
+    scorers: list[str] = option([], "how well images fit their prompts, by networks that were trained on such pairs: "
+                                    f"{', '.join(SCORERS)}, each with a folder or hub id behind a colon")
     at_end: bool = option(True, "measure when training ends and write report.json")
 
     @property
     def missing(self) -> str | None:
         """See :func:`what_is_missing`."""
-        return what_is_missing(self.features is None, self.reference is None)
+        return what_is_missing(self.features is None, self.reference is None, bool(self.scorers))
 
 
-def what_is_missing(features: bool, reference: bool) -> str | None:
-    """A sentence that says what is not measured without features or without a reference, and what to set."""
+def what_is_missing(features: bool, reference: bool, scorers: bool = False) -> str | None:
+    """A sentence that says what is not measured without features or without a reference, and what to set.
+
+    Args:
+        features, reference: whether they are missing.
+        scorers: whether there are any, which need neither.
+    """
     if not features and not reference:
         return None
     if not features:
         return ("nothing is compared with real images: set evaluation.reference (--reference) to a folder of them, an "
                 ".npz file or a named set")
     both = "evaluation.features (--features)" + " and evaluation.reference (--reference)" * reference
-    return (f"nothing but speed is measured: set {both}, such as inception and a folder of real images, or both to "
-            "digits for the digits")
+    measured = "speed and what the scorers say" if scorers else "speed"
+    return (f"nothing but {measured} is measured: set {both}, such as inception and a folder of real images, or both "
+            "to digits for the digits")
 
 
 @dataclass

@@ -35,6 +35,13 @@ class Collected:
     judged: int
     spatial: Moments | None = None
 
+    @classmethod
+    def without_features(cls, total: int) -> Collected:
+        """Of ``total`` images that nothing but scorers looks at: no features of each."""
+        moments = Moments(0)
+        moments.count = total
+        return cls(moments, torch.empty(total, 0), torch.arange(total), None, 0)
+
     @property
     def complete(self) -> bool:
         return len(self.indices) == self.moments.count

@@ -36,7 +36,7 @@ from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import local_path
 from flowdistill.utils.processes import Processes
 
-SHARED = ("num_images", "features", "reference", "more_metrics")
+SHARED = ("num_images", "features", "reference", "more_metrics", "scorers")
 """Settings that make a protocol: figures of different ones cannot be compared."""
 
 
@@ -111,8 +111,11 @@ def evaluate_several(
             one.images = _as_many(one.images, shared["num_images"], seed)
     first = next((one for one in compared if one.model is not None), compared[0])
     evaluator = Evaluator(shared["features"], shared["reference"], shared["num_images"], seed,
-                          first.settings["batch_size"], more_metrics=shared["more_metrics"], own=first.own,
-                          device=device, **how)
+                          first.settings["batch_size"], more_metrics=shared["more_metrics"], scorers=shared["scorers"],
+                          own=first.own, device=device, **how)
+    for one in compared:
+        evaluator.check_asked(None if one.model is None else one.model.num_classes,
+                              None if one.condition is None else one.condition.prompts)
     rows, facts = _measured(compared, evaluator, device, strips if Processes.current().is_main else None)
     classes = None if first.model is None else first.model.num_classes
     return evaluator.report(rows, models=facts, labels=_label_rule(classes, first.own), device=str(device),

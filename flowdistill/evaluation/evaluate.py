@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList, read_prompts
-from flowdistill.config import TeacherConfig, found_again, run_settings, teacher_found_again
+from flowdistill.config import FEATURES, TeacherConfig, found_again, run_settings, teacher_found_again
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
-from flowdistill.evaluation.evaluator import Evaluator, evaluate_models
+from flowdistill.evaluation.evaluator import Evaluator, asked_of, evaluate_models
 from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
 from flowdistill.evaluation.html import write_html
 from flowdistill.evaluation.kept_rows import TeacherIdentity
+from flowdistill.evaluation.metrics import METRICS
+from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.pictures import Strip, drawn_strip
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import Report
 from flowdistill.evaluation.teacher_reference import STEPS, TEACHER, teacher_reference
-from flowdistill.features.extractor import FEATURES, FeatureExtractor, load_features
+from flowdistill.features.extractor import FeatureExtractor, load_features
+from flowdistill.features.scorers import Scorer, load_scorers, scorer_found_again
 from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
@@ -45,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "pipeline_steps": (),
     "guidance_scale": None,
     "more_metrics": (),
+    "scorers": (),
 }
 MUCH_WORSE = 1.5
 """Times the pipeline's FID from which on the report says that the teacher's solver is much worse."""
@@ -80,6 +84,7 @@ def evaluate(
     cache_dir: str | os.PathLike | None = None,
     prompts: str | os.PathLike | None = None,
     more_metrics: Sequence[str] | None = None,
+    scorers: Sequence[str | Scorer] | None = None,
     fresh: bool = False,
     html: str | os.PathLike | None = None,
     progress: bool = True,
@@ -106,6 +111,8 @@ def evaluate(
         weights: local Inception weights; see ``load_features``.
         cache_dir: of reference statistics, see ``load_reference``, and of a teacher's rows.
         more_metrics: names of metrics that are not measured else; None: as the run says.
+        scorers: of images and prompts, such as "clip:FOLDER", see :mod:`flowdistill.features.scorers`; None: as the run
+            says. They need no features and no reference.
         fresh: measure a teacher's rows again, though they are in the cache.
         prompts: of text-to-image models, a file that is gone through in turn; default: the prompts of the training.
 
@@ -133,6 +140,7 @@ def evaluate(
         "pipeline_steps": pipeline_steps,
         "guidance_scale": guidance_scale,
         "more_metrics": more_metrics,
+        "scorers": scorers,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     how = {"weights": weights, "cache_dir": cache_dir, "fresh": fresh, "progress": progress}
@@ -180,6 +188,7 @@ def _evaluate_one(
     assert model is not None  # else there is nothing to measure
     condition = prompt_conditions(model)
     own = None if model.classes is None else model.classes.own
+    scorers = open_scorers(settings, model, place)
     extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,
                                          **{key: how[key] for key in ("weights", "cache_dir", "progress")})
     evaluator = Evaluator(
@@ -192,6 +201,7 @@ def _evaluate_one(
         owner=None if subject.student is None else subject.student.class_owner,
         device=place,
         more_metrics=settings["more_metrics"],
+        scorers=scorers,
         **how,
     )
     report = evaluate_models(
@@ -226,6 +236,27 @@ def is_teacher(reference: Any, teacher: Teacher | None) -> bool:
     if reference is None:
         return teacher is not None and teacher.prompts is not None
     return isinstance(reference, str) and reference == TEACHER
+
+
+def open_scorers(
+    settings: Mapping[str, Any], model: Teacher | Student, device: torch.device | str | None = None
+) -> list[Scorer]:
+    """The scorers; and whether all that is asked for by name can be measured of the model, before anything is drawn.
+
+    Args:
+        settings: ``num_images``, ``more_metrics`` and ``scorers``.
+
+    Raises:
+        UserError: scorers that cannot be opened, or a metric that cannot be measured of the model's images.
+    """
+    scorers = load_scorers(settings["scorers"], device)
+    condition, own = prompt_conditions(model), None if model.classes is None else model.classes.own
+    asked = asked_of(settings["num_images"], model.num_classes, own, None if condition is None else condition.prompts)
+    kinds = [METRICS.get(name) for name in settings["more_metrics"]] if settings["features"] is not None else []
+    metrics = [kind() for kind in kinds if not (kind is PromptScores and scorers)]
+    for metric in [*metrics, *([PromptScores(scorers)] if scorers else [])]:
+        metric.check(asked)
+    return scorers
 
 
 def open_reference(
@@ -408,6 +439,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         for key, names in (("reference", (*IMAGE_SETS, TEACHER)), ("features", FEATURES)):
             if isinstance(settings.get(key), str) and settings[key] not in names:
                 settings[key] = _found_again(settings[key], folder)
+        settings["scorers"] = [scorer_found_again(name, folder) for name in settings.get("scorers") or ()]
         section = teacher_found_again(config.get("teacher") or {}, folder)
         teacher = _load_teacher(section, device) if with_teacher else None
         return _Subject(name, teacher, student, settings)

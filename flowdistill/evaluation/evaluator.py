@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,10 +17,12 @@ from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, check_size, collect, stored_batches
 from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate
 from flowdistill.evaluation.kept_rows import VERSION, KeptRows, KnownSampler
-from flowdistill.evaluation.metrics import METRICS, MeasuredImages, all_metrics
+from flowdistill.evaluation.metrics import METRICS, Asked, MeasuredImages, Metric, all_metrics
+from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.features.extractor import FeatureExtractor, load_features
+from flowdistill.features.scorers import Scorer, load_scorers
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.images import to_uint8
@@ -38,8 +40,8 @@ class Evaluator:
     """FID and its companions of samplers or stored images. All processes must make the same calls.
 
     Args:
-        features: see ``load_features``. None: images are not looked at, and of a model its speed is measured only, with
-            ``SPEED_BATCHES`` batches a process.
+        features: see ``load_features``. None: images are looked at by scorers only, and without any a model's speed is
+            measured only, with ``SPEED_BATCHES`` batches a process.
         reference: see ``load_reference``. None: metrics that compare with a reference are left out.
         num_images: images of every measured model, over all processes.
         seed: of the noise, of KID's subsets, and of the samples that precision and recall take.
@@ -47,6 +49,9 @@ class Evaluator:
         metrics: names of those to measure (:data:`flowdistill.evaluation.metrics.METRICS`); None for those that need
             not be asked for.
         more_metrics: names of others to measure besides.
+        scorers: of images and prompts, see ``load_scorers``.
+        paired: what the teacher makes of the noise and prompts or labels that are measured, for metrics that compare
+            with it.
         device: of the feature network; default: the GPU when there is one.
         own: class labels that the models make, where these are not all: images and reference have these only.
         owner: part of each class label, for the FID of each part.
@@ -56,8 +61,8 @@ class Evaluator:
         progress: show on standard error what is measured: a bar on a terminal, else a line before each measurement.
 
     Raises:
-        UserError: num_images or batch_size below 1, unknown or damaged features or reference, or two that do not fit;
-            a reference without labels for ``own`` labels.
+        UserError: num_images or batch_size below 1, unknown or damaged features, reference or scorers, or two that do
+            not fit; a reference without labels for ``own`` labels; a metric without what it needs.
     """
 
     extractor: FeatureExtractor | None
@@ -73,6 +78,8 @@ class Evaluator:
         *,
         metrics: Sequence[str] | None = None,
         more_metrics: Sequence[str] = (),
+        scorers: Sequence[str | Scorer] = (),
+        paired: Reference | None = None,
         own: Sequence[int] | None = None,
         owner: Sequence[int] | None = None,
         device: torch.device | str | None = None,
@@ -90,20 +97,28 @@ class Evaluator:
         self._read: list[tuple[Row, str]] = []
         self._warm: set[str] = set()  # names of models whose speed was measured
         self.extractor = self.reference = None
-        self.missing = what_is_missing(features is None, reference is None)
+        self.missing = what_is_missing(features is None, reference is None, bool(scorers))
         named = [METRICS.get(name) for name in dict.fromkeys([*(metrics or ()), *more_metrics])]
         kinds = named if metrics is not None else [kind for kind in all_metrics() if kind.default or kind in named]
+        self.paired = paired
+        for kind in named:
+            if kind.needs_teacher and paired is None and features is not None:
+                raise UserError(f"the metric {kind.name!r} compares with what the teacher makes of the same noise, and "
+                                "here is no teacher; evaluate a student alone and with its teacher")
         if features is not None:
             self.extractor = load_features(features, device, weights)
         if self.extractor is not None and reference is not None:
             loaded = load_reference(reference, self.extractor, cache_dir, batch_size)
             self.reference = loaded if own is None else loaded.of(own)
         for kind in named:
-            if self.extractor is not None and not kind.applies(self.extractor):
+            if self.extractor is not None and kind.needs_features and not kind.applies(self.extractor):
                 raise UserError(f"the metric {kind.name!r} cannot be measured with the features "
                                 f"{self.extractor.name!r}")
+        self.scorers = load_scorers(scorers, device)
         self.metrics = [kind() for kind in kinds if (self.reference is not None or not kind.needs_reference)
-                        and (self.extractor is None or kind.applies(self.extractor))]
+                        and (self.extractor is None or not kind.needs_features or kind.applies(self.extractor))
+                        and not (kind is PromptScores and scorers)]
+        self.metrics += [PromptScores(self.scorers)] if scorers else []
 
     def measure(
         self,
@@ -121,8 +136,12 @@ class Evaluator:
             sampler, shape, num_classes, condition: see ``generate``. Where ``condition`` is a ``PromptsInTurn`` and the
                 features can tell which class a prompt describes, the accuracy is that of the images to their prompts.
             name, calls: what the row says of the model and of its network calls an image.
+
+        Raises:
+            UserError: a metric cannot be measured of such images.
         """
         processes = Processes.current()
+        self.check_asked(num_classes, getattr(condition, "prompts", None))
         at = "" if calls is None else f" at {calls} call{'' if calls == 1 else 's'}"
         key = self.row_key(sampler, tuple(shape), num_classes, condition)
         kept = None if key is None or self.fresh else processes.on_main(lambda: self.kept_rows.find(key))
@@ -148,7 +167,9 @@ class Evaluator:
         processes, total = Processes.current(), self.drawn
         broken = torch.zeros((), dtype=torch.int64)
         timed: list[tuple[int, float]] = []
-        wanted = self._prompt_labels(getattr(condition, "prompts", None))
+        prompts = getattr(condition, "prompts", None)
+        wanted = self._prompt_labels(prompts)
+        scores: dict[str, list[Tensor]] = {scorer.figure: [] for scorer in self.scorers}
         self._announce(f"the {name}{at}", total)
 
         def batches() -> Iterator[tuple[range, Tensor, Tensor | None]]:
@@ -157,14 +178,23 @@ class Evaluator:
                 finite = batch.images.isfinite().flatten(1).all(dim=1)
                 broken.add_((~finite).sum().cpu())
                 labels = batch.labels if wanted is None else wanted[torch.tensor(batch.indices) % len(wanted)]
-                yield batch.indices, to_uint8(batch.images.nan_to_num()), labels
+                images = to_uint8(batch.images.nan_to_num())
+                for scorer in self.scorers:
+                    texts = [prompts[index % len(prompts)] for index in batch.indices]
+                    scores[scorer.figure].append(scorer(images, texts))
+                yield batch.indices, images, labels
 
-        collected = None
-        if self.extractor is None:
+        def go_through() -> None:
             for _ in batches():
                 pass
-        else:
+
+        collected = None
+        if self.extractor is not None:
             collected = collect(batches(), self.extractor, total, processes, self._size)
+        else:
+            processes.together(go_through)
+            if self.scorers:
+                collected = Collected.without_features(total)
         speed, num_broken = _speed(timed, processes), int(processes.sum(broken))
         if num_broken:
             warnings.warn(
@@ -176,7 +206,10 @@ class Evaluator:
         found = collected
         labels = balanced_labels(range(total), num_classes, self.own)
         classes = labels if wanted is None else wanted[torch.arange(total) % len(wanted)]
-        return processes.on_main(lambda: self._row(found, labels, name, calls, speed, classes))
+        scored = {figure: processes.rows(torch.cat(parts) if parts else torch.empty(0))
+                  for figure, parts in scores.items()}
+        groups = asked_of(total, num_classes, self.own, prompts).groups
+        return processes.on_main(lambda: self._row(found, labels, name, calls, speed, classes, groups, scored))
 
     def _measured_speed(
         self, sampler: Sampler, shape: Sequence[int], num_classes: int | None, name: str, at: str,
@@ -205,10 +238,17 @@ class Evaluator:
         listed = condition is None or hasattr(condition, "prompts")  # those are part of the teacher's identity
         if not isinstance(sampler, KnownSampler) or extractor is None or extractor.hash is None or not listed:
             return None
-        facts = [VERSION, sampler.identity(), self.num_images, self.seed, shape, num_classes, self.own, self.owner,
-                 extractor.hash, extractor.resize, extractor.channels, extractor.mode,
-                 None if reference is None else reference.identity(),
-                 sorted((metric.name, metric.version) for metric in self.metrics)]
+        if any(scorer.hash is None for scorer in self.scorers):
+            return None
+        facts: list[object] = [
+            VERSION, sampler.identity(), self.num_images, self.seed, shape, num_classes, self.own, self.owner,
+            extractor.hash, extractor.resize, extractor.channels, extractor.mode,
+            None if reference is None else reference.identity(),
+            sorted((metric.name, metric.version) for metric in self.metrics),
+        ]
+        # Nothing is added where these are not asked for: the keys of rows that are shipped or kept stay.
+        facts += [sorted((scorer.identity() for scorer in self.scorers), key=str)] if self.scorers else []
+        facts += [self.paired.identity()] if self.paired is not None else []
         return json_sha256(facts)
 
     @cached_property
@@ -225,19 +265,38 @@ class Evaluator:
     @property
     def drawn(self) -> int:
         """Images of every measured model, over all processes: few where only their speed is measured."""
-        return self._few if self.extractor is None else self.num_images
+        return self._few if self.extractor is None and not self.scorers else self.num_images
 
     @property
     def _size(self) -> int | None:
         """Features an image that the reference is made of."""
         return None if self.reference is None else len(self.reference.mean)
 
-    def check_image(self, images: Tensor) -> None:
-        """Refuse a model whose images, of which ``images`` (1, C, H, W) is one, could not be measured.
+    def check_asked(self, num_classes: int | None, prompts: Sequence[str] | None) -> None:
+        """Refuse a model of such labels or prompts where a metric could not be measured of its images.
 
         Raises:
-            UserError: the features do not read such an image, or make another number of features than the reference's.
+            UserError: so.
         """
+        asked = asked_of(self.drawn, num_classes, self.own, prompts)
+        for metric in self._measured:
+            metric.check(asked)
+
+    def check_image(self, images: Tensor, prompt: str | None = None) -> None:
+        """Refuse a model whose images, of which ``images`` (1, C, H, W) is one, could not be measured.
+
+        Args:
+            prompt: the image's.
+
+        Raises:
+            UserError: the features or a scorer do not read such an image, or the features are another number than the
+                reference's.
+        """
+        for scorer in self.scorers if prompt is not None else []:
+            if images.ndim != 4:
+                raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the scorer "
+                                f"{scorer.title} cannot measure them")
+            scorer(to_uint8(images.nan_to_num()), [prompt])
         if self.extractor is not None:
             if images.ndim != 4:
                 raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the features "
@@ -261,12 +320,14 @@ class Evaluator:
         """
         if self.extractor is None:
             raise UserError(f"the images {name} cannot be measured without features; name some")
+        for metric in self.metrics:
+            metric.check(Asked(None, images.labels))
         processes = Processes.current()
         self._announce(name, len(images))
         labels = images.labels
         batches = stored_batches(images, processes, self.batch_size, self.extractor)
         collected = collect(batches, self.extractor, len(images), processes, self._size)
-        return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels))
+        return processes.on_main(lambda: self._row(collected, labels, name, None, None, labels, labels))
 
     def report(self, rows: Iterable[Row], num_images: int | None = None, **protocol: object) -> Report:
         """The rows with what they were measured against; ``protocol`` adds the caller's own entries."""
@@ -294,8 +355,13 @@ class Evaluator:
     def _metrics_protocol(self) -> JsonObject:
         """What the metrics say of themselves; made by the main process, known to all."""
         return Processes.current().on_main(
-            lambda: {name: value for metric in self.metrics for name, value in metric.protocol(self._given).items()}
+            lambda: {name: value for metric in self._measured for name, value in metric.protocol(self._given).items()}
         )
+
+    @property
+    def _measured(self) -> list[Metric]:
+        """The metrics that there is something to measure with for."""
+        return [metric for metric in self.metrics if self.extractor is not None or not metric.needs_features]
 
     @property
     def _given(self) -> Reference:
@@ -326,7 +392,7 @@ class Evaluator:
                 "reference_hash": reference.source_hash,
             }
         protocol |= {
-            **(self._metrics_protocol if extractor is not None else {}),
+            **self._metrics_protocol,
             "seed": self.seed,
             "processes": Processes.current().world,
             "batch_size": self.batch_size,
@@ -349,13 +415,26 @@ class Evaluator:
 
     def _row(
         self, collected: Collected, labels: Tensor | None, name: str, calls: int | None, speed: float | None,
-        classes: Tensor | None,
+        classes: Tensor | None, groups: Tensor | None, scores: Mapping[str, Tensor] | None = None,
     ) -> Row:
-        images = MeasuredImages(collected, labels, classes, self.owner, self.seed, self.extractor)
+        paired = None if self.paired is None else self.paired.features
+        images = MeasuredImages(collected, labels, classes, self.owner, self.seed, self.extractor, groups, scores or {},
+                                paired)
         figures: JsonObject = {}
-        for metric in self.metrics:
+        for metric in self._measured:
             figures |= metric.measure(images, self._given)
         return Row(name, calls, speed, **figures)
+
+
+def asked_of(
+    total: int, num_classes: int | None, own: Sequence[int] | None, prompts: Sequence[str] | None
+) -> Asked:
+    """What ``total`` images of a model are to be of: its prompts in turn, or its labels."""
+    if not prompts:
+        return Asked(None, balanced_labels(range(total), num_classes, own))
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    turn = torch.tensor([numbers[prompt] for prompt in prompts])
+    return Asked(prompts, turn[torch.arange(total) % len(turn)])
 
 
 def _speed(timed: Sequence[tuple[int, float]], processes: Processes) -> float:

@@ -12,6 +12,7 @@ from flowdistill.config import EvaluationConfig
 from flowdistill.evaluation.evaluate import (
     is_teacher,
     open_reference,
+    open_scorers,
     prompt_conditions,
     student_sampler,
     teacher_sampler,
@@ -58,7 +59,7 @@ def open_evaluation(
     device: torch.device | str | None = None,
     parts: Iterable[Sequence[int]] = (),
 ) -> OpenedEvaluation:
-    """Open features, reference and metrics, and draw and look at one image as the evaluation will.
+    """Open features, reference, scorers and metrics, and draw and look at one image as the evaluation will.
 
     All processes must call it together. The feature network is freed again; the reference's statistics are made here
     where no cache has them.
@@ -71,13 +72,15 @@ def open_evaluation(
     """
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
     # Its own samples are drawn at the student's guidance scale, which may be known when there is a student only.
+    scorers = open_scorers(vars(settings), teacher, device)
     later = settings.guidance_scale is None and is_teacher(settings.reference, teacher)
     extractor, reference = open_reference(settings.features, None if later else settings.reference,
                                           None if later else teacher, vars(settings), device)
     evaluator = Evaluator(extractor, reference, settings.num_images, 0, settings.batch_size,
-                          more_metrics=settings.more_metrics, device=device, progress=False)
+                          more_metrics=settings.more_metrics, scorers=scorers, device=device, progress=False)
     image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
-    evaluator.check_image(image)
+    prompts = prompt_conditions(teacher)
+    evaluator.check_image(image, None if prompts is None else prompts.prompts[0])
     for count in settings.pipeline_steps:
         teacher.pipeline_calls(count)
     own = None if teacher.classes is None else teacher.classes.own

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdistill.config import FEATURES
 from flowdistill.features.digits_classifier import load_digits_classifier
 from flowdistill.features.resizing import tf1_bilinear
 from flowdistill.features.shapes_networks import load_shapes_classifier
@@ -32,11 +33,17 @@ WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
 NO_RESIZE = "none"
 AT_ONCE = 32
 """Images of one size that are prepared together: in double precision, 250 large ones would take gigabytes."""
-FEATURES = ("digits", "shapes", "inception", "inception-legacy", "dinov2", "clip", "lite0")
-"""Names of feature extractors, ``dinov2`` and ``clip`` also with a folder or hub id behind a colon; every other text is
-a path."""
 LEGACY = "legacy_tensorflow"
 """clean-fid's word for images that TensorFlow's graph of Inception resizes itself."""
+
+
+@contextlib.contextmanager
+def precise(device: torch.device) -> Iterator[None]:
+    """Without mixed precision of the surrounding training and TF32 convolutions, which would change a figure with the
+    machine."""
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with flags, torch.autocast(device.type, enabled=False):
+        yield
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,8 @@ class FeatureExtractor:
 
     def _run(self, network: Callable[[Tensor], Tensor], images: Tensor | Sequence[Tensor] | Prepared) -> Tensor:
         ready = self._ready(images)
-        # Mixed precision of the surrounding training and TF32 convolutions would change the figure with the machine.
-        precise = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         try:
-            with precise, torch.autocast(self.device.type, enabled=False):
+            with precise(self.device):
                 return network(ready).flatten(1).float()
         except torch.OutOfMemoryError:
             raise

@@ -65,6 +65,16 @@ def image_settings(source: str, size: int, normal: tuple[tuple[float, ...], tupl
     return ImageSettings(side, tuple(mean), tuple(std))
 
 
+def check_source(source: str, setting: str) -> None:
+    """Refuse what is neither a folder nor a hub id.
+
+    Raises:
+        UserError: so.
+    """
+    if not local_path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"{setting} names {source}, which is neither a folder here nor a hub id (owner/name)")
+
+
 def load_pretrained(kind: type[Any], source: str | os.PathLike, setting: str) -> nn.Module:
     """A frozen float32 model of transformers from a folder or a hub id.
 
@@ -73,14 +83,13 @@ def load_pretrained(kind: type[Any], source: str | os.PathLike, setting: str) ->
     """
     text = os.fspath(source)
     folder = local_path(text)
+    check_source(text, setting)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{setting} names the folder {folder}, which has no config.json, so it is no model of "
                             "transformers")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
-    elif text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"{setting} names {text}, which is neither a folder here nor a hub id (owner/name)")
     try:
         place = without_marks(folder) if folder.is_dir() else text
         network, report = kind.from_pretrained(place, output_loading_info=True)

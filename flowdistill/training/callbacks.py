@@ -16,6 +16,7 @@ from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.evaluation import Evaluator, Reference, prompt_conditions, student_sampler
 from flowdistill.evaluation.comparison import save_by_calls
 from flowdistill.evaluation.metrics import ranking_metric
+from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.students import Student
 from flowdistill.training.stopping import KEY
 from flowdistill.utils.errors import UserError
@@ -159,6 +160,7 @@ class FidCallback:
             0,
             settings.batch_size,
             metrics=list(dict.fromkeys(names)),
+            scorers=settings.scorers if PromptScores.name in names else (),
             own=config.teacher.labels,
             device=accelerator.device,
             progress=False,

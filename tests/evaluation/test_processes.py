@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowdistill.evaluation import Evaluator, Moments, load_reference
+from flowdistill.evaluation import Evaluator, Moments, PromptsInTurn, load_reference
 from flowdistill.features import load_features
+from flowdistill.features.scorers import Scorer
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.processes import Processes
+from tests.features.clips import tiny_clip
 from tests.processes import ranks
 
 SHAPE = (1, 4, 4)
@@ -49,6 +51,11 @@ def measure(folder: Path) -> dict:
     row = evaluator.measure(sampler, SHAPE, num_classes=3)
     # One image: with two processes, one of them has none.
     alone = Evaluator(extractor, reference, num_images=1, progress=False).measure(sampler, SHAPE, num_classes=3)
+    scored = Evaluator(None, None, 61, 5, 7, scorers=[f"clip:{folder / 'clip'}"], device="cpu", progress=False)
+    prompts = PromptsInTurn(lambda indices: None, ["a cat", "a dog", "x"])
+    failing = Evaluator(None, None, 61, 5, 7, scorers=[Scorer("own", "own", fails_last)], progress=False)
+    with pytest.raises(UserError, match="only the last process"):
+        failing.measure(unlabelled, SHAPE, condition=prompts)
     with pytest.raises(UserError, match="only the main process"):
         Processes.current().on_main(refuse)
     return {
@@ -58,9 +65,21 @@ def measure(folder: Path) -> dict:
         "features": reference.features,
         "row": row,
         "alone": alone,
+        "scored": scored.measure(unlabelled, SHAPE, condition=prompts),
         "spans": [list(Processes(rank, 3).span(10)) for rank in range(3)],
         "batches": [list(Processes(rank, 3).span(10, 4)) for rank in range(3)],
     }
+
+
+def unlabelled(noise: torch.Tensor, given: None) -> torch.Tensor:
+    return torch.sigmoid(noise)
+
+
+def fails_last(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    processes = Processes.current()
+    if processes.rank == processes.world - 1:
+        raise RuntimeError("only the last process says so")
+    return images.float().mean((1, 2, 3))
 
 
 def refuse() -> None:
@@ -82,6 +101,7 @@ def image_folder(path: Path) -> None:
 def test_two_processes_equal_one(tmp_path):
     for name in ("one", "two"):
         image_folder(tmp_path / name / "images")
+        tiny_clip(tmp_path / name / "clip", 5)
     one = measure(tmp_path / "one")
     ranks(2, worker, tmp_path / "two")
     both = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
@@ -93,9 +113,11 @@ def test_two_processes_equal_one(tmp_path):
         # To the last bit: the batches are the same ones, and the moments those of all features.
         for name in ("reference", "features"):
             assert torch.equal(one[name], two[name]), name
-        assert two["row"].figures == one["row"].figures
+        for row in ("row", "scored"):
+            assert two[row].figures == one[row].figures
         assert two["alone"].fid is None and two["alone"].kid is None and two["alone"].accuracy in (0.0, 1.0)
     assert both[0]["row"] == both[1]["row"]
+    assert one["scored"].clip_score > 1 < one["scored"].clip_score_std
     assert one["row"].fid > 0.1 and 0 < one["row"].recall < 1
     # A tie would prove little: the accuracy is neither none nor all, and the two processes wrote one cache file.
     assert 0 < one["row"].accuracy < 1

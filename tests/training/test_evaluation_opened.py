@@ -15,6 +15,7 @@ from flowdistill.evaluation.metrics import METRICS, Metric
 from flowdistill.training.run import distill
 from flowdistill.utils.images import save_images
 from tests.evaluation.test_features import script
+from tests.features.clips import tiny_clip
 from tests.pixel_families import karras_ve
 from tests.processes import environment, ranks
 from tests.tiny import tiny_unet_pipeline
@@ -50,6 +51,7 @@ def place(tmp_path_factory):
     np.savez(folder / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(folder / "others.npz", mean=np.zeros(64), covariance=np.eye(64), feature_hash="0" * 64)
     script(NeedsImages(), folder / "colour.pt")
+    tiny_clip(folder / "clip")
     return folder
 
 
@@ -77,6 +79,9 @@ CASES = {
     "reference of other features": (["evaluation.reference=PLACE/others.npz"], "made with other features"),
     "reference of images in colour": (["evaluation.reference=PLACE/one in colour"], "9.png: the picture is in colour"),
     "reference with a damaged image": (["evaluation.reference=PLACE/damaged"], "000007.png cannot be read"),
+    "a scorer that is not known": (["evaluation.scorers=[clib:PLACE]"], "did you mean 'clip'"),
+    "a scorer that is not there": (["evaluation.scorers=[clip:PLACE/none]"], "neither a folder here nor a hub id"),
+    "a scorer of images without prompts": (["evaluation.scorers=[clip:PLACE/clip]"], "these have none; leave "),
     "guidance that the student does not take": (["evaluation.guidance_scale=3"], "guidance_scale"),
 }
 

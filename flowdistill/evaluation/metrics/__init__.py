@@ -2,6 +2,7 @@
 
 from flowdistill.evaluation.metrics.base import (
     METRICS,
+    Asked,
     Column,
     MeasuredImages,
     Metric,
@@ -10,4 +11,4 @@ from flowdistill.evaluation.metrics.base import (
     register_metric,
 )
 
-__all__ = ["METRICS", "Column", "MeasuredImages", "Metric", "all_metrics", "ranking_metric", "register_metric"]
+__all__ = ["METRICS", "Asked", "Column", "MeasuredImages", "Metric", "all_metrics", "ranking_metric", "register_metric"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -54,6 +54,11 @@ class MeasuredImages:
         owner: number of the network that makes each class label, of several students; None of one.
         seed: of whatever a metric draws.
         extractor: that made the features.
+        groups: number of each image's prompt or label, int64 (N,): those of one number differ in their noise only;
+            None where nothing is asked for.
+        scores: of each image with its prompt, float32 (N,), by the figure of the scorer.
+        paired: features (K, D) of what the teacher makes of the noise and prompts or labels of the images whose
+            features were kept; None where it is not known.
     """
 
     collected: Collected
@@ -62,11 +67,32 @@ class MeasuredImages:
     owner: Sequence[int] | None = None
     seed: int = 0
     extractor: FeatureExtractor | None = None
+    groups: Tensor | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    paired: Tensor | None = None
+
+    @property
+    def kept_groups(self) -> Tensor | None:
+        """The groups of the images whose features were kept, int64 (K,)."""
+        return None if self.groups is None else self.groups[self.collected.indices]
 
     @property
     def kept_classes(self) -> Tensor | None:
         """The classes of the images whose features were kept, int64 (K,)."""
         return None if self.classes is None else self.classes[self.collected.indices]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a set of images is to be of.
+
+    Attributes:
+        prompts: that the images go through in turn; None for images without prompts.
+        groups: see :class:`MeasuredImages`.
+    """
+
+    prompts: Sequence[str] | None
+    groups: Tensor | None
 
 
 class Metric(ABC):
@@ -80,6 +106,8 @@ class Metric(ABC):
             by these (``train.stop_when``).
         position: metrics stand in the table in ascending order of this; from 100 on, where anything was measured.
         needs_reference: whether the images are compared with others; such a metric is left out without a reference.
+        needs_features: whether it looks at features; without any, the others are measured.
+        needs_teacher: whether it compares with what the teacher makes of the same noise, ``MeasuredImages.paired``.
         default: whether it is measured without being asked for by name.
         version: raised when its figures mean something else than before, so that rows that were kept are measured anew.
     """
@@ -90,6 +118,8 @@ class Metric(ABC):
     better: ClassVar[Mapping[str, Literal["lower", "higher"]]] = {}
     position: ClassVar[int] = 100
     needs_reference: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
     default: ClassVar[bool] = True
     version: ClassVar[int] = 1
 
@@ -102,6 +132,14 @@ class Metric(ABC):
     def shown(cls, protocol: JsonObject) -> Sequence[Column]:
         """The columns of a table with this protocol."""
         return cls.columns
+
+    def check(self, asked: Asked) -> None:
+        """Refuse images of which it could not be measured, before any is made.
+
+        Raises:
+            UserError: so.
+        """
+        return None
 
     @abstractmethod
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
