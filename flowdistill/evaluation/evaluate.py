@@ -17,7 +17,7 @@ from flowdistill.conditioning.prompts import PromptList, read_prompts
 from flowdistill.config import FEATURES, TeacherConfig, found_again, run_settings, teacher_found_again
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
-from flowdistill.evaluation.evaluator import Evaluator, asked_of, evaluate_models
+from flowdistill.evaluation.evaluator import Evaluator, asked_of, evaluate_models, without_teacher
 from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
 from flowdistill.evaluation.html import write_html
 from flowdistill.evaluation.kept_rows import TeacherIdentity
@@ -148,6 +148,7 @@ def evaluate(
         report = _several(run_or_model, teacher, asked, seed, place, teacher_rows, prompts, strips, how)
     else:
         needed = teacher_rows or isinstance(reference, str) and reference == TEACHER
+        needed = needed or any(METRICS.get(name).needs_teacher for name in more_metrics or ())
         subject = _open(run_or_model, place, with_teacher=needed and teacher is None)
         if teacher is not None:
             subject.teacher = teacher
@@ -188,9 +189,10 @@ def _evaluate_one(
     assert model is not None  # else there is nothing to measure
     condition = prompt_conditions(model)
     own = None if model.classes is None else model.classes.own
-    scorers = open_scorers(settings, model, place)
+    scorers = open_scorers(settings, model, subject.teacher, place)
     extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,
                                          **{key: how[key] for key in ("weights", "cache_dir", "progress")})
+    paired = open_paired(extractor, subject.teacher, condition, own, settings, seed, how["cache_dir"], how["progress"])
     evaluator = Evaluator(
         extractor,
         compared,
@@ -202,6 +204,7 @@ def _evaluate_one(
         device=place,
         more_metrics=settings["more_metrics"],
         scorers=scorers,
+        paired=paired,
         **how,
     )
     report = evaluate_models(
@@ -239,12 +242,14 @@ def is_teacher(reference: Any, teacher: Teacher | None) -> bool:
 
 
 def open_scorers(
-    settings: Mapping[str, Any], model: Teacher | Student, device: torch.device | str | None = None
+    settings: Mapping[str, Any], model: Teacher | Student, teacher: Teacher | None,
+    device: torch.device | str | None = None,
 ) -> list[Scorer]:
     """The scorers; and whether all that is asked for by name can be measured of the model, before anything is drawn.
 
     Args:
-        settings: ``num_images``, ``more_metrics`` and ``scorers``.
+        settings: ``num_images``, ``features``, ``more_metrics`` and ``scorers``.
+        teacher: the model's own, or the model itself.
 
     Raises:
         UserError: scorers that cannot be opened, or a metric that cannot be measured of the model's images.
@@ -253,6 +258,9 @@ def open_scorers(
     condition, own = prompt_conditions(model), None if model.classes is None else model.classes.own
     asked = asked_of(settings["num_images"], model.num_classes, own, None if condition is None else condition.prompts)
     kinds = [METRICS.get(name) for name in settings["more_metrics"]] if settings["features"] is not None else []
+    for kind in kinds:
+        if kind.needs_teacher and teacher is None:
+            raise UserError(without_teacher(kind))
     metrics = [kind() for kind in kinds if not (kind is PromptScores and scorers)]
     for metric in [*metrics, *([PromptScores(scorers)] if scorers else [])]:
         metric.check(asked)
@@ -283,13 +291,41 @@ def open_reference(
     if teacher is None:
         raise UserError("the reference 'teacher' is the teacher's own samples, and there is no teacher here; give one, "
                         "or another reference")
+    return extractor, teacher_reference(teacher, *_most_steps(teacher, settings), extractor, settings["num_images"],
+                                        settings["batch_size"], prompt_conditions(teacher), cache_dir, progress)
+
+
+def open_paired(
+    extractor: FeatureExtractor | None,
+    teacher: Teacher | None,
+    condition: PromptsInTurn | None,
+    own: Sequence[int] | None,
+    settings: Mapping[str, Any],
+    seed: int,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Reference | None:
+    """What the teacher makes of the noise that is measured, at the most steps; None where no metric compares with it.
+
+    Args:
+        condition, own: the prompts, or the labels, that the images are measured of.
+        settings: as for :func:`open_reference`, and ``more_metrics``.
+        seed: of the noise.
+    """
+    asked = any(METRICS.get(name).needs_teacher for name in settings["more_metrics"])
+    if extractor is None or teacher is None or not asked:
+        return None
+    return teacher_reference(teacher, *_most_steps(teacher, settings), extractor, settings["num_images"],
+                             settings["batch_size"], condition, cache_dir, progress, seed, own)
+
+
+def _most_steps(teacher: Teacher, settings: Mapping[str, Any]) -> tuple[Sampler, str]:
+    """The teacher's sampler at the most of its steps, and in words."""
     scale, solver = settings["guidance_scale"], settings["solver"]
     steps = max(settings["teacher_steps"], default=STEPS)
     sampler = TeacherIdentity(teacher).known(teacher_sampler(teacher, steps, solver, scale), "teacher", steps, solver,
                                              scale)
-    how = f"{solver}, {network_calls(solver, steps)} calls, guidance {scale:g}"
-    return extractor, teacher_reference(teacher, sampler, how, extractor, settings["num_images"],
-                                        settings["batch_size"], prompt_conditions(teacher), cache_dir, progress)
+    return sampler, f"{solver}, {network_calls(solver, steps)} calls, guidance {scale:g}"
 
 
 def student_parameters(student: Student) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import what_is_missing
 from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, check_size, collect, stored_batches
-from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate
+from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate, prompt_groups
 from flowdistill.evaluation.kept_rows import VERSION, KeptRows, KnownSampler
 from flowdistill.evaluation.metrics import METRICS, Asked, MeasuredImages, Metric, all_metrics
 from flowdistill.evaluation.metrics.prompt_scores import PromptScores
@@ -103,8 +103,7 @@ class Evaluator:
         self.paired = paired
         for kind in named:
             if kind.needs_teacher and paired is None and features is not None:
-                raise UserError(f"the metric {kind.name!r} compares with what the teacher makes of the same noise, and "
-                                "here is no teacher; evaluate a student alone and with its teacher")
+                raise UserError(without_teacher(kind))
         if features is not None:
             self.extractor = load_features(features, device, weights)
         if self.extractor is not None and reference is not None:
@@ -391,6 +390,8 @@ class Evaluator:
                 "reference_left_out": reference.left_out,
                 "reference_hash": reference.source_hash,
             }
+        if self.paired is not None:
+            protocol["paired_with"] = self.paired.name
         protocol |= {
             **self._metrics_protocol,
             "seed": self.seed,
@@ -426,15 +427,19 @@ class Evaluator:
         return Row(name, calls, speed, **figures)
 
 
+def without_teacher(kind: type[Metric]) -> str:
+    """Why a metric that needs the teacher cannot be measured."""
+    return (f"the metric {kind.name!r} compares with what the teacher makes of the same noise, and there is no teacher "
+            "here; evaluate one student alone, with its teacher")
+
+
 def asked_of(
     total: int, num_classes: int | None, own: Sequence[int] | None, prompts: Sequence[str] | None
 ) -> Asked:
     """What ``total`` images of a model are to be of: its prompts in turn, or its labels."""
     if not prompts:
         return Asked(None, balanced_labels(range(total), num_classes, own))
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    turn = torch.tensor([numbers[prompt] for prompt in prompts])
-    return Asked(prompts, turn[torch.arange(total) % len(turn)])
+    return Asked(prompts, prompt_groups(range(total), prompts))
 
 
 def _speed(timed: Sequence[tuple[int, float]], processes: Processes) -> float:

@@ -68,6 +68,14 @@ def balanced_labels(
     return numbers % num_classes if own is None else torch.tensor(own)[numbers % len(own)]
 
 
+def prompt_groups(indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
+    """Number of the prompt of each sample of a list that is gone through in turn, int64 (len(indices),); a prompt that
+    is listed twice has one number."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    turn = torch.tensor([numbers[prompt] for prompt in prompts])
+    return turn[torch.tensor(list(indices), dtype=torch.int64) % len(turn)]
+
+
 def check_num_images(num_images: int) -> None:
     """Raise UserError unless ``num_images`` is a positive number of images."""
     if num_images < 1:

@@ -19,6 +19,7 @@ from flowdistill.evaluation.evaluate import (
 )
 from flowdistill.evaluation.evaluator import Evaluator
 from flowdistill.evaluation.generation import Sampler, balanced_labels
+from flowdistill.evaluation.metrics import METRICS
 from flowdistill.evaluation.reference import Reference
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
@@ -72,12 +73,14 @@ def open_evaluation(
     """
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
     # Its own samples are drawn at the student's guidance scale, which may be known when there is a student only.
-    scorers = open_scorers(vars(settings), teacher, device)
+    scorers = open_scorers(vars(settings), teacher, teacher, device)
     later = settings.guidance_scale is None and is_teacher(settings.reference, teacher)
     extractor, reference = open_reference(settings.features, None if later else settings.reference,
                                           None if later else teacher, vars(settings), device)
+    # What it makes of the noise that is measured is not drawn yet: nothing else of it can be missing.
+    names = [name for name in settings.more_metrics if not METRICS.get(name).needs_teacher]
     evaluator = Evaluator(extractor, reference, settings.num_images, 0, settings.batch_size,
-                          more_metrics=settings.more_metrics, scorers=scorers, device=device, progress=False)
+                          more_metrics=names, scorers=scorers, device=device, progress=False)
     image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
     prompts = prompt_conditions(teacher)
     evaluator.check_image(image, None if prompts is None else prompts.prompts[0])

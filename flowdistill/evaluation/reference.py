@@ -46,7 +46,8 @@ class Reference:
     ``mean`` (D,) and ``covariance`` (D, D) float64; ``features`` float32 (K, D) for KID, or None; ``labels`` int64 (K,)
     of those rows, or None; ``count`` images (None: unknown); ``source_hash`` of the images; ``feature_hash`` of the
     extractor (None: not recorded in the file); ``left_out``: what looked like images of the set and was not read, in
-    words; ``spatial_mean`` (S,) and ``spatial_covariance`` (S, S) float64 of the features by place, or None.
+    words; ``groups`` int64 (K,): number of the prompt of those rows, or None; ``spatial_mean`` (S,) and
+    ``spatial_covariance`` (S, S) float64 of the features by place, or None.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Reference:
     left_out: str | None = None
     spatial_mean: Tensor | None = None
     spatial_covariance: Tensor | None = None
+    groups: Tensor | None = None
 
     @property
     def labelled(self) -> tuple[Tensor, Tensor] | None:
@@ -86,7 +88,8 @@ class Reference:
         moments = moments_of(features)
         name = f"{self.name}, labels {', '.join(map(str, labels))}"
         return replace(self, name=name, mean=moments.mean, covariance=moments.covariance, count=len(features),
-                       features=features, labels=self.labelled[1][mine], spatial_mean=None, spatial_covariance=None)
+                       features=features, labels=self.labelled[1][mine], spatial_mean=None, spatial_covariance=None,
+                       groups=None)
 
     def fid_floor(self, seeds: Iterable[int] = (0, 1, 2)) -> list[float] | None:
         """Distances of random class-balanced halves of the set to each other, one a seed; None without labels.

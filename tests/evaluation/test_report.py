@@ -121,7 +121,8 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
         "fd", "fd_std", "fd_infinity", "fd_infinity_std", "sfid", "inception_score", "inception_score_std",
         "precision_adm", "precision_adm_std", "recall_adm", "recall_adm_std", "cmmd", "cmmd_std", "density",
         "density_std", "coverage", "coverage_std", "clip_score", "clip_score_std",
-        "pickscore", "pickscore_std", "hpsv2", "hpsv2_std",
+        "pickscore", "pickscore_std", "hpsv2", "hpsv2_std", "diversity", "diversity_std", "diversity_of_reference",
+        "paired_distance", "paired_distance_std", "paired_distance_of_chance",
     }
     assert all(set(row) == columns | others for row in written["rows"])
     assert all(row[name] is None for row in written["rows"] for name in others)
