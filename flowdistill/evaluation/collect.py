@@ -58,6 +58,10 @@ def kept_rows(total: int, size: int, most: int | None = None) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+def _all_kept(total: int, size: int) -> bool:
+    return total * size <= KEPT_VALUES
+
+
 FAINT = 16
 """Levels that the channels of a grey picture may differ by: lossy formats are not exact."""
 
@@ -122,7 +126,8 @@ def collect(
     """Features of ``total`` images, of which this process's ``batches`` give a contiguous part in index order.
 
     Where all features are kept the moments are taken of them together, so that they have the same bits for any number
-    of processes; of more images, each process takes those of its own, and the sum is the same up to rounding.
+    of processes; of more images, each process takes those of its own, and the sum is the same up to rounding. So are
+    those by place, which are kept where all of them are no more values than are kept of the others.
 
     Args:
         batches: (indices, uint8 images, labels or None); a label of -1 is not judged.
@@ -134,6 +139,7 @@ def collect(
     processes = processes or Processes.current()
     moments: Moments | None = None
     places: Moments | None = None
+    kept_places: list[Tensor] = []
     kept: list[Tensor] = []
     judged = torch.zeros(2, dtype=torch.int64)  # right guesses, all guesses
     wanted = torch.empty(0, dtype=torch.int64)
@@ -145,7 +151,10 @@ def collect(
             assert features is not None
             if spatial is not None:
                 places = places or Moments(spatial.shape[1])
-                places.update(spatial)
+                if _all_kept(total, spatial.shape[1]):
+                    kept_places.append(spatial)
+                else:
+                    places.update(spatial)
             if moments is None:
                 check_size(features, extractor, size)
                 moments = Moments(features.shape[1])
@@ -172,6 +181,10 @@ def collect(
         raise UserError(f"features of {moments.count} images were taken instead of {total}")
     if extractor.spatial is not None:
         found_places = processes.max(0 if places is None else places.size)
-        places = (places or Moments(found_places)).reduce(processes)
+        if _all_kept(total, found_places):
+            joined = processes.rows(torch.cat(kept_places) if kept_places else torch.empty(0, found_places))
+            places = processes.on_main(lambda: moments_of(joined))
+        else:
+            places = (places or Moments(found_places)).reduce(processes)
     matches, guessed = processes.sum(judged).tolist()
     return Collected(moments, features, rows, matches if guessed else None, guessed, places)

@@ -1,5 +1,6 @@
 """Two gloo processes measure what one process measures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,14 @@ def measure(folder: Path) -> dict:
     total = moments.reduce()
     extractor = load_features(Judge(), device="cpu")
     reference = load_reference(folder / "images", extractor, folder / "cache", batch_size=4)
-    evaluator = Evaluator(extractor, reference, num_images=61, seed=5, batch_size=7, progress=False)
+    evaluator = Evaluator(extractor, reference, num_images=61, seed=5, batch_size=7, more_metrics=["diversity"],
+                          progress=False)
     row = evaluator.measure(sampler, SHAPE, num_classes=3)
     # One image: with two processes, one of them has none.
     alone = Evaluator(extractor, reference, num_images=1, progress=False).measure(sampler, SHAPE, num_classes=3)
+    by_place = replace(extractor, hash="by place", spatial=lambda images: (extractor.network(images), images[:, 0]))
+    placed = load_reference(folder / "images", by_place, folder / "cache", batch_size=4)
+    spatial = Evaluator(by_place, placed, num_images=61, seed=5, batch_size=7, progress=False)
     scored = Evaluator(None, None, 61, 5, 7, scorers=[f"clip:{folder / 'clip'}"], device="cpu", progress=False)
     prompts = PromptsInTurn(lambda indices: None, ["a cat", "a dog", "x"])
     failing = Evaluator(None, None, 61, 5, 7, scorers=[Scorer("own", "own", fails_last)], progress=False)
@@ -65,6 +70,8 @@ def measure(folder: Path) -> dict:
         "features": reference.features,
         "row": row,
         "alone": alone,
+        "placed": placed.spatial_covariance,
+        "spatial": spatial.measure(sampler, SHAPE, num_classes=3),
         "scored": scored.measure(unlabelled, SHAPE, condition=prompts),
         "spans": [list(Processes(rank, 3).span(10)) for rank in range(3)],
         "batches": [list(Processes(rank, 3).span(10, 4)) for rank in range(3)],
@@ -111,14 +118,16 @@ def test_two_processes_equal_one(tmp_path):
         for name in ("mean", "covariance"):
             assert torch.allclose(one[name], two[name], rtol=1e-12, atol=1e-12), name
         # To the last bit: the batches are the same ones, and the moments those of all features.
-        for name in ("reference", "features"):
+        for name in ("reference", "features", "placed"):
             assert torch.equal(one[name], two[name]), name
-        for row in ("row", "scored"):
+        for row in ("row", "scored", "spatial"):
             assert two[row].figures == one[row].figures
         assert two["alone"].fid is None and two["alone"].kid is None and two["alone"].accuracy in (0.0, 1.0)
     assert both[0]["row"] == both[1]["row"]
     assert one["scored"].clip_score > 1 < one["scored"].clip_score_std
+    assert one["spatial"].sfid > 0.01 and one["placed"].shape == (16, 16)
+    assert one["row"].diversity > one["row"].diversity_std > 0
     assert one["row"].fid > 0.1 and 0 < one["row"].recall < 1
-    # A tie would prove little: the accuracy is neither none nor all, and the two processes wrote one cache file.
+    # A tie would prove little: the accuracy is neither none nor all, and the two processes wrote each cache file once.
     assert 0 < one["row"].accuracy < 1
-    assert len(list((tmp_path / "two" / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "two" / "cache").iterdir())) == 2  # of the features, and of those by place
