@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowdistill.cli.arguments import guidance
+from flowdistill.config import FEATURES, SCORERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
     add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, .npz statistics of "
         "ours, or MODE:FILE.npz of others (clean:cifar10.npz)")
-    add("--features", help="what measures: digits, shapes, inception, or a TorchScript file; must be given")
+    add("--features", help=f"what measures: {', '.join(FEATURES)}, or a TorchScript file; must be given")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")
     add("--num-images", type=int, metavar="N", help="images to generate (default: 10000) or draw from a folder (all)")
     add("--seed", type=seed_number(), default=0, help="image i depends on the seed and i only (default: 0)")
@@ -59,9 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-reference", metavar="FILE.npz", help="also write the reference's statistics")
     add("--json", metavar="FILE", help="also write the report")
     add("--more-metrics", default="", metavar="NAME,NAME", help="that are measured only when they are asked for, such "
-        "as frechet_at_infinity")
-    add("--scorers", default="", metavar="NAME:PATH,...", help="how well images fit their prompts: clip, pickscore and "
-        "hpsv2, each with a folder or hub id behind a colon; with --prompts or a run")
+        "as frechet_at_infinity and diversity")
+    add("--scorers", default="", metavar="NAME:PATH,...", help="how well images fit their prompts: "
+        f"{', '.join(SCORERS)}, each with a folder or hub id behind a colon")
     add("--no-kid", action="store_true", help="FID only")
     return parser.parse_args(arguments)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
 from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, seed_number
+from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
 from flowdistill.utils.exit import exit_process
 
@@ -438,9 +439,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", nargs="+",
                           help="run, student folder or pipeline (folder, hub id); of several also folders of images")
     evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
-    evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz", help="real images (default: the run's)")
-    evaluate.add_argument("--features", metavar="NAME|PATH", help="feature extractor (default: the run's)")
-    evaluate.add_argument("--weights", metavar="FILE", help="local weights of the feature extractor 'inception'")
+    evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz",
+                          help="real images; or teacher, its own samples (default: the run's)")
+    evaluate.add_argument("--features", metavar="NAME|PATH",
+                          help=f"feature extractor: {', '.join(FEATURES)} or a path; dinov2 and clip also with a "
+                               "folder or hub id behind a colon (default: the run's)")
+    evaluate.add_argument("--weights", metavar="FILE",
+                          help="local weights of the feature extractors 'inception' and 'inception-legacy'")
     evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun", "edm_heun"),
@@ -453,10 +458,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
     evaluate.add_argument("--more-metrics", metavar="NAME,NAME", type=lambda text: text.split(","),
-                          help="measured only when asked for, such as frechet_at_infinity (default: the run's)")
+                          help="measured only when asked for: density_coverage, diversity, frechet_at_infinity and "
+                               "paired_distance (default: the run's)")
     evaluate.add_argument("--scorers", metavar="NAME:PATH,...", type=lambda text: text.split(","),
-                          help="text to image: how well images fit their prompts, by clip, pickscore and hpsv2, each "
-                               "with a folder or hub id behind a colon (default: the run's)")
+                          help=f"text to image: how well images fit their prompts, by {', '.join(SCORERS)}, each with "
+                               "a folder or hub id behind a colon (default: the run's)")
     evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
     evaluate.add_argument("--device", help="default: the GPU when there is one")

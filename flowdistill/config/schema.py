@@ -193,8 +193,8 @@ class EvaluationConfig:
                                            "it adds; []: none", at_least=1)
     batch_size: int = option(250, "images of one forward pass", at_least=1)
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
-    more_metrics: list[str] = option([], "metrics that are measured only when they are asked for, such as "
-                                         "frechet_at_infinity")
+    more_metrics: list[str] = option([], "metrics that are measured only when they are asked for: "
+                                         "density_coverage, diversity, frechet_at_infinity, paired_distance")
     scorers: list[str] = option([], "how well images fit their prompts, by networks that were trained on such pairs: "
                                     f"{', '.join(SCORERS)}, each with a folder or hub id behind a colon")
     at_end: bool = option(True, "measure when training ends and write report.json")

@@ -22,6 +22,7 @@ from flowdistill.evaluation.generation import Sampler, check_num_images, generat
 from flowdistill.evaluation.html import write_html
 from flowdistill.evaluation.kept_rows import TeacherIdentity
 from flowdistill.evaluation.metrics import METRICS
+from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.pictures import Strip, drawn_strip
 from flowdistill.evaluation.reference import Reference
@@ -51,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "scorers": (),
 }
 MUCH_WORSE = 1.5
-"""Times the pipeline's FID from which on the report says that the teacher's solver is much worse."""
+"""Times the pipeline's distance from which on the report says that the teacher's solver is much worse."""
 
 
 @dataclass
@@ -449,15 +450,17 @@ def _teacher_facts(teacher: Teacher | None, settings: dict[str, Any]) -> dict[st
 
 def _solver_note(report: Report) -> str | None:
     """A sentence where the pipeline's own call makes much better images than the deterministic solver ever does."""
-    found = {name: [(row.fid, row.calls) for row in report.rows if row.model == name and row.fid is not None]
-             for name in ("teacher", "pipeline")}
+    called = report.protocol.get("distance", "FID")
+    figure = figure_of(called)
+    found = {name: [(row.figures[figure], row.calls) for row in report.rows
+                    if row.model == name and row.figures.get(figure) is not None] for name in ("teacher", "pipeline")}
     if not all(found.values()):
         return None
     (best, calls), (own, own_calls) = min(found["teacher"]), min(found["pipeline"])
     if best <= MUCH_WORSE * own:
         return None
-    return (f"the deterministic solver is much worse than the pipeline's own call: FID {best:.3f} at {calls} calls, "
-            f"and {own:.3f} at {own_calls}; compare students with the pipeline's row")
+    return (f"the deterministic solver is much worse than the pipeline's own call: {called} {best:.3f} at {calls} "
+            f"calls, and {own:.3f} at {own_calls}; compare students with the pipeline's row")
 
 
 def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 
+from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.pictures import Strip
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.utils.files import atomic_write
@@ -43,10 +44,11 @@ def page(report: Report, strips: Sequence[Strip]) -> str:
     header, *lines = report.cells()
     table = "".join(_table_row(cells, "th" if cells is header else "td") for cells in (header, *lines))
     remarks = "".join(f"<p>{escape(line)}</p>" for line in report.remarks())
-    chart = _chart(report.rows)
+    called = report.protocol.get("distance", "FID")
+    chart = _chart(report.rows, figure_of(called), called)
     parts = [f"<h1>{escape(_title(report))}</h1>", f'<div class="wide"><table>{table}</table></div>', remarks]
     if chart:
-        parts.append(f'<h2>FID by network calls</h2><div class="wide">{chart}</div>')
+        parts.append(f'<h2>{escape(called)} by network calls</h2><div class="wide">{chart}</div>')
     if strips:
         parts.append("<h2>Images of the same noise</h2>" + "".join(map(_figure, strips)))
     protocol = "".join(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd>"
@@ -73,10 +75,15 @@ def _figure(strip: Strip) -> str:
             f'src="data:image/png;base64,{data}"></figure>')
 
 
-def _chart(rows: Sequence[Row]) -> str:
-    """FID against calls, both on logarithmic axes, one line a model with bars of one deviation; a model without calls
-    is a level. Empty where there is no FID."""
-    fids = [(row.model, row.calls, row.fid, row.fid_std or 0.0) for row in rows if row.fid is not None and row.fid > 0]
+def _chart(rows: Sequence[Row], figure: str, called: str) -> str:
+    """The Fréchet distance against calls, both on logarithmic axes, one line a model with bars of one deviation; a
+    model without calls is a level. Empty where there is no distance.
+
+    Args:
+        figure: its key, ``"fid"`` or ``"fd"``; ``called``: its name.
+    """
+    found = [(row.model, row.calls, row.figures.get(figure), row.figures.get(f"{figure}_std") or 0.0) for row in rows]
+    fids = [(model, calls, value, std) for model, calls, value, std in found if value is not None and value > 0]
     if not fids:
         return ""
     lowest = min(max(fid - std, fid / 2) for _, _, fid, std in fids)
@@ -92,7 +99,7 @@ def _chart(rows: Sequence[Row]) -> str:
     end = WIDTH - RIGHT
     parts = [f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{end}" fill="none" stroke="#888"/>',
              f'<text x="{(LEFT + end) / 2}" y="{HEIGHT - 8}" text-anchor="middle">network calls</text>',
-             f'<text x="14" y="{TOP + 10}">FID</text>']
+             f'<text x="4" y="{TOP + 10}">{escape(called)}</text>']
     for calls in sorted({calls for _, calls, _, _ in fids if calls is not None}):
         parts.append(f'<text x="{x(calls):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{calls}</text>')
     for tick in _ticks(low, high):
@@ -118,7 +125,7 @@ def _chart(rows: Sequence[Row]) -> str:
         parts.append(f'<path d="M{last[1]:.1f} {last[0]:.1f}L{end + 8} {place:.1f}" stroke="{colour}" opacity="0.4"/>'
                      f'<text x="{end + 12}" y="{place + 4:.1f}" style="fill:{colour}">{escape(_short(model))}</text>')
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-    return f'<svg {size} role="img" aria-label="FID by network calls">{"".join(parts)}</svg>'
+    return f'<svg {size} role="img" aria-label="{escape(called)} by network calls">{"".join(parts)}</svg>'
 
 
 def _short(name: str, most: int = 28) -> str:

@@ -101,7 +101,7 @@ class Reporter:
         shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
         rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
         wanted = self.config.train.stop_when
-        names = ["fid"] if wanted is None else ["fid", wanted.metric, "best_step"]
+        names = ["fid", "fd", *([] if wanted is None else [wanted.metric, "best_step"])]
         measured = {name: numbers[name] for name in names if name in numbers}
         texts = {name: f"{value:.4g}" for name, value in (shown | rate | measured).items()}
         if self._bar is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import errno
+import re
 import shutil
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ def raising(error: BaseException):
         "import flowdistill; dir(flowdistill); flowdistill.UserError",
         "from flowdistill.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from flowdistill.cli.commands import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass",
+        "from flowdistill.cli.commands import main\ntry: main(['evaluate', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str) -> None:
@@ -97,6 +100,25 @@ def test_help_of_each_command_has_examples(cli, command: str) -> None:
     result = cli(command, "--help")
     assert result.code == 0 and result.err == ""
     assert f"flowdistill {command} " in result.out.split("examples:")[1]
+
+
+def test_help_lists_what_can_be_measured_and_with_what(cli, capsys) -> None:
+    from flowdistill.config import FEATURES, SCORERS, EvaluationConfig
+    from flowdistill.evaluation.metrics import all_metrics
+    from tests.scripts.test_evaluate_fid import evaluate_fid
+
+    texts = [" ".join(cli("evaluate", "--help").out.split())]
+    with pytest.raises(SystemExit):
+        evaluate_fid.parse(["--help"])
+    texts.append(" ".join(capsys.readouterr().out.split()))
+    for text in texts:  # whose lines may end behind a hyphen
+        assert ",".join(FEATURES) in text.replace(" ", "") and ",".join(SCORERS) in text.replace(" ", "")
+    asked_for = {metric.name for metric in all_metrics() if not metric.default} - {"prompt_scores"}
+    helps = {item.name: item.metadata["help"] for item in fields(EvaluationConfig)}
+    for text in (texts[0], helps["more_metrics"]):
+        named = re.search(r"only when (?:they are )?asked for: ([a-z_, ]+)", text)[1]
+        assert set(re.findall(r"[a-z]+_[a-z_]+|diversity", named)) == asked_for
+    assert ", ".join(FEATURES) in helps["features"] and ", ".join(SCORERS) in helps["scorers"]
 
 
 def test_python_dash_m_is_the_same_command() -> None:

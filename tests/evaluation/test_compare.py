@@ -136,5 +136,10 @@ def test_a_page_escapes_names_and_does_without_figures():
     assert "<b> &" not in text and "<i>" not in text and text.count("&lt;b&gt; &amp; co") >= 3 and "NaN" not in text
     numbers = [float(number) for number in re.findall(r'c[xy]="([^"]+)"', text)]
     assert len(numbers) == 4 and all(0 < number < 720 for number in numbers)
+    for called, figure in (("FD-DINOv2", "fd"), ("FD-CLIP", "fd"), ("FD-lite0", "fd"), ("FD", "fid"), ("FID", "fid")):
+        rows = [Row("student", calls, **{figure: 20.0 / calls, f"{figure}_std": 1.0}) for calls in (1, 4)]
+        drawn = page(Report(rows, 10, None, None, 0, protocol={"distance": called}), [])
+        assert drawn.count("<circle") == 2 and f"<h2>{called} by network calls" in drawn
+        assert f">{called}</text>" in drawn and (called == "FID") == ("FID" in drawn)
     assert "<svg" not in page(Report([Row("student", 1)], 10, None, None, 0), [])
     assert json.loads(json.dumps(report.to_dict()))["rows"][0]["fid_std"] == 2.0

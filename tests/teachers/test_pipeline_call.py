@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, EulerAncestralDiscreteSchedul
 from flowdistill.data import load_digits
 from flowdistill.evaluation.evaluate import evaluate, pipeline_sampler
 from flowdistill.evaluation.generation import generators_of
+from flowdistill.features import load_features
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.utils.errors import UserError
@@ -163,6 +164,9 @@ def test_a_solver_much_worse_than_the_pipeline_is_said(tmp_path):
     note = report.protocol["pipeline_note"]
     assert "the deterministic solver is much worse than the pipeline's own call" in note and "at 10; compare" in note
     assert f"teacher: {note}" in str(report)
+    named = replace(load_features("digits", "cpu"), hash="other", distance="FD-CLIP")
+    other = evaluate(teacher, 100, "digits", named, [1, 4], **options).protocol["pipeline_note"]
+    assert "pipeline's own call: FD-CLIP" in other and "FID" in note and "FID" not in other
     teacher.sample = lambda noise, condition, **settings: own(noise, condition, 1, 1.0, generators_of(noise))
     options["cache_dir"] = tmp_path / "another"  # the weights are the same, whatever this teacher's sampler does
     assert "pipeline_note" not in evaluate(teacher, 100, "digits", "digits", [4], **options).protocol
