@@ -166,7 +166,7 @@ class Evaluator:
         processes, total = Processes.current(), self.drawn
         broken = torch.zeros((), dtype=torch.int64)
         timed: list[tuple[int, float]] = []
-        prompts = getattr(condition, "prompts", None)
+        prompts: Sequence[str] = getattr(condition, "prompts", None) or ()
         wanted = self._prompt_labels(prompts)
         scores: dict[str, list[Tensor]] = {scorer.figure: [] for scorer in self.scorers}
         self._announce(f"the {name}{at}", total)
@@ -291,11 +291,12 @@ class Evaluator:
             UserError: the features or a scorer do not read such an image, or the features are another number than the
                 reference's.
         """
-        for scorer in self.scorers if prompt is not None else []:
-            if images.ndim != 4:
-                raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the scorer "
-                                f"{scorer.title} cannot measure them")
-            scorer(to_uint8(images.nan_to_num()), [prompt])
+        if prompt is not None:
+            for scorer in self.scorers:
+                if images.ndim != 4:
+                    raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the scorer "
+                                    f"{scorer.title} cannot measure them")
+                scorer(to_uint8(images.nan_to_num()), [prompt])
         if self.extractor is not None:
             if images.ndim != 4:
                 raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the features "

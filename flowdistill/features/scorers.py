@@ -149,8 +149,8 @@ def _clip(kind: str, source: str, device: torch.device) -> Scorer:
     for source in (where,) if file.is_file() else (weights, where):
         check_source(source, f"the scorer {kind}")
     processor = _processor(where, kind, weights)
-    network = (_of_open_clip(file, where, kind) if file.is_file() else
-               load_pretrained(_model(), weights, f"the scorer {kind}"))
+    network: Any = (_of_open_clip(file, where, kind) if file.is_file() else
+                    load_pretrained(_model(), weights, f"the scorer {kind}"))
     network = network.to(device)
     _check_tokenizer(network, processor.tokenizer, kind, where)
     size = network.config.vision_config.image_size

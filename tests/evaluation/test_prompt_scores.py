@@ -12,12 +12,14 @@ from flowdistill.evaluation import Evaluator, PromptsInTurn, Report, evaluate_mo
 from flowdistill.evaluation.kept_rows import KnownSampler
 from flowdistill.features import load_features
 from flowdistill.features.scorers import Scorer, load_scorers
+from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images, to_uint8
 from flowdistill.utils.randomness import indexed_noise
 from tests.families import stable_diffusion
 from tests.features.clips import tiny_clip
+from tests.scripts.test_evaluate_fid import evaluate_fid
 from tests.tiny import tiny_unet_pipeline
 
 PROMPTS = ["a cat", "dog", "x"]
@@ -162,3 +164,24 @@ def test_images_that_are_not_finite_have_no_score(clip):
         row = evaluator.measure(lambda noise, given: noise * torch.nan, SHAPE, condition=in_turn())
     assert row.clip_score is None
 
+
+
+def test_the_command_and_the_script_score_a_student_and_a_pipeline(clip, prompted, tmp_path, cli, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stable_diffusion().save_pretrained(tmp_path / "teacher")
+    FlowMap.from_teacher(prompted, StudentInfo(base_model=str(tmp_path / "teacher"))).save(tmp_path / "student")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = ("--prompts", tmp_path / "prompts.txt", "--num-images", 6, "--scorers", f"clip:{clip},hpsv2:{clip}",
+             "--batch-size", 6, "--device", "cpu")
+    result = cli("evaluate", tmp_path / "student", *given, "--teacher-steps", 2, "--json", tmp_path / "r.json")
+    assert result.code == 0 and "CLIP score" in result.out, result.err
+    teacher, student = Report.read_json(tmp_path / "r.json").rows
+    assert (teacher.model, student.model) == ("teacher", "student") and teacher.hpsv2 != student.hpsv2
+    assert teacher.hpsv2_std > 0 < student.hpsv2_std and teacher.clip_score is not None is not student.clip_score
+    save_images(torch.rand(4, 3, 16, 16), tmp_path / "images")
+    script = ["--features", "torch.nn:Flatten", "--reference", tmp_path / "images", *given, "--steps", 2]
+    assert evaluate_fid.main([str(word) for word in (tmp_path / "teacher", *script)]) == 0
+    assert "HPSv2 x 100" in capsys.readouterr().out
+    script[4:] = ["--scorers", f"clip:{clip}"]
+    assert evaluate_fid.main([str(word) for word in (tmp_path / "images", *script)]) == 2
+    assert "how well images fit their prompts, and these have none" in capsys.readouterr().err
