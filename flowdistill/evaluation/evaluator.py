@@ -321,7 +321,7 @@ class Evaluator:
         if self.extractor is None:
             raise UserError(f"the images {name} cannot be measured without features; name some")
         for metric in self.metrics:
-            metric.check(Asked(None, images.labels))
+            metric.check(Asked(None, images.labels, 0 if images.labels is None else len(images.labels.unique())))
         processes = Processes.current()
         self._announce(name, len(images))
         labels = images.labels
@@ -438,9 +438,10 @@ def asked_of(
     total: int, num_classes: int | None, own: Sequence[int] | None, prompts: Sequence[str] | None
 ) -> Asked:
     """What ``total`` images of a model are to be of: its prompts in turn, or its labels."""
-    if not prompts:
-        return Asked(None, balanced_labels(range(total), num_classes, own))
-    return Asked(prompts, prompt_groups(range(total), prompts))
+    if prompts:
+        return Asked(prompts, prompt_groups(range(total), prompts), len(set(prompts)))
+    kinds = num_classes or 0
+    return Asked(None, balanced_labels(range(total), num_classes, own), kinds if own is None else len(own))
 
 
 def _speed(timed: Sequence[tuple[int, float]], processes: Processes) -> float:

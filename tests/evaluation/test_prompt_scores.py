@@ -3,17 +3,21 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flowdistill
-from flowdistill.evaluation import Evaluator, PromptsInTurn, Report, evaluate_models
+from flowdistill.config import EvaluationConfig, RunConfig, StopConfig, TrainConfig
+from flowdistill.evaluation import Evaluator, PromptsInTurn, Reference, Report, evaluate_models
 from flowdistill.evaluation.kept_rows import KnownSampler
+from flowdistill.evaluation.moments import moments_of
 from flowdistill.features import load_features
 from flowdistill.features.scorers import Scorer, load_scorers
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
+from flowdistill.training.callbacks import FidCallback
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images, to_uint8
 from flowdistill.utils.randomness import indexed_noise
@@ -90,9 +94,6 @@ def test_the_deviation_is_that_over_other_noise():
 def test_scores_stand_beside_the_other_figures_and_change_none(clip):
     extractor = load_features(torch.nn.AdaptiveAvgPool2d(1), "cpu")
     images = torch.rand(12, *SHAPE, generator=torch.Generator().manual_seed(0))
-    from flowdistill.evaluation import Reference
-    from flowdistill.evaluation.moments import moments_of
-
     features = extractor(to_uint8(images))
     moments = moments_of(features)
     reference = Reference("some", moments.mean, moments.covariance, 12, features)
@@ -185,3 +186,16 @@ def test_the_command_and_the_script_score_a_student_and_a_pipeline(clip, prompte
     script[4:] = ["--scorers", f"clip:{clip}"]
     assert evaluate_fid.main([str(word) for word in (tmp_path / "images", *script)]) == 2
     assert "how well images fit their prompts, and these have none" in capsys.readouterr().err
+
+
+def test_a_run_may_stop_by_a_score(clip, prompted):
+    """The scorers are loaded for the measurements during training where these are asked for one, and else not."""
+    settings = EvaluationConfig(num_images=3, features="torch.nn:Flatten", reference="images", scorers=[f"clip:{clip}"])
+    images = torch.rand(4, 3 * 16 * 16)
+    moments = moments_of(images)
+    reference = Reference("some", moments.mean, moments.covariance, 4)
+    student = FlowMap.from_teacher(prompted, StudentInfo())
+    for stop, measured in ((StopConfig("clip_score"), True), (None, False)):
+        config = RunConfig(output_dir="run", train=TrainConfig(evaluate_every=5, stop_when=stop), evaluation=settings)
+        found = FidCallback(config, SimpleNamespace(device=torch.device("cpu")), reference)(student)
+        assert ("clip_score" in found) == measured and found["fid"] is not None

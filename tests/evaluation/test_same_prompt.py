@@ -147,8 +147,8 @@ def test_the_teachers_images_are_drawn_once_for_a_seed(prompted, tmp_path, monke
 REFUSED = [
     (tiny_unet_pipeline, {"num_class_embeds": None, "channels": 3}, {"more_metrics": ["diversity"]},
      "several images of one prompt or label, and these images have neither"),
-    (tiny_dit_pipeline, {}, {"count": 5}, "of 5 images 4 prompts or labels have fewer; set num_images to 8 or more"),
-    (tiny_dit_pipeline, {}, {"count": 4}, "of 4 images 4 prompts or labels have one each; set num_images to 8 or more"),
+    (tiny_dit_pipeline, {}, {"count": 5}, "which with 5 images 3 of 4 do not have; set num_images to 8 or more"),
+    (tiny_dit_pipeline, {}, {"count": 3}, "which with 3 images 4 of 4 do not have; set num_images to 8 or more"),
 ]
 
 

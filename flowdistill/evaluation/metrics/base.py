@@ -89,10 +89,12 @@ class Asked:
     Attributes:
         prompts: that the images go through in turn; None for images without prompts.
         groups: see :class:`MeasuredImages`.
+        kinds: how many different prompts or labels the model goes through, also where there are fewer images.
     """
 
     prompts: Sequence[str] | None
     groups: Tensor | None
+    kinds: int = 0
 
 
 class Metric(ABC):

@@ -36,12 +36,11 @@ class Diversity(Metric):
         if asked.groups is None:
             raise UserError(f"the metric {self.name!r} is of several images of one prompt or label, and these images "
                             "have neither")
-        counts = asked.groups.unique(return_counts=True)[1]
-        if counts.min() < 2:
-            raise UserError(f"the metric {self.name!r} needs at least 2 images of each prompt or label, and of "
-                            f"{len(asked.groups)} images {len(counts)} prompts or labels have "
-                            f"{'one each' if counts.max() < 2 else 'fewer'}; set num_images to {2 * len(counts)} or "
-                            "more, or give fewer prompts")
+        enough = int((asked.groups.unique(return_counts=True)[1] > 1).sum())
+        if enough < asked.kinds:
+            raise UserError(f"the metric {self.name!r} needs at least 2 images of each prompt or label, which with "
+                            f"{len(asked.groups)} images {asked.kinds - enough} of {asked.kinds} do not have; set "
+                            f"num_images to {2 * asked.kinds} or more, or give fewer prompts")
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         groups = images.kept_groups
