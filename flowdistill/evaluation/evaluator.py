@@ -248,6 +248,7 @@ class Evaluator:
         # Nothing is added where these are not asked for: the keys of rows that are shipped or kept stay.
         facts += [sorted((scorer.identity() for scorer in self.scorers), key=str)] if self.scorers else []
         facts += [self.paired.identity()] if self.paired is not None else []
+        facts += [] if condition is None else ["KID that allows for prompts in even numbers"]
         return json_sha256(facts)
 
     @cached_property

@@ -1,23 +1,27 @@
 """Images of one prompt held against each other, and images held against the teacher's of the same noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import flowdistill
 from flowdistill.config import EvaluationConfig
-from flowdistill.evaluation import Evaluator, PromptsInTurn
+from flowdistill.evaluation import Evaluator, PromptsInTurn, Reference, kernel_distance
 from flowdistill.evaluation import teacher_reference as teacher_reference_module
 from flowdistill.evaluation.evaluate import teacher_sampler
+from flowdistill.evaluation.kept_rows import KnownSampler
 from flowdistill.evaluation.metrics.diversity import diversity
 from flowdistill.evaluation.metrics.paired_distance import paired_distances
+from flowdistill.evaluation.moments import moments_of
 from flowdistill.evaluation.opening import open_evaluation
 from flowdistill.features import load_features
 from flowdistill.features.scorers import Scorer
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.images import save_images
+from flowdistill.utils.images import save_images, to_uint8
+from flowdistill.utils.randomness import indexed_noise
 from tests.families import stable_diffusion
 from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
 
@@ -125,10 +129,10 @@ def test_a_teachers_own_row_is_paired_with_itself(kind, tmp_path, request):
     reference = teacher_reference_module.SEED
     features = means()
     groups = torch.arange(12) % (3 if kind == "prompted" else teacher.num_classes)
-    noise = flowdistill.utils.randomness.indexed_noise(teacher.shape, reference, range(12))
+    noise = indexed_noise(teacher.shape, reference, range(12))
     given = teacher.prompts.examples(range(12)) if kind == "prompted" else groups
     drawn = teacher_sampler(teacher, 3)(noise, given)
-    theirs = diversity(features(flowdistill.utils.images.to_uint8(drawn)), groups)[0]
+    theirs = diversity(features(to_uint8(drawn)), groups)[0]
     assert few.diversity_of_reference == most.diversity_of_reference == pytest.approx(theirs, rel=1e-3)
     text = str(report)
     assert "paired distance" in text and f"diversity of the reference: {theirs:.4f}" in text
@@ -166,6 +170,28 @@ def test_too_few_images_of_a_prompt_are_refused_before_any_is_made(make, config,
         open_evaluation(section, teacher, "cpu")
 
 
+def test_kid_allows_for_prompts_in_even_numbers():
+    """Of two sets of one model, each with the same prompts as often, a KID would be far below 0 otherwise."""
+    features = means()
+
+    def sampler(noise, given):
+        return (given[:, None, None, None] / 12 + 0.02 * noise).clamp(0, 1)
+
+    def drawn(seed):
+        evaluator = Evaluator(features, reference, 48, seed, 48, progress=False)
+        prompts = PromptsInTurn(lambda indices: torch.tensor([i % 12 for i in indices]), [f"p{i}" for i in range(12)])
+        return evaluator.measure(sampler, (3, 8, 8), condition=prompts)
+
+    images = sampler(torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 12)
+    rows = features(to_uint8(images))
+    moments = moments_of(rows)
+    plain = Reference("some", moments.mean, moments.covariance, 48, rows)
+    reference = replace(plain, groups=torch.arange(48) % 12)
+    made = sampler(indexed_noise((3, 8, 8), 5, range(48)), torch.arange(48) % 12)
+    without = kernel_distance(features(to_uint8(made)), rows, 5)
+    assert without < 0 and abs(drawn(5).kid) < 0.1 * abs(without)
+
+
 def test_without_a_teacher_nothing_is_paired(classes, tmp_path):
     save_images(torch.rand(4, 3, 8, 8), tmp_path / "images")
     sentence = "'paired_distance' compares with what the teacher makes of the same noise, and there is no teacher here"
@@ -186,7 +212,7 @@ def test_a_run_is_opened_without_drawing_them(prompted, tmp_path, monkeypatch):
 def test_more_figures_change_no_key_of_rows_without_them(prompted):
     def key(**settings):
         evaluator = Evaluator(means(), None, 6, metrics=("accuracy",), device="cpu", progress=False, **settings)
-        sampler = flowdistill.evaluation.kept_rows.KnownSampler(teacher_sampler(prompted, 1), lambda: "known")
+        sampler = KnownSampler(teacher_sampler(prompted, 1), lambda: "known")
         return evaluator.row_key(sampler, (1,), None, PromptsInTurn(lambda indices: None, ["x"]))
 
     own = Scorer("own", "own", lambda images, prompts: images.float().mean((1, 2, 3)), hash="0" * 64)

@@ -52,18 +52,20 @@ class Kernel(Metric):
         if found is None:
             return {}
         distance, subsets_std = found
-        own = 0.0 if images.classes is None else evenness_term(collected.features, images.classes, collected.indices)
-        theirs = 0.0 if reference.labelled is None else evenness_term(*reference.labelled)
+        classes = images.groups if _pairs(images.groups) else images.classes
+        own = 0.0 if classes is None else evenness_term(collected.features, classes, collected.indices)
+        known = _even_by_design(reference)
+        theirs = 0.0 if known is None else evenness_term(reference.features, known)
         std = _std(collected.features, reference.features, collected.moments.count, images.kept_classes)
         return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std)}
 
     def protocol(self, reference: Reference) -> JsonObject:
         copies = None
         if reference.features is not None and reference.count == len(reference.features):
-            copies = copies_distance(reference.features, reference.labels)
+            copies = copies_distance(reference.features, _even_by_design(reference))
         return {
-            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3, classes in even numbers "
-                   "allowed for",
+            "kid": f"mean of {SUBSETS} subsets of {SUBSET_SIZE} or all, kernel (x.y/D + 1)^3, classes and prompts in "
+                   "even numbers allowed for",
             "kid_of_copies": copies,
         }
 
@@ -74,6 +76,20 @@ class Kernel(Metric):
             return []
         return [f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
                 "below 0 are a sign of copying"]
+
+
+def _pairs(groups: Tensor | None) -> bool:
+    """Whether there are two images of every prompt or label."""
+    return groups is not None and int(groups.unique(return_counts=True)[1].min()) > 1
+
+
+def _even_by_design(reference: Reference) -> Tensor | None:
+    """The labels or prompts of all of a reference's images, (M,); None where these, or some of its features, are not
+    known."""
+    if reference.labelled is not None:
+        return reference.labelled[1]
+    complete = reference.features is not None and len(reference.features) == reference.count
+    return reference.groups if complete and _pairs(reference.groups) else None
 
 
 def kernel_distance(features: Tensor, reference: Tensor, seed: int = 0) -> float | None:
