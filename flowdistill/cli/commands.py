@@ -262,6 +262,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         scorers=args.scorers,
         fresh=args.fresh,
         html=args.html,
+        protocol=args.protocol,
     )
     if _is_main():
         print(report)
@@ -434,10 +435,14 @@ def _parser() -> argparse.ArgumentParser:
         ["runs/digits-freeflow --json report.json",
          "assets/digits-flow --features digits --reference digits --teacher-steps 1,4,50",
          "runs/my-run --features inception --weights inception.pt --reference images/",
+         "runs/my-run --protocol imagenet-adm --reference VIRTUAL_imagenet256_labeled.npz",
          "runs/one runs/two images/ --json comparison.json --html comparison.html"],
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", nargs="+",
                           help="run, student folder or pipeline (folder, hub id); of several also folders of images")
+    evaluate.add_argument("--protocol", metavar="NAME",
+                          help="as papers measure: coco30k-256, coco10k-512 or imagenet-adm, with --reference and, of "
+                               "the first two, --prompts; none: without the run's own (default: the run's)")
     evaluate.add_argument("--num-images", metavar="N", type=at_least(2), help="images of each model (default: 10000)")
     evaluate.add_argument("--reference", metavar="NAME|DIR|FILE.npz",
                           help="real images; or teacher, its own samples (default: the run's)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -104,6 +104,17 @@ class PromptConditions:
         """Set the list that :meth:`draw` and :meth:`examples` draw from."""
         self.prompts, self.weights = list(prompts.prompts), list(prompts.weights)
         self.__dict__.pop("_bank", None)
+
+    @contextlib.contextmanager
+    def using(self, prompts: PromptList) -> Iterator[None]:
+        """A block in which the list is another one."""
+        before = {name: value for name, value in vars(self).items() if name in ("prompts", "weights", "_bank")}
+        self.use(prompts)
+        try:
+            yield
+        finally:
+            self.__dict__.pop("_bank", None)
+            vars(self).update(before)
 
     @cached_property
     def _bank(self) -> tuple[Condition, Tensor]:

@@ -14,6 +14,7 @@ from flowdistill.config.run_folder import found_again, run_settings, teacher_fou
 from flowdistill.config.schema import (
     FEATURES,
     MISSING,
+    PROTOCOLS,
     SCORERS,
     EvaluationConfig,
     HostingConfig,
@@ -22,6 +23,7 @@ from flowdistill.config.schema import (
     StopConfig,
     TeacherConfig,
     TrainConfig,
+    check_protocol_features,
     option,
     what_is_missing,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "FEATURES",
     "METHODS",
     "MISSING",
+    "PROTOCOLS",
     "SCORERS",
     "EvaluationConfig",
     "HostingConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "accept_former_names",
+    "check_protocol_features",
     "found_again",
     "load_config",
     "method_config_class",

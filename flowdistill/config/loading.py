@@ -27,7 +27,7 @@ from flowdistill.config.checks import (
     with_texts,
 )
 from flowdistill.config.registry import METHODS
-from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
+from flowdistill.config.schema import MISSING, PROTOCOLS, HostingConfig, RunConfig
 from flowdistill.utils.errors import UserError, listed, shortened
 from flowdistill.utils.files import local_path
 from flowdistill.utils.objects import is_object, load_object
@@ -76,6 +76,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except OmegaConfBaseException as error:
         raise _value_error(error, layers, hints) from error
     assert isinstance(config, RunConfig)
+    protocol, number = config.evaluation.protocol, "evaluation.num_images"
+    if protocol in PROTOCOLS and all(raw_value(layer.values, number) == MISSING for layer in layers):
+        config.evaluation.num_images = PROTOCOLS[protocol][0]
     validate(config, layers)
     return config
 

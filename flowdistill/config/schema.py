@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.seeds import SEEDS
 
 MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
@@ -168,23 +168,33 @@ class TrainConfig:
                             "the steps between measurements")
 
 
-FEATURES = ("digits", "shapes", "inception", "inception-legacy", "dinov2", "clip", "lite0")
+FEATURES = ("digits", "shapes", "inception", "inception-legacy", "inception-256", "inception-512", "dinov2", "clip",
+            "lite0")
 """Names of feature extractors, ``dinov2`` and ``clip`` also with a folder or hub id behind a colon; every other text is
 a path. They are here so that a command's help has them without torch."""
 SCORERS = ("clip", "pickscore", "hpsv2")
 """Names of scorers of images and prompts, each also with weights behind a colon."""
+PROTOCOLS = {
+    "coco30k-256": (30_000, "inception-256"),
+    "coco10k-512": (10_000, "inception-512"),
+    "imagenet-adm": (50_000, "inception-legacy"),
+}
+"""Number of images and features of each protocol that papers share; see :mod:`flowdistill.evaluation.protocols`."""
 
 
 @dataclass
 class EvaluationConfig:
     """What is measured, against what."""
 
+    protocol: str | None = option(None, "measure as papers do, which fixes the features, and num_images where that is "
+                                        "not set: coco30k-256, coco10k-512 or imagenet-adm", choices=tuple(PROTOCOLS))
     num_images: int = option(10_000, "images of every measured model", at_least=2)
     features: str | None = option(None, f"feature extractor: {', '.join(FEATURES)} or a path; null: speed is "
                                         "measured only, and what scorers say")
     reference: str | None = option(None, "real images: a name, an image folder or a statistics file (.npz); or "
                                          "teacher: its own samples; null: those of a teacher that takes prompts, else "
                                          "what needs none is measured")
+    prompts: str | None = option(None, "text to image: file of prompts to measure with; null: those of the training")
     teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
     solver: str = option("euler", "the teacher's ODE solver: euler; heun, which averages velocities in t; or "
                                   "edm_heun, which averages in sigma, as EDM's own",
@@ -199,10 +209,31 @@ class EvaluationConfig:
                                     f"{', '.join(SCORERS)}, each with a folder or hub id behind a colon")
     at_end: bool = option(True, "measure when training ends and write report.json")
 
+    def __post_init__(self) -> None:
+        if self.protocol in PROTOCOLS and self.features is None:
+            self.features = PROTOCOLS[self.protocol][1]
+
+    def validate(self) -> None:
+        """UserError for features that are not those of the protocol."""
+        if self.protocol is not None:
+            check_protocol_features(self.protocol, self.features)
+
     @property
     def missing(self) -> str | None:
         """See :func:`what_is_missing`."""
         return what_is_missing(self.features is None, self.reference is None, bool(self.scorers))
+
+
+def check_protocol_features(protocol: str, features: object) -> None:
+    """Refuse features that are not those of a protocol; None stands for the protocol's own.
+
+    Raises:
+        UserError: so.
+    """
+    own = PROTOCOLS[protocol][1]
+    if features not in (None, own):
+        raise UserError(f"the protocol {protocol} is measured with the features {own!r}, not {shown(features)}; leave "
+                        "evaluation.features (--features) out, or the protocol")
 
 
 def what_is_missing(features: bool, reference: bool, scorers: bool = False) -> str | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowdistill.conditioning.prompts import read_prompts
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data.image_sets import FolderImages
+from flowdistill.data.pictures import read_picture
 from flowdistill.evaluation.evaluate import (
     DEFAULTS,
     PromptsInTurn,
@@ -21,6 +24,8 @@ from flowdistill.evaluation.evaluate import (
     _Subject,
     _teacher_facts,
     _use_prompts,
+    announce,
+    first_image,
     prompt_conditions,
     student_parameters,
 )
@@ -28,15 +33,18 @@ from flowdistill.evaluation.evaluator import Evaluator
 from flowdistill.evaluation.generation import Sampler, check_num_images
 from flowdistill.evaluation.kept_rows import KnownSampler
 from flowdistill.evaluation.pictures import Strip, drawn_strip, stored_strip
+from flowdistill.evaluation.protocols import NONE, claim, followed
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.evaluation.teacher_reference import TEACHER
+from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import local_path
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.text import JsonObject
 
-SHARED = ("num_images", "features", "reference", "more_metrics", "scorers")
+SHARED = ("protocol", "num_images", "features", "reference", "more_metrics", "scorers")
 """Settings that make a protocol: figures of different ones cannot be compared."""
 
 
@@ -75,7 +83,6 @@ def evaluate_several(
     seed: int,
     device: torch.device,
     teacher_rows: bool,
-    prompts: str | os.PathLike[str] | None,
     strips: list[Strip] | None,
     **how: Any,
 ) -> Report:
@@ -94,7 +101,7 @@ def evaluate_several(
             folder than are measured; and what ``evaluate`` refuses.
     """
     compared = [_open_one(source, name, teacher_rows) for source, name in zip(sources, _names(sources), strict=True)]
-    shared = {key: _agreed(key, compared, asked) for key in SHARED}
+    shared = _shared(compared, asked)
     if shared["reference"] == TEACHER:
         raise UserError("the reference 'teacher' is one model's own; evaluate models one by one against it, or give "
                         "several another reference, such as a folder of one teacher's samples")
@@ -102,15 +109,17 @@ def evaluate_several(
     for one in compared:
         one.settings = {**DEFAULTS, **one.settings, **asked, **shared}
         if one.subject is not None:
-            _prepare(one, teacher_rows, prompts)
+            _prepare(one, teacher_rows)
     _check_alike(compared)
+    extractor, claimed = _claimed(shared, compared, device, how["weights"])
+    announce(claimed, how["progress"])
     if shared["features"] is None and any(one.images is not None for one in compared):
         raise UserError("folders of images cannot be compared without features; name some, with --features")
     for one in compared:
         if one.images is not None:
             one.images = _as_many(one.images, shared["num_images"], seed)
     first = next((one for one in compared if one.model is not None), compared[0])
-    evaluator = Evaluator(shared["features"], shared["reference"], shared["num_images"], seed,
+    evaluator = Evaluator(extractor or shared["features"], shared["reference"], shared["num_images"], seed,
                           first.settings["batch_size"], more_metrics=shared["more_metrics"], scorers=shared["scorers"],
                           own=first.own, device=device, **how)
     for one in compared:
@@ -118,8 +127,38 @@ def evaluate_several(
                               None if one.condition is None else one.condition.prompts)
     rows, facts = _measured(compared, evaluator, device, strips if Processes.current().is_main else None)
     classes = None if first.model is None else first.model.num_classes
-    return evaluator.report(rows, models=facts, labels=_label_rule(classes, first.own), device=str(device),
+    return evaluator.report(rows, **claimed, models=facts, labels=_label_rule(classes, first.own), device=str(device),
                             noise="float32 unit normal, one CPU generator an image, seeded by (seed, index)")
+
+
+def _shared(compared: Sequence[_Compared], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the figures and is one for all: as asked, as the protocol has it, else as the runs say."""
+    fixed = ("num_images", "features") if asked.get("protocol", NONE) != NONE else ()
+    own = {key: _agreed(key, compared, asked) for key in SHARED if key not in fixed}
+    return followed({key: asked[key] for key in SHARED if key in asked}, own)
+
+
+def _claimed(
+    shared: Mapping[str, Any], compared: Sequence[_Compared], device: torch.device, weights: Any
+) -> tuple[FeatureExtractor | None, JsonObject]:
+    """The features of the protocol, and what the report says of it; (None, {}) without one."""
+    if shared["protocol"] is None:
+        return None, {}
+    extractor = load_features(shared["features"], device, weights)
+    given = [one.condition.prompts for one in compared
+             if one.condition is not None and one.settings["prompts"] is not None]  # the same for all
+    models = [(one.name, one.model) for one in compared if one.model is not None]
+    made = claim(shared["protocol"], shared["num_images"], shared["reference"], given[0] if given else None, models,
+                 [partial(_first, one) for one in compared], extractor)
+    return extractor, made.entries()
+
+
+def _first(one: _Compared) -> Tensor:
+    """The first image of it, (1, C, H, W)."""
+    if one.images is not None:
+        return read_picture(one.images.paths[0])[None]
+    assert one.model is not None
+    return first_image(one.model, one.models[0][2])
 
 
 def _measured(
@@ -202,16 +241,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _prepare(one: _Compared, teacher_rows: bool, prompts: str | os.PathLike[str] | None) -> None:
+def _prepare(one: _Compared, teacher_rows: bool) -> None:
     """Prompts, guidance and samplers of a model."""
     assert one.subject is not None
     student = one.subject.student
     if one.settings["guidance_scale"] is None:
         one.settings["guidance_scale"] = 1.0 if student is None else student.info.guidance_scale
-    if prompts is not None:
+    if one.settings["prompts"] is not None:
         for part in (one.subject.teacher, student):
             if part is not None:
-                _use_prompts(part, read_prompts(prompts))
+                _use_prompts(part, read_prompts(one.settings["prompts"]))
     without = {} if teacher_rows else {"teacher_steps": (), "pipeline_steps": ()}
     one.models = _models(one.subject, one.settings | without)
     assert one.model is not None  # else there would be nothing to measure

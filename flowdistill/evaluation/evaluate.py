@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.conditioning.prompts import PromptList, read_prompts
+from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
 from flowdistill.config import FEATURES, TeacherConfig, found_again, run_settings, teacher_found_again
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
 from flowdistill.evaluation.evaluator import Evaluator, asked_of, evaluate_models, without_teacher
-from flowdistill.evaluation.generation import Sampler, check_num_images, generators_of
+from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generators_of
 from flowdistill.evaluation.html import write_html
 from flowdistill.evaluation.kept_rows import TeacherIdentity
 from flowdistill.evaluation.metrics import METRICS
 from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.pictures import Strip, drawn_strip
+from flowdistill.evaluation.protocols import claim, followed
 from flowdistill.evaluation.reference import Reference
-from flowdistill.evaluation.report import Report
+from flowdistill.evaluation.report import Report, lines_of
 from flowdistill.evaluation.teacher_reference import STEPS, TEACHER, teacher_reference
 from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.features.scorers import Scorer, load_scorers, scorer_found_again
@@ -36,12 +38,17 @@ from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_writable, local_path
+from flowdistill.utils.logging import say
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.seeds import check_seed
+from flowdistill.utils.text import JsonObject
 
 DEFAULTS: dict[str, Any] = {
+    "protocol": None,
     "num_images": 10_000,
     "reference": None,
+    "prompts": None,
     "features": None,
     "teacher_steps": (1, 2, 4, 10, 50),
     "batch_size": 250,
@@ -89,6 +96,7 @@ def evaluate(
     fresh: bool = False,
     html: str | os.PathLike | None = None,
     progress: bool = True,
+    protocol: str | None = None,
 ) -> Report:
     """Measure a teacher at several step counts and its student at each number of calls, on the same noise and labels.
 
@@ -115,14 +123,17 @@ def evaluate(
         scorers: of images and prompts, such as "clip:FOLDER", see :mod:`flowdistill.features.scorers`; None: as the run
             says. They need no features and no reference.
         fresh: measure a teacher's rows again, though they are in the cache.
-        prompts: of text-to-image models, a file that is gone through in turn; default: the prompts of the training.
+        prompts: of text-to-image models, a file that is gone through in turn; default: what the run says, and the
+            prompts of the training.
+        protocol: measure as papers do, see :mod:`flowdistill.evaluation.protocols`; None: as the run says; ``"none"``:
+            without one though the run has one.
 
     Returns:
         A report; ``str(report)`` is the table.
 
     Raises:
         UserError: num_images or a step count below 1, nothing to evaluate at the path, nothing to measure, or ``json``
-            or ``html`` cannot be written (said before anything is measured).
+            or ``html`` cannot be written (said before anything is measured); what is not as the protocol says.
     """
     check_seed(seed)
     processes = Processes.start()
@@ -142,18 +153,20 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "more_metrics": more_metrics,
         "scorers": scorers,
+        "prompts": prompts,
+        "protocol": protocol,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     how = {"weights": weights, "cache_dir": cache_dir, "fresh": fresh, "progress": progress}
     if isinstance(run_or_model, (list, tuple)):
-        report = _several(run_or_model, teacher, asked, seed, place, teacher_rows, prompts, strips, how)
+        report = _several(run_or_model, teacher, asked, seed, place, teacher_rows, strips, how)
     else:
         needed = teacher_rows or isinstance(reference, str) and reference == TEACHER
         needed = needed or any(METRICS.get(name).needs_teacher for name in more_metrics or ())
         subject = _open(run_or_model, place, with_teacher=needed and teacher is None)
         if teacher is not None:
             subject.teacher = teacher
-        report = _evaluate_one(subject, asked, seed, place, teacher_rows, prompts, strips, how)
+        report = _evaluate_one(subject, asked, seed, place, teacher_rows, strips, how)
     if json is not None:
         processes.on_main(lambda: report.write_json(json))
     if html is not None:
@@ -163,26 +176,31 @@ def evaluate(
 
 def _several(
     sources: Sequence[Any], teacher: Teacher | None, asked: dict[str, Any], seed: int, place: torch.device,
-    teacher_rows: bool, prompts: str | os.PathLike | None, strips: list[Strip] | None, how: dict[str, Any],
+    teacher_rows: bool, strips: list[Strip] | None, how: dict[str, Any],
 ) -> Report:
     from flowdistill.evaluation.compare import evaluate_several
 
     if len(sources) < 2 or teacher is not None:
         raise UserError("a list of models to compare has at least two, each with a teacher of its own" if sources else
                         "there is nothing to evaluate in an empty list")
-    return evaluate_several(sources, asked, seed, place, teacher_rows, prompts, strips, **how)
+    return evaluate_several(sources, asked, seed, place, teacher_rows, strips, **how)
 
 
 def _evaluate_one(
     subject: _Subject, asked: dict[str, Any], seed: int, place: torch.device, teacher_rows: bool,
-    prompts: str | os.PathLike | None, strips: list[Strip] | None, how: dict[str, Any],
+    strips: list[Strip] | None, how: dict[str, Any],
 ) -> Report:
-    if prompts is not None:
-        for part in (subject.teacher, subject.student):
-            if part is not None:
-                _use_prompts(part, read_prompts(prompts))
-    settings = {**DEFAULTS, **(subject.settings or {}), **asked}
+    settings = followed(asked, {**DEFAULTS, **(subject.settings or {})})
     check_num_images(settings["num_images"])
+    prompts = None if settings["prompts"] is None else read_prompts(settings["prompts"])
+    with prompts_used([subject.teacher, subject.student], prompts):
+        return _measured(subject, settings, prompts, seed, place, teacher_rows, strips, how)
+
+
+def _measured(
+    subject: _Subject, settings: dict[str, Any], prompts: PromptList | None, seed: int, place: torch.device,
+    teacher_rows: bool, strips: list[Strip] | None, how: dict[str, Any],
+) -> Report:
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = 1.0 if subject.student is None else subject.student.info.guidance_scale
     models = _models(subject, settings if teacher_rows else {**settings, "teacher_steps": (), "pipeline_steps": ()})
@@ -190,6 +208,13 @@ def _evaluate_one(
     assert model is not None  # else there is nothing to measure
     condition = prompt_conditions(model)
     own = None if model.classes is None else model.classes.own
+    claimed: JsonObject = {}
+    if settings["protocol"] is not None:
+        extractor = load_features(settings["features"], place, how["weights"])
+        claimed = claim(settings["protocol"], settings["num_images"], settings["reference"],
+                        None if prompts is None else prompts.prompts, [(subject.name, model)],
+                        [partial(first_image, model, models[0][2])], extractor).entries()
+        announce(claimed, how["progress"])
     scorers = open_scorers(settings, model, subject.teacher, place)
     extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,
                                          **{key: how[key] for key in ("weights", "cache_dir", "progress")})
@@ -215,6 +240,7 @@ def _evaluate_one(
         evaluator,
         condition=condition,
         model=subject.name,
+        **claimed,
         solver=settings["solver"] if subject.teacher is not None else None,
         **_teacher_facts(subject.teacher, settings),
         guidance_scale=settings["guidance_scale"],
@@ -232,6 +258,21 @@ def _evaluate_one(
         strips += [drawn_strip(f"{name}, {calls} call{'' if calls == 1 else 's'}", sampler, model, condition, own, seed)
                    for name, calls, sampler in models]
     return report
+
+
+def announce(claimed: JsonObject, progress: bool = True) -> None:
+    """The protocol on standard error, before the work."""
+    if progress and Processes.current().is_main:
+        say("\n".join(lines_of(claimed)))
+
+
+@torch.no_grad()
+def first_image(model: Teacher | Student, sampler: Sampler) -> Tensor:
+    """The first image of a model, (1, C, H, W) on the CPU, as an evaluation will draw it."""
+    given = prompt_conditions(model)
+    own = None if model.classes is None else model.classes.own
+    condition = balanced_labels([0], model.num_classes, own) if given is None else given(range(1))
+    return sampler(indexed_noise(tuple(model.shape), 0, [0]), condition).cpu()
 
 
 def is_teacher(reference: Any, teacher: Teacher | None) -> bool:
@@ -410,9 +451,28 @@ def prompt_conditions(model: Teacher | Student) -> PromptsInTurn | None:
 
 
 def _use_prompts(model: Teacher | Student, prompts: PromptList) -> None:
+    _taken(model).use(prompts)
+
+
+def _taken(model: Teacher | Student) -> PromptConditions:
     if model.prompts is None:
         raise UserError("prompts were given, but this model takes none")
-    model.prompts.use(prompts)
+    return model.prompts
+
+
+@contextlib.contextmanager
+def prompts_used(models: Sequence[Teacher | Student | None], prompts: PromptList | None) -> Iterator[None]:
+    """A block in which the models' lists are ``prompts``, unless that is None.
+
+    Raises:
+        UserError: a model that takes no prompts.
+    """
+    with contextlib.ExitStack() as stack:
+        if prompts is not None:
+            texts = [_taken(model) for model in models if model is not None]
+            for each in {id(text): text for text in texts}.values():
+                stack.enter_context(each.using(prompts))
+        yield
 
 
 def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int, Sampler]]:
@@ -479,6 +539,8 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
             if isinstance(settings.get(key), str) and settings[key] not in names:
                 settings[key] = _found_again(settings[key], folder)
         settings["scorers"] = [scorer_found_again(name, folder) for name in settings.get("scorers") or ()]
+        if isinstance(settings.get("prompts"), str):
+            settings["prompts"] = found_again(settings["prompts"], folder)
         section = teacher_found_again(config.get("teacher") or {}, folder)
         teacher = _load_teacher(section, device) if with_teacher else None
         return _Subject(name, teacher, student, settings)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowdistill.conditioning.prompts import PromptList, read_prompts
 from flowdistill.config import EvaluationConfig
 from flowdistill.evaluation.evaluate import (
+    first_image,
     is_teacher,
     open_reference,
     open_scorers,
     prompt_conditions,
+    prompts_used,
     student_sampler,
     teacher_sampler,
 )
 from flowdistill.evaluation.evaluator import Evaluator
-from flowdistill.evaluation.generation import Sampler, balanced_labels
+from flowdistill.evaluation.generation import Sampler
 from flowdistill.evaluation.metrics import METRICS
+from flowdistill.evaluation.protocols import claim
 from flowdistill.evaluation.reference import Reference
+from flowdistill.evaluation.report import lines_of
+from flowdistill.features.extractor import load_features
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.logging import log_once
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class OpenedEvaluation:
         Raises:
             UserError: the student cannot be sampled at ``evaluation.guidance_scale``, or makes other images.
         """
-        made = _one_image(student, student_sampler(student, self.settings.guidance_scale))
+        made = first_image(student, student_sampler(student, self.settings.guidance_scale))
         if made.shape != self.image.shape:
             raise UserError(f"the student makes images of shape {tuple(made.shape[1:])}, and its teacher of shape "
                             f"{tuple(self.image.shape[1:])}")
@@ -72,6 +79,26 @@ def open_evaluation(
         UserError: a part that is unknown, missing, damaged or does not fit another one.
     """
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    sampler = teacher_sampler(teacher, 1, settings.solver, scale)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    used = prompts
+    if prompts is not None and not is_teacher(settings.reference, teacher):
+        # One is enough to draw an image; the others are encoded when they are measured.
+        used = PromptList(prompts.prompts[:1], [1.0])
+    with prompts_used([teacher], used):
+        if settings.protocol is not None:
+            found = claim(settings.protocol, settings.num_images, settings.reference,
+                          None if prompts is None else prompts.prompts, [("the teacher", teacher)],
+                          [partial(first_image, teacher, sampler)], load_features(settings.features, device))
+            for line in lines_of(found.entries()):
+                log_once(line)
+        return _opened(settings, teacher, sampler, scale, device, parts)
+
+
+def _opened(
+    settings: EvaluationConfig, teacher: Teacher, sampler: Sampler, scale: float,
+    device: torch.device | str | None, parts: Iterable[Sequence[int]],
+) -> OpenedEvaluation:
     # Its own samples are drawn at the student's guidance scale, which may be known when there is a student only.
     scorers = open_scorers(vars(settings), teacher, teacher, device)
     later = settings.guidance_scale is None and is_teacher(settings.reference, teacher)
@@ -81,7 +108,7 @@ def open_evaluation(
     names = [name for name in settings.more_metrics if not METRICS.get(name).needs_teacher]
     evaluator = Evaluator(extractor, reference, settings.num_images, 0, settings.batch_size,
                           more_metrics=names, scorers=scorers, device=device, progress=False)
-    image = _one_image(teacher, teacher_sampler(teacher, 1, settings.solver, scale))
+    image = first_image(teacher, sampler)
     prompts = prompt_conditions(teacher)
     evaluator.check_image(image, None if prompts is None else prompts.prompts[0])
     for count in settings.pipeline_steps:
@@ -93,9 +120,3 @@ def open_evaluation(
     return OpenedEvaluation(settings, evaluator.reference, image)
 
 
-@torch.no_grad()
-def _one_image(model: Teacher | Student, sampler: Sampler) -> Tensor:
-    prompts = prompt_conditions(model)
-    own = None if model.classes is None else model.classes.own
-    given = balanced_labels([0], model.num_classes, own) if prompts is None else prompts(range(1))
-    return sampler(indexed_noise(tuple(model.shape), 0, [0]), given).cpu()

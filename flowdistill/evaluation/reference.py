@@ -34,9 +34,11 @@ from flowdistill.utils.processes import Processes
 VERSION = 2
 # clean-fid's words for how images were resized and quantised before Inception.
 INCEPTION_MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")
-# What a damaged .npz raises, depending on where it is damaged.
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
-               NotImplementedError)
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
+              NotImplementedError)
+"""What a damaged .npz raises, depending on where it is damaged."""
+ADM_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
+"""What is in a reference of ADM's."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in (*_OURS, *_THEIRS, *_THEIRS_BY_PLACE)}
             names = list(file.files)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from error
     if not any(all(name in arrays for name in pair) for pair in (_OURS[:2], _THEIRS)):
         raise UserError(f"{path} holds neither 'mean' and 'covariance' nor 'mu' and 'sigma', but "
@@ -328,7 +330,7 @@ def _holds_statistics(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             return any(name in file.files for name in (*_OURS[:2], *_THEIRS))
-    except _UNREADABLE:
+    except UNREADABLE:
         return True  # for whoever reads them to say what is wrong
 
 

@@ -126,6 +126,7 @@ class Report:
         measured_with = [f"{what} {name}" for what, name in (("features", self.features), ("reference", self.reference))
                          if name is not None]
         text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]))
+        text += lines_of(self.protocol)
         if self.protocol.get("note"):
             text.append(self.protocol["note"])
         if self.protocol.get("rows_not_measured_here"):
@@ -157,6 +158,20 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def lines_of(entries: JsonObject) -> list[str]:
+    """A claim in words, a line each; none where ``entries``, a report's protocol, has no claim."""
+    if "protocol" not in entries:
+        return []
+    if entries["protocol"] is not None:
+        lines = [f"protocol {entries['protocol']}"]
+    else:
+        lines = [f"not the protocol {entries['protocol_tried_out']}, but what it comes to where "
+                 f"{'; '.join(entries['protocol_departures'])}"]
+    order = ("source", "images", "captions", "reference", "resize", "figures", "free")
+    return lines + [f"  {name}: {entries[f'protocol_{name}']}" for name in order
+                    if entries.get(f"protocol_{name}") is not None]
 
 
 def _figure(row: Row, column: Column) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowdistill.config import FEATURES
 from flowdistill.features.digits_classifier import load_digits_classifier
-from flowdistill.features.resizing import tf1_bilinear
+from flowdistill.features.resizing import lanczos_square, middle_patch, tf1_bilinear
 from flowdistill.features.shapes_networks import load_shapes_classifier
 from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import cache_folder, check_pointer, local_path
@@ -33,6 +33,12 @@ WEIGHTS_VARIABLE = "FLOWDISTILL_WEIGHTS"
 NO_RESIZE = "none"
 AT_ONCE = 32
 """Images of one size that are prepared together: in double precision, 250 large ones would take gigabytes."""
+SQUARES = {"inception-256": 256, "inception-512": 512}
+"""Inception behind a square in the middle that is brought to so many pixels first, as text-to-image papers have it."""
+WITH_PATCHES = ("inception-512",)
+"""Those of them that look at a patch of each image besides."""
+NOT_PUBLISHED = "(not the published weights)"
+"""Behind the name of an Inception with other weights."""
 LEGACY = "legacy_tensorflow"
 """clean-fid's word for images that TensorFlow's graph of Inception resizes itself."""
 
@@ -73,6 +79,7 @@ class FeatureExtractor:
         prompt_labels: N prompts -> the class that each describes, int64 (N,), -1 for none of them; or None.
         distance: what the Fréchet distance of these features is called in a table.
         spatial: prepared images -> the features and those by place, (B, D) and (B, S), from one pass; or None.
+        patches: whether what ``spatial`` gives besides are not features by place, but those of a patch of each image.
         logits: features (B, D) -> logits (B, K) of an Inception Score; or None.
         keeps: rows of a set of images that are kept at most; None for as many as memory is set aside for.
         embeds: whether the features are CLIP's embeddings of unit length, which CMMD is defined for.
@@ -90,6 +97,7 @@ class FeatureExtractor:
     mode: str = ""
     distance: str = "FD"
     spatial: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    patches: bool = False
     logits: Callable[[Tensor], Tensor] | None = None
     keeps: int | None = None
     embeds: bool = False
@@ -190,15 +198,17 @@ def load_features(
     Args:
         features: ``"digits"`` (the shipped digit classifier), ``"shapes"`` (the shipped classifier of
             shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), ``"inception-legacy"`` (the same
-            network behind TensorFlow's resizing, as ADM and EDM measure), ``"dinov2"``, ``"clip"``, ``"dinov2:SOURCE"``
-            or ``"clip:SOURCE"`` (of transformers, from a folder or a hub id), ``"lite0"`` (EfficientNet-Lite0 of an
-            optional package), the path of a folder with a digit classifier or of a TorchScript file,
+            network behind TensorFlow's resizing, as ADM and EDM measure), ``"inception-256"`` and ``"inception-512"``
+            (clean-fid's behind a square of so many pixels, the second with patches), ``"dinov2"``, ``"clip"``,
+            ``"dinov2:SOURCE"`` or ``"clip:SOURCE"`` (of transformers, from a folder or a hub id), ``"lite0"``
+            (EfficientNet-Lite0 of an optional package), the path of a folder with a digit classifier or of a
+            TorchScript file,
             ``package.module:function`` that makes a network, a module, or a callable. A network of yours gets float32
             images (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a
             classifier: its ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which
             class a prompt describes, and images are held against their prompts.
         device: default: the GPU of this process when there is one, else the CPU.
-        weights: for the two Inceptions: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
+        weights: for the Inceptions: the file ``inception-2015-12-05.pt`` or the folder it is in. Default: what the
             environment variable FLOWDISTILL_WEIGHTS names, then flowdistill's cache. It is never downloaded.
 
     Raises:
@@ -215,6 +225,8 @@ def load_features(
         return _inception(inception_file(weights), place)
     if features == "inception-legacy":
         return _inception_legacy(inception_file(weights), place)
+    if isinstance(features, str) and features in SQUARES:
+        return _inception_square(features, inception_file(weights), place)
     named = _of_other_libraries(features, place) if isinstance(features, str) else None
     if named is not None:
         return named
@@ -328,7 +340,7 @@ def _load_inception(path: Path, device: torch.device) -> tuple[Any, str]:
 
 
 def _inception_name(name: str, digest: str) -> str:
-    return name if digest == INCEPTION_SHA256 else f"{name} (not the published weights)"
+    return name if digest == INCEPTION_SHA256 else f"{name} {NOT_PUBLISHED}"
 
 
 def _inception(path: Path, device: torch.device) -> FeatureExtractor:
@@ -343,6 +355,43 @@ def _inception(path: Path, device: torch.device) -> FeatureExtractor:
         device=device,
         mode="clean",
         distance="FID",
+    )
+
+
+def _inception_square(name: str, path: Path, device: torch.device) -> FeatureExtractor:
+    """Inception of the largest square in the middle, brought to ``SQUARES[name]`` pixels before clean-fid's resizing:
+    what DMD2 (Yin et al. 2024, arXiv 2405.14867) and papers that compare with it measure on COCO.
+
+    Of ``WITH_PATCHES`` also features of the 299 x 299 pixels in the middle of the image as it is, and of all of an
+    image that has fewer in a direction (patch FID: Lin, Wang, Yang 2024, arXiv 2402.13929).
+    """
+    model, digest = _load_inception(path, device)
+    side, patches = SQUARES[name], name in WITH_PATCHES
+
+    def look(images: Tensor) -> Tensor:
+        features: Tensor = model.layers((images.contiguous(memory_format=torch.channels_last) - 128) / 128)
+        return features.flatten(1)
+
+    def prepare(images: Tensor) -> Tensor:
+        whole = clean_resize(lanczos_square(images, side))
+        return torch.cat([whole, clean_resize(middle_patch(images, INCEPTION_SIZE))], dim=1) if patches else whole
+
+    resize = (f"square in the middle, {side}x{side} by PIL's Lanczos, then 299x299, antialiased bicubic (clean-fid's "
+              "'clean')")
+    if patches:
+        resize += "; of the patch 299x299 in the middle as it is"
+    return FeatureExtractor(
+        name=_inception_name(name, digest),
+        hash=f"{name} {digest}",
+        network=lambda images: look(images[:, :3]),
+        prepare=prepare,
+        resize=resize,
+        channels=3,
+        device=device,
+        mode=name,
+        distance="FID",
+        spatial=(lambda images: (look(images[:, :3]), look(images[:, 3:]))) if patches else None,
+        patches=patches,
     )
 
 

@@ -12,9 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from flowdistill.conditioning.prompts import read_prompts
 from flowdistill.config import RunConfig, TrainConfig
 from flowdistill.evaluation import Evaluator, Reference, prompt_conditions, student_sampler
 from flowdistill.evaluation.comparison import save_by_calls
+from flowdistill.evaluation.evaluate import prompts_used
 from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.students import Student
@@ -149,6 +151,7 @@ class FidCallback:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, reference: Reference | None = None) -> None:
         settings = config.evaluation
+        self.prompts = None if settings.prompts is None else read_prompts(settings.prompts)
         names, self.expected = ["frechet", "accuracy"], {"fid", "accuracy"}
         if config.train.stop_when is not None:
             names.append(ranking_metric(config.train.stop_when.metric, KEY).name)
@@ -169,10 +172,11 @@ class FidCallback:
     def __call__(self, student: Student) -> dict[str, Any]:
         """``fid``, or ``fd`` of features whose distance is no FID, ``accuracy`` and those beside the figure of
         ``train.stop_when``; None: could not be measured."""
-        row = self.evaluator.measure(
-            student_sampler(student), tuple(student.shape), student.num_classes, calls=student.num_steps,
-            condition=prompt_conditions(student),
-        )
+        with prompts_used([student], self.prompts):
+            row = self.evaluator.measure(
+                student_sampler(student), tuple(student.shape), student.num_classes, calls=student.num_steps,
+                condition=prompt_conditions(student),
+            )
         names = [name for metric in self.evaluator.metrics for name in metric.figures]
         figures = {name: row.figures.get(name) for name in names}
         return {name: value for name, value in figures.items() if value is not None or name in self.expected}

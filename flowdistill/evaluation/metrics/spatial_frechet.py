@@ -21,7 +21,7 @@ class SpatialFrechet(Metric):
 
     @classmethod
     def applies(cls, extractor: FeatureExtractor) -> bool:
-        return extractor.spatial is not None
+        return extractor.spatial is not None and not extractor.patches
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         moments, mean, covariance = images.collected.spatial, reference.spatial_mean, reference.spatial_covariance
