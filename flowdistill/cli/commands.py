@@ -124,6 +124,8 @@ def _output_dir(args: argparse.Namespace) -> str:
 def _sample(args: argparse.Namespace) -> int:
     from flowdistill.utils.files import local_path
 
+    if args.suite is not None:
+        return _sample_suite(args)
     out = local_path(args.out)
     is_grid = out.suffix.lower() == ".png"
     if is_grid and out.is_dir() or not is_grid and (_names_a_file(out) or out.exists() and not out.is_dir()):
@@ -177,6 +179,31 @@ def _sample(args: argparse.Namespace) -> int:
             save_images(batch.images, out, start=batch.indices.start)
     if processes.is_main:
         print(f"{count} image{'' if count == 1 else 's'} in {out}")
+    return 0
+
+
+def _sample_suite(args: argparse.Namespace) -> int:
+    """The images of a benchmark, in the layout that its program reads."""
+    for name in ("num_images", "labels", "prompt"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--suite {args.suite} decides how many images are made of what, so it goes without "
+                            f"--{name.replace('_', '-')}")
+    from flowdistill.evaluation.suites import SUITES, read_suite, write_suite
+    from flowdistill.utils.files import check_writable, local_path
+    from flowdistill.utils.processes import Processes
+
+    if args.prompts is None:
+        raise UserError(f"--suite {args.suite} reads {SUITES[args.suite].bring}: give it with --prompts")
+    processes, out = Processes.start(), local_path(args.out)
+    if _names_a_file(out):
+        raise UserError(f"--out {out} must be a folder")
+    prompts = read_suite(args.suite, args.prompts)
+    check_writable(out.with_name(f"{out.name}.suite.json"))
+    model, sampler = _model_and_sampler(args)
+    how = {"steps": args.steps, "guidance_scale": args.guidance_scale}
+    count = write_suite(args.suite, prompts, model, sampler, out, args.seed, args.batch_size, how)
+    if processes.is_main:
+        print(f"{count:,} images of {len(prompts):,} prompts in {out}, as {args.suite} reads them")
     return 0
 
 
@@ -409,6 +436,7 @@ def _parser() -> argparse.ArgumentParser:
         "i and its label only.",
         ["runs/digits-freeflow --num-images 100 --out grid.png", "runs/digits-freeflow --num-images 5000 --out images/",
          "runs/digits-freeflow --labels 3,7,9 --out grid.png",
+         "runs/my-run --suite geneval --prompts evaluation_metadata.jsonl --out geneval/",
          "assets/digits-flow --steps 10 --num-images 30 --out grid.png"],
     )
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
@@ -419,6 +447,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
     what.add_argument("--prompt", metavar="TEXT", action="append", help="text-to-image models; may come several times")
     what.add_argument("--prompts", metavar="FILE", help="the same from a file: a prompt a line, or .jsonl")
+    sample.add_argument("--suite", choices=("geneval", "dpg", "hps", "drawbench"),
+                        help="the images of a benchmark, as its program reads them in the folder --out; --prompts is "
+                             "the benchmark's own file or folder. The same command goes on where it was stopped")
     sample.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     sample.add_argument("--steps", metavar="N", type=at_least(1),
                         help="steps of a pipeline (default: 50), or calls of a student (default: all it has)")
