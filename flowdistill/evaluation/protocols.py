@@ -74,7 +74,7 @@ CAPTIONS = "a text file with one a line, or .jsonl with {\"prompt\": ...} lines"
 ALL_PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
     Protocol(
         "coco30k-256",
-        source="DMD2 (arXiv 2405.14867), GigaGAN (arXiv 2303.05511)",
+        source="DMD2 (arXiv 2405.14867), main/coco_eval, after GigaGAN (arXiv 2303.05511)",
         made="one for each of 30,000 captions of COCO 2014's validation set",
         real="all 40,504 images of COCO 2014's validation set",
         bring="the folder val2014 with the 40,504 .jpg files of COCO's val2014.zip",
@@ -84,7 +84,7 @@ ALL_PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (
     ),
     Protocol(
         "coco10k-512",
-        source="DMD2 (arXiv 2405.14867), SDXL-Lightning (arXiv 2402.13929)",
+        source="DMD2 (arXiv 2405.14867), main/coco_eval, patch FID after SDXL-Lightning (arXiv 2402.13929)",
         made="one for each of 10,000 captions of COCO 2014's validation set",
         real="the 10,000 images of COCO 2014's validation set that the captions are of",
         bring="a folder with these 10,000 .jpg files, one for each caption",
