@@ -149,7 +149,8 @@ def _claimed(
              if one.condition is not None and one.settings["prompts"] is not None]  # the same for all
     models = [(one.name, one.model) for one in compared if one.model is not None]
     made = claim(shared["protocol"], shared["num_images"], shared["reference"], given[0] if given else None, models,
-                 [partial(_first, one) for one in compared], extractor)
+                 [partial(_first, one) for one in compared], extractor,
+                 {one.name: len(one.images) for one in compared if one.images is not None})
     return extractor, made.entries()
 
 

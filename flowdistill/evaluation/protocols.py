@@ -156,6 +156,7 @@ def claim(
     models: Sequence[tuple[str, Teacher | Student]],
     images: Sequence[Callable[[], Tensor]],
     extractor: FeatureExtractor,
+    folders: Mapping[str, int] | None = None,
 ) -> Claim:
     """Whether what is about to be measured is the protocol ``name``; no image of the reference is read for it.
 
@@ -164,6 +165,7 @@ def claim(
         models: with their names; of the ones that are measured.
         images: each gives one that is measured, (1, C, H, W); called where everything else is found to be right.
         extractor: the protocol's features.
+        folders: of images that are measured beside models, with how many each holds.
 
     Raises:
         UserError: captions or a reference that are missing or of another kind, with what to bring; and with the
@@ -174,6 +176,8 @@ def claim(
                                                                f"{protocol.num_images:,}"]
     check = _captions if protocol.captions is not None else _labels
     departures += [found for model in models for found in check(protocol, prompts, *model)]
+    departures += [f"{folder} holds {count:,} images, not {protocol.num_images:,}"
+                   for folder, count in (folders or {}).items() if count != protocol.num_images]
     held, size, found = _reference(protocol, reference, extractor)
     departures += found
     if NOT_PUBLISHED in extractor.name:

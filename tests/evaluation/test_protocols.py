@@ -218,7 +218,13 @@ def test_several_are_compared_by_one_protocol(inception, small, tmp_path, capsys
     assert "sFID" in out and "4 images" in out
     code, out, err = run(capsys, *command[:2], class_pipeline(tmp_path / "few", 10), *command[3:])
     assert code == 2 and "few has 10 classes, not 1,000" in err
-    code, out, err = run(capsys, *command[:2], pictures(tmp_path / "images", 4, [(9, 9)]), *command[3:])
+    for name, count, side in (("right", 4, 8), ("more", 5, 8), ("large", 4, 9)):
+        pictures(tmp_path / name, count, [(side, side)])
+    code, out, err = run(capsys, *command[:2], tmp_path / "right", *command[3:])
+    assert code == 0 and "protocol imagenet-adm\n" in out
+    code, out, err = run(capsys, *command[:2], tmp_path / "more", *command[3:])
+    assert code == 2 and "more holds 5 images, not 4" in err
+    code, out, err = run(capsys, *command[:2], tmp_path / "large", *command[3:])
     assert code == 2 and "the images are 9 x 9, and the reference's 8 x 8" in err
 
 

@@ -118,7 +118,7 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     }
     # Of other features, or when asked for.
     others = {
-        "fd", "fd_std", "fd_infinity", "fd_infinity_std", "sfid", "inception_score", "inception_score_std",
+        "fd", "fd_std", "fd_infinity", "fd_infinity_std", "sfid", "patch_fid", "inception_score", "inception_score_std",
         "precision_adm", "precision_adm_std", "recall_adm", "recall_adm_std", "cmmd", "cmmd_std", "density",
         "density_std", "coverage", "coverage_std", "clip_score", "clip_score_std",
         "pickscore", "pickscore_std", "hpsv2", "hpsv2_std", "diversity", "diversity_std", "diversity_of_reference",

@@ -68,7 +68,7 @@ def seen(values, better="lower", **settings):
 
 def test_every_figure_that_ranks_models_says_which_way_it_is_better():
     ways = {name: way for metric in all_metrics() for name, way in metric.better.items()}
-    distances = ("fid", "fd", "fid_infinity", "fd_infinity", "sfid", "kid", "cmmd")
+    distances = ("fid", "fd", "fid_infinity", "fd_infinity", "sfid", "patch_fid", "kid", "cmmd")
     shares = ("accuracy", "precision", "recall", "precision_adm", "recall_adm", "density", "coverage")
     assert ways == dict.fromkeys(distances, "lower") | dict.fromkeys((*shares, "inception_score"), "higher")
     for metric in all_metrics():
