@@ -188,7 +188,7 @@ def _sample_suite(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             raise UserError(f"--suite {args.suite} decides how many images are made of what, so it goes without "
                             f"--{name.replace('_', '-')}")
-    from flowdistill.evaluation.suites import SUITES, read_suite, write_suite
+    from flowdistill.evaluation.suites import SUITES, read_suite, record_of, write_suite
     from flowdistill.utils.files import check_writable, local_path
     from flowdistill.utils.processes import Processes
 
@@ -198,7 +198,7 @@ def _sample_suite(args: argparse.Namespace) -> int:
     if _names_a_file(out):
         raise UserError(f"--out {out} must be a folder")
     prompts = read_suite(args.suite, args.prompts)
-    check_writable(out.with_name(f"{out.name}.suite.json"))
+    check_writable(record_of(out.absolute()))
     model, sampler = _model_and_sampler(args)
     how = {"steps": args.steps, "guidance_scale": args.guidance_scale}
     count = write_suite(args.suite, prompts, model, sampler, out, args.seed, args.batch_size, how)

@@ -210,10 +210,10 @@ def _measured(
     own = None if model.classes is None else model.classes.own
     claimed: JsonObject = {}
     if settings["protocol"] is not None:
-        extractor = load_features(settings["features"], place, how["weights"])
+        settings["features"] = load_features(settings["features"], place, how["weights"])
         claimed = claim(settings["protocol"], settings["num_images"], settings["reference"],
                         None if prompts is None else prompts.prompts, [(subject.name, model)],
-                        [partial(first_image, model, models[0][2])], extractor).entries()
+                        [partial(first_image, model, models[0][2])], settings["features"]).entries()
         announce(claimed, how["progress"])
     scorers = open_scorers(settings, model, subject.teacher, place)
     extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,

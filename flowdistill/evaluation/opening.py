@@ -86,7 +86,7 @@ def open_evaluation(
         # One is enough to draw an image; the others are encoded when they are measured.
         used = PromptList(prompts.prompts[:1], [1.0])
     with prompts_used([teacher], used):
-        if settings.protocol is not None:
+        if settings.protocol is not None and settings.features is not None:  # a protocol has features
             found = claim(settings.protocol, settings.num_images, settings.reference,
                           None if prompts is None else prompts.prompts, [("the teacher", teacher)],
                           [partial(first_image, teacher, sampler)], load_features(settings.features, device))

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -249,12 +249,18 @@ def write_suite(
     Raises:
         UserError: the folder holds something else; a model without prompts, or with images that do not fit the layout.
     """
-    suite, folder, processes = SUITES[name], local_path(out), Processes.current()
+    suite, folder, processes = SUITES[name], local_path(out).absolute(), Processes.current()
     if model.prompts is None:
         raise UserError(f"--suite {name} is for text-to-image models, and this one takes no prompts")
-    beside = folder.with_name(f"{folder.name}.suite.json")
+    beside = record_of(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     facts = _facts(name, prompts, model, seed, how or {})
+    if suite.square and not beside.is_file():
+        with torch.no_grad():
+            first = sampler(indexed_noise(tuple(model.shape), seed, range(1)), model.encode(None, [prompts[0].text]))
+        height, width = first.shape[-2:]
+        if height != width:
+            raise UserError(f"--suite {name} takes square images, and these are {width} x {height}")
     processes.on_main(lambda: _begin(folder, beside, facts))
     per = max(1, batch_size // suite.each)  # prompts whose images are made together, the same for any processes
     mine = processes.span(len(prompts), per)
@@ -262,8 +268,8 @@ def write_suite(
     done = [_is_done(suite, folder, [prompts[i] for i in group]) for group in groups]
     total = len(mine) * suite.each
     there = sum(len(group) * suite.each for group, complete in zip(groups, done, strict=True) if complete)
-    bar = tqdm(total=total, initial=there, desc=name, unit="img", leave=False,
-               disable=None if progress and processes.is_main else True)
+    # None: no bar either where standard error is no terminal, as its redrawing would fill a log file.
+    hidden = None if progress and processes.is_main else True
 
     def work() -> None:
         if all(done):
@@ -271,7 +277,7 @@ def write_suite(
         conditions = model.encode(None, [prompts[i].text for i in mine])
         assert conditions is not None  # it takes prompts
         partial.mkdir(parents=True, exist_ok=True)
-        with bar:
+        with tqdm(total=total, initial=there, desc=name, unit="img", leave=False, disable=hidden) as bar:
             for group, complete in zip(groups, done, strict=True):
                 if complete:
                     continue
@@ -280,7 +286,7 @@ def write_suite(
                 for part in batches_of(indices, batch_size):
                     rows = torch.tensor([index // suite.each - mine.start for index in part], device=model.device)
                     noise = indexed_noise(tuple(model.shape), seed, part)
-                    images.append(_fitting(suite, sampler(noise, conditions[rows])))
+                    images.append(sampler(noise, conditions[rows]).cpu())
                     bar.update(len(part))
                 for prompt, own in zip(group, torch.cat(images).split(suite.each), strict=True):
                     _write(suite, folder, partial, prompts[prompt], own, processes.rank)
@@ -289,6 +295,11 @@ def write_suite(
         processes.together(work)
     processes.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
     return len(prompts) * suite.each
+
+
+def record_of(folder: Path) -> Path:
+    """Where it is written what the images in a folder are made with."""
+    return folder.with_name(f"{folder.name}.suite.json")
 
 
 def _facts(
@@ -330,32 +341,24 @@ def _line_of(prompt: SuitePrompt) -> str:
     return f"{prompt.place}/metadata.jsonl"
 
 
-def _fitting(suite: Suite, images: Tensor) -> Tensor:
-    """Images on the CPU; UserError for those that do not fit the layout."""
-    height, width = images.shape[-2:]
-    if suite.square and height != width:
-        raise UserError(f"--suite {suite.name} takes square images, and these are {width} x {height}")
-    return images.cpu()
-
-
 def _write(suite: Suite, folder: Path, partial: Path, prompt: SuitePrompt, images: Tensor, rank: int) -> None:
     """The files of a prompt that are missing, the line last."""
     for name, picture in zip(suite.files(prompt), suite.pictures(images), strict=True):
-        kind = "png" if name.endswith(".png") else "jpeg"
-        _place(folder / name, partial / f"{rank}", lambda file, picture=picture, kind=kind: picture.save(file, kind))
+        content = io.BytesIO()
+        picture.save(content, "png" if name.endswith(".png") else "jpeg")
+        _place(folder / name, partial / f"{rank}", content.getvalue())
     if prompt.line is not None:
-        line = prompt.line.encode()
-        _place(folder / _line_of(prompt), partial / f"{rank}", lambda file: file.write(line))
+        _place(folder / _line_of(prompt), partial / f"{rank}", prompt.line.encode())
 
 
-def _place(path: Path, passing: Path, write: Callable[[io.BufferedWriter], object]) -> None:
+def _place(path: Path, passing: Path, content: bytes) -> None:
     """Write a file under a passing name in another folder, and move it to its place when it is on disk: programs that
     list the folder see complete images only."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(passing, "wb") as file:
-        write(file)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(passing, path)
