@@ -139,7 +139,7 @@ if sys.argv[1] == "kill":
     place, count = suites._place, []
     def cut(path, passing, content):
         count.append(1)
-        if len(count) == 6:  # half of a file is on disk
+        if len(count) == 7:  # half of a file is on disk
             passing.write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         place(path, passing, content)
