@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,11 +15,12 @@ from flowdistill.cli import main
 from flowdistill.evaluation import suites, teacher_sampler
 from flowdistill.evaluation.suites import SUITES, read_suite, write_suite
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import exit_process
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
 from tests.families import stable_diffusion
-from tests.processes import environment
+from tests.processes import Child, environment
 from tests.tiny import tiny_unet_pipeline
 
 COLOURS = ["red", "green", "blue"]
@@ -37,8 +36,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+def teacher():
     return load_teacher(stable_diffusion())
 
 
@@ -129,40 +127,40 @@ def test_stopped_and_shared_work_makes_the_same_files(name, given, teacher, tmp_
     assert sampled == []  # nothing is left to make
 
 
-def test_a_process_that_is_killed_leaves_only_whole_images(given, tmp_path):
-    """kill -9 in the middle of a file: it does not count, and the next command makes the same files."""
-    source, code = tmp_path / "model", """
-import sys, os, signal
-from flowdistill.cli import main
-from flowdistill.evaluation import suites
-if sys.argv[1] == "kill":
+def sample(word, *command):
+    """What another process runs: the command, which kills itself at the seventh file when it is half on disk."""
     place, count = suites._place, []
+
     def cut(path, passing, content):
         count.append(1)
-        if len(count) == 7:  # half of a file is on disk
+        if len(count) == 7 and word == "kill":
             passing.write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         place(path, passing, content)
+
     suites._place = cut
-sys.exit(main(["sample", *sys.argv[2:]]))
-"""
-    stable_diffusion().save_pretrained(source)
-    command = [str(source), "--suite", "geneval", "--prompts", str(given["geneval"]), "--steps", "1", "--batch-size",
-               "4", "--out"]
+    exit_process(main(command))
+
+
+def test_a_process_that_is_killed_leaves_only_whole_images(given, tmp_path):
+    """kill -9 in the middle of a file: it does not count, and the next command makes the same files."""
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--suite", "geneval", "--prompts", str(given["geneval"]), "--steps",
+               "1", "--batch-size", "4", "--out"]
 
     def run(word, out):
-        return subprocess.run([sys.executable, "-W", "ignore", "-c", code, word, *command, str(out)],
-                              env=environment(XDG_CACHE_HOME=str(tmp_path / "cache")), capture_output=True, text=True)
+        with Child(sample, word, *command, str(out), env=environment(XDG_CACHE_HOME=str(tmp_path / "cache"))) as child:
+            return child.wait(), child.output, child.errors
 
     killed = run("kill", tmp_path / "out")
     assert (tmp_path / "out.partial").exists()
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed[0] == -signal.SIGKILL, killed[2]
     part = files(tmp_path / "out")
     assert sorted(part) == sorted(LAYOUTS["geneval"][:5] + ["00000/metadata.jsonl"])
     before = time.time_ns()
     again, whole = run("go", tmp_path / "out"), run("go", tmp_path / "whole")
-    assert again.returncode == whole.returncode == 0, again.stderr
-    assert f"12 images of 3 prompts in {tmp_path / 'out'}, as geneval reads them" in again.stdout
+    assert again[0] == whole[0] == 0, again[2]
+    assert f"12 images of 3 prompts in {tmp_path / 'out'}, as geneval reads them" in again[1]
     assert files(tmp_path / "out") == files(tmp_path / "whole") and part.items() <= files(tmp_path / "out").items()
     assert all((tmp_path / "out" / path).stat().st_mtime_ns < before for path in part)
     assert not (tmp_path / "out.partial").exists()
