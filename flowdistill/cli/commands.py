@@ -375,6 +375,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(args: argparse.Namespace) -> int:
+    from flowdistill.plan.caching import cache_prompts
+
+    said = cache_prompts(args.config, args.overrides)
+    if _is_main():
+        print(said)
+    return 0
+
+
 def _device(name: str | None) -> torch.device:
     import torch
 
@@ -429,6 +438,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
     plan.add_argument("--gpu-memory", metavar="GIB", type=positive, help="memory of the GPU in GiB")
+
+    cache = command(
+        "cache", _cache, lambda args: args.config, "encode the prompts of a run beforehand",
+        "Encode the list of prompts (teacher.prompts) as the run would, without loading its network, and keep it\n"
+        "where the run looks for it. What an earlier call has encoded stays, also of one that was killed. The\n"
+        "processes of 'accelerate launch -m flowdistill cache ...' share the work.",
+        ["configs/sdxl/dmd2_4step.yaml teacher.prompt_cache=disk"],
+    )
+    cache.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    cache.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
 
     sample = command(
         "sample", _sample, lambda args: args.out, "generate images",

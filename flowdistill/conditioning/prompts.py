@@ -1,11 +1,15 @@
-"""Prompts as conditions: encoded once by the pipeline's own text encoders, kept on disk, drawn in training."""
+"""Prompts as conditions: encoded by the pipeline's own text encoders, kept in memory or on disk, drawn in training."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, Protocol
 
 import diffusers
@@ -13,59 +17,54 @@ import torch
 import transformers
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from flowdistill.conditioning.conditions import ClassLabels, Condition
+from flowdistill.conditioning.prompt_bank import DiskBank, Groups, LiveBank, MemoryBank, PromptBank, Tensors
+from flowdistill.conditioning.prompt_lists import Numbers, PromptList, Texts, in_parts
+from flowdistill.conditioning.prompt_lists import read_prompts as read_prompts
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder, in_cache, write_cache
 from flowdistill.utils.hashing import json_sha256
+from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw
-from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import JsonObject, read_json_lines, read_lines, text_of
+from flowdistill.utils.text import read_json_object
 
+MASK = "attention_mask"
 ENCODED_AT_ONCE = 16
 ENCODING = 2
 """Part of every cached file's name; 1 filled the gaps of incomplete text encoders with random weights."""
+LISTED = ("prompts", "weights", "_bank", "_cumulative")
+"""What belongs to a list, of the attributes of PromptConditions."""
+MODES = ("auto", "memory", "disk", "live")
+SPELT_OUT = 50_000
+"""Prompts up to which a list is part of a hash one by one."""
+UNKNOWN_ROW = 1 << 20
+"""Bytes of an encoded prompt of a family that cannot tell: of other packages."""
 
 
-class PromptList(NamedTuple):
-    """Prompts and how often each is drawn (weights of sum 1)."""
+class BankSettings(NamedTuple):
+    """Where the encoded list is kept, and what encodes it.
 
-    prompts: list[str]
-    weights: list[float]
-
-
-def read_prompts(path: str | os.PathLike[str]) -> PromptList:
-    """A text file with a prompt a line, or ``.jsonl`` with ``{"prompt": ..., "weight": ...}`` (weight 1 if absent).
-
-    UTF-8 with or without a byte-order mark; lines end in LF, CR LF or CR only. Empty lines are left out.
-
-    Raises:
-        UserError: no such file, no prompt in it, or a line that is not as it should be.
+    Attributes:
+        mode: one of ``MODES``; ``auto``: ``memory`` up to ``memory_gb``, ``disk`` above it.
+        memory_gb: 10^9 bytes.
+        at_once: prompts that a text encoder reads together, in every mode.
+        device: of the text encoders; None: that of the model.
     """
-    file = find_path(path)
-    name = f"the prompts file {file}"
-    if file.suffix.lower() == ".jsonl":
-        form = '{"prompt": "a cat", "weight": 2}, with a weight of at least 0'
-        pairs = [pair for _, pair in read_json_lines(file, _record, form, name)]
-    else:
-        pairs = [(line.strip(), 1.0) for line in read_lines(file, name) if line.strip()]
-    total = sum(weight for _, weight in pairs)
-    if total <= 0:
-        raise UserError(f"the prompts file {file} has no prompt" + (" with a weight above 0" if pairs else ""))
-    return PromptList([prompt for prompt, _ in pairs], [weight / total for _, weight in pairs])
 
-
-def _record(record: JsonObject) -> tuple[str, float]:
-    prompt, weight = text_of(record["prompt"]), float(record.get("weight", 1.0))
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"{weight} is no weight")
-    return prompt, weight
+    mode: str = "auto"
+    memory_gb: float = 2.0
+    at_once: int = ENCODED_AT_ONCE
+    device: torch.device | None = None
 
 
 class PromptEncoder(Protocol):
     """What turns prompts into tensors: a backbone's family, see :mod:`flowdistill.networks.backbones.base`."""
+
+    ragged: bool
 
     def encode(self, pipeline: Pipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]: ...
 
@@ -81,45 +80,86 @@ class PromptEncoder(Protocol):
 class PromptConditions:
     """How prompts become a :class:`Condition`.
 
-    What is encoded stays on the CPU, also on disk under a hash of text encoders, tokenizers and prompts; text encoders
-    are loaded for the encoding and dropped after it.
+    What is encoded goes to the CPU, and to disk under a hash of text encoders, tokenizers and prompts; the rows of a
+    list stay there or are encoded when they are drawn, as ``settings`` say. Text encoders are loaded for the encoding
+    and dropped after it, but for those that encode when rows are drawn.
 
     Args:
         text: the text encoders.
         family: of the backbone's family.
         image_size: (height, width) in pixels, for networks that are told.
         negative: the negative prompt of guidance; None for what the pipeline takes where none is given.
+        shapes: of one encoded prompt, by name, the longest where they differ; None where they are not known.
     """
 
     def __init__(
-        self, text: TextEncoders, family: PromptEncoder, image_size: tuple[int, int], negative: str | None = None
+        self, text: TextEncoders, family: PromptEncoder, image_size: tuple[int, int], negative: str | None = None,
+        settings: BankSettings | None = None, shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.text, self.family, self.image_size, self.negative = text, family, image_size, negative
+        self.settings, self.shapes = settings or BankSettings(), shapes
         self.device = torch.device("cpu")  # where text encoders run
-        self.prompts: list[str] | None = None
-        self.weights: list[float] = []
+        self.prompts: Sequence[str] | None = None
+        self.weights: Sequence[float] = []
         self._null: dict[torch.device, Condition] = {}
 
     def use(self, prompts: PromptList) -> None:
         """Set the list that :meth:`draw` and :meth:`examples` draw from."""
-        self.prompts, self.weights = list(prompts.prompts), list(prompts.weights)
-        self.__dict__.pop("_bank", None)
+        self.prompts, self.weights = prompts.prompts, prompts.weights
+        for name in ("_bank", "_cumulative"):
+            vars(self).pop(name, None)
 
     @contextlib.contextmanager
     def using(self, prompts: PromptList) -> Iterator[None]:
         """A block in which the list is another one."""
-        before = {name: value for name, value in vars(self).items() if name in ("prompts", "weights", "_bank")}
+        before = {name: value for name, value in vars(self).items() if name in LISTED}
         self.use(prompts)
         try:
             yield
         finally:
-            self.__dict__.pop("_bank", None)
+            for name in LISTED:
+                vars(self).pop(name, None)
             vars(self).update(before)
 
     @cached_property
-    def _bank(self) -> tuple[Condition, Tensor]:
-        cumulative = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
-        return self._encoded(self.prompts), cumulative / cumulative[-1]
+    def _bank(self) -> PromptBank:
+        assert self.prompts is not None
+        if self.mode == "memory":
+            return MemoryBank(self._encoded(self.prompts))
+        if self.mode == "disk":
+            bank = self.disk_bank()
+            bank.fill(self._encoding(), Processes.current())
+            return bank.prepare()
+        lengths = self._longest() if self.family.ragged else {}
+        self._opened = self._encoding()  # never closed: what is loaded goes with this object
+        return LiveBank(_texts(self.prompts), self.groups, self._opened.__enter__(), lengths)
+
+    @cached_property
+    def _cumulative(self) -> Tensor:
+        values = self.weights.values if isinstance(self.weights, Numbers) else self.weights
+        cumulative = torch.as_tensor(values, dtype=torch.float64).cumsum(0)
+        return cumulative / cumulative[-1]
+
+    @property
+    def groups(self) -> Groups:
+        """How the list is cut."""
+        return Groups(self.settings.at_once, self.row_bytes or UNKNOWN_ROW, self.family.ragged)
+
+    @property
+    def row_bytes(self) -> int | None:
+        """Bytes of one encoded prompt, of the longest where they differ; None where that is not known."""
+        if self.shapes is None:
+            return None
+        return sum(math.prod(shape) * (8 if name == MASK else self.text.dtype.itemsize)
+                   for name, shape in self.shapes.items())
+
+    @property
+    def mode(self) -> str:
+        """Where the list's rows come from: ``memory``, ``disk`` or ``live``."""
+        if self.settings.mode != "auto":
+            return self.settings.mode
+        size = len(self.prompts or ()) * (self.row_bytes or 0)
+        return "disk" if size > self.settings.memory_gb * 1e9 else "memory"
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Condition:
         """Prompts (B) as a condition on the CPU, with their own negative prompts where these are given."""
@@ -141,14 +181,13 @@ class PromptConditions:
         """Random rows of the list, by weight, on the CPU; see :meth:`Teacher.draw_condition`."""
         if self.prompts is None:
             raise UserError("this teacher takes prompts; set teacher.prompts to a file with one prompt a line")
-        bank, cumulative = self._bank
-        return bank[draw.choice(cumulative, rows)]
+        return self._bank.rows(draw.choice(self._cumulative, rows))
 
     def examples(self, indices: Sequence[int]) -> Condition:
         """The prompts of the list in turn, on the CPU; the empty or negative prompt where there is no list."""
         if self.prompts is None:
             return self._encoded(None).expand(len(indices))
-        return self._bank[0][torch.tensor([i % len(self.prompts) for i in indices])]
+        return self._bank.rows(torch.tensor([i % len(self.prompts) for i in indices], dtype=torch.int64))
 
     def prepare(self) -> None:
         """Encode the list and the null condition now, so that nothing loads a text encoder later."""
@@ -160,15 +199,38 @@ class PromptConditions:
         listed = "" if self.prompts is None else f", {len(self.prompts)} in the list"
         return f"{' and '.join(self.text.encoder_classes)}{listed}"
 
+    def describe_bank(self) -> str:
+        """Where the list's rows come from, and why, in words."""
+        count = len(self.prompts or ())
+        words = f"{count:,} prompt{'' if count == 1 else 's'}"
+        if self.row_bytes is not None:
+            most = "up to " if self.family.ragged else ""
+            words += f" of {most}{in_bytes(self.row_bytes)}, {most}{in_bytes(count * self.row_bytes)} encoded"
+        auto = ""
+        if self.settings.mode == "auto":
+            auto = f" (auto: memory up to {self.settings.memory_gb:g} GB, else disk)"
+        return f"{words}; teacher.prompt_cache is {self.mode}{auto}"
+
+    def list_facts(self) -> list[str]:
+        """The list for a hash: its prompts, or, of a long one, a hash of theirs."""
+        listed = self.prompts or ()
+        return list(listed) if len(listed) <= SPELT_OUT else [_texts(listed).digest()]
+
     # --- encoding
+
+    def _facts(self) -> list[object]:
+        """What decides what a text becomes, for hashes, but for the negative prompt."""
+        # The versions count: a tokenizer's or an encoder's code may change it.
+        facts: list[object] = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size]
+        facts += [diffusers.__version__, transformers.__version__, ENCODING]
+        return facts + ([] if self.settings.at_once == ENCODED_AT_ONCE else [self.settings.at_once])
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:
         """The prompts, or one row for the null condition (None), on the CPU; from disk where they are there."""
         wanted = None if prompts is None else list(prompts)
-        # The versions count: a tokenizer's or an encoder's code may change what a text becomes.
-        parts = [self.text.fingerprint, self.text.pipeline_class, str(self.text.dtype), self.image_size, self.negative,
-                 wanted, negative, diffusers.__version__, transformers.__version__, ENCODING]
-        file = cache_folder("prompts") / f"{json_sha256(parts)}.safetensors"
+        facts = self._facts()
+        file = cache_folder("prompts") / f"{json_sha256([*facts[:4], self.negative, wanted, negative, *facts[4:]])}"
+        file = file.with_suffix(".safetensors")
         if in_cache(file):
             with contextlib.suppress(Exception):  # a damaged file is made again
                 return Condition(load_file(file))
@@ -177,18 +239,91 @@ class PromptConditions:
         write_cache(file, content, "encoded prompts")
         return made
 
-    @torch.no_grad()
     def _encode(self, prompts: list[str] | None, negative: bool) -> Condition:
-        one = self.family.encode_negative if negative else self.family.encode
-        with self.text.opened(self.device) as pipeline:
+        with self._encoding(negative) as encode:
             if prompts is None:
-                parts = [self.family.encode_null(pipeline, self.negative, self.image_size)]
-            else:
-                parts = [
-                    one(pipeline, prompts[start : start + ENCODED_AT_ONCE], self.image_size)
-                    for start in range(0, len(prompts), ENCODED_AT_ONCE)
-                ]
-            return Condition.cat([Condition(part).to("cpu") for part in parts])
+                return Condition(encode(None))
+            return Condition.cat([Condition(encode(prompts[part.start : part.stop]))
+                                  for part in in_parts(len(prompts), self.settings.at_once)])
+
+    @contextlib.contextmanager
+    def _encoding(self, negative: bool = False) -> Iterator[Callable[[list[str] | None], Tensors]]:
+        """What encodes prompts, or the null condition (None), while the text encoders are loaded."""
+        device = self.settings.device or self.device
+        with self.text.opened(device) as pipeline:
+            one = self.family.encode_negative if negative else self.family.encode
+
+            @torch.no_grad()
+            def encode(prompts: list[str] | None) -> Tensors:
+                with torch.autocast(device.type, enabled=False):  # rows may be drawn while a network is in autocast
+                    if prompts is None:
+                        made = self.family.encode_null(pipeline, self.negative, self.image_size)
+                    else:
+                        made = one(pipeline, prompts, self.image_size)
+                    return {name: tensor.to("cpu") for name, tensor in made.items()}
+
+            yield encode
+
+    @property
+    def folder(self) -> Path:
+        """Where the rows of lists are kept in the mode ``disk``."""
+        return cache_folder("prompts") / json_sha256(self._facts())
+
+    def disk_bank(self) -> DiskBank:
+        """The list's rows on disk, which may not be there yet."""
+        assert self.prompts is not None
+        return DiskBank(self.folder, _texts(self.prompts), self.groups)
+
+    def _longest(self) -> dict[str, int]:
+        """Lengths of the longest row of the list, by name, by its tokens alone; kept on disk."""
+        assert self.prompts is not None
+        texts = _texts(self.prompts)
+        file = self.folder / f"lengths-{texts.digest()[:32]}.json"
+        if in_cache(file):
+            with contextlib.suppress(UserError, ValueError):
+                return {name: int(length) for name, length in read_json_object(file).items()}
+        longest: dict[str, int] = {}
+        with self.text.opened(self.settings.device or self.device) as pipeline:
+            tokens = _without_encoder(pipeline)
+            for part in tqdm(list(in_parts(len(texts), self.settings.at_once)), desc="the longest prompt", leave=False,
+                             disable=None):
+                with torch.no_grad():
+                    made = self.family.encode(tokens, texts[part.start : part.stop], self.image_size)
+                for name, values in made.items():
+                    if values.ndim > 1:
+                        longest[name] = max(longest.get(name, 0), values.shape[1])
+        write_cache(file, json.dumps(longest).encode(), "lengths of the prompts")
+        return longest
+
+
+class _NoEncoder(torch.nn.Module):
+    """A text encoder whose output has no width."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.device, self.dtype = device, dtype
+
+    def forward(self, input_ids: Tensor, **how: object) -> SimpleNamespace:
+        states = torch.zeros(*input_ids.shape, 1, device=self.device, dtype=self.dtype)
+        return SimpleNamespace(hidden_states=(states, states), last_hidden_state=states)
+
+
+def _without_encoder(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with its own tokenizer, whose text encoder does nothing."""
+    bare = copy.copy(pipeline)
+    encoder = pipeline.text_encoder
+    vars(bare)["text_encoder"] = _NoEncoder(encoder.device, encoder.dtype)
+    return bare
+
+
+def _texts(prompts: Sequence[str]) -> Texts:
+    return prompts if isinstance(prompts, Texts) else Texts(prompts)
+
+
+def in_bytes(count: float) -> str:
+    """Bytes in GB, MB or kB of 10^9, 10^6 or 10^3."""
+    unit = next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB"))
+    return f"{count / unit[0]:,.3g} {unit[1]}" if count < 1000 * unit[0] else f"{count / unit[0]:,.0f} {unit[1]}"
 
 
 def encode(

@@ -34,6 +34,8 @@ from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.text import JsonObject, read_json_object
 
 INDEX = "model_index.json"
+CLIP_TOKENS = 77
+"""Of CLIP's own text encoders."""
 
 
 def is_text(component: str) -> bool:
@@ -73,6 +75,17 @@ class TextEncoders:
     @property
     def encoder_classes(self) -> list[str]:
         return [str(self._index[name][1]) for name in self.components if name.startswith("text_encoder")]
+
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of a prompt in the first text encoder, where it is one of CLIP."""
+        if self.live is not None:
+            config: JsonObject = self.live.text_encoder.config.to_dict()
+        else:
+            assert self.folder is not None
+            file = self.folder / "text_encoder" / "config.json"
+            config = read_json_object(file) if file.is_file() else {}
+        return int(config.get("max_position_embeddings", CLIP_TOKENS))
 
     @contextmanager
     def opened(self, device: torch.device) -> Iterator[Pipeline]:

@@ -66,7 +66,21 @@ class TeacherConfig:
     null_label: int | None = option(None, "class label that means 'unconditional'; null: detected", at_least=0)
     t_max: float | None = option(None, "start of the path; null: the scheduler's last time, or the last that works "
                                         "for an epsilon teacher (said)", above=0, at_most=1)
-    prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl with prompt and weight")
+    prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl, .csv or .parquet with a "
+                                       "column prompt, and maybe weight")
+    prompt_column: str | None = option(None, "column of the prompts in a .jsonl, .csv or .parquet; null: prompt")
+    prompt_cache: str = option(
+        "auto", "where encoded prompts come from: memory; disk, of which a draw reads its rows; live, encoded when "
+        "drawn, by text encoders that stay loaded; auto: memory up to prompt_cache_gb, else disk",
+        choices=("auto", "memory", "disk", "live"),
+    )
+    prompt_cache_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0)
+    prompts_at_once: int = option(16, "prompts of the list that a text encoder reads together, in every mode; decides "
+                                      "their last digits. live encodes as many for each row drawn: take 1", at_least=1)
+    text_encoder_device: str | None = option(None, "cpu, cuda, cuda:N, mps or xpu; null: as train.device",
+                                             pattern=r"cpu|mps|xpu|cuda(:\d+)?")
+    text_encoder_dtype: str | None = option(None, "precision of the text encoders; null: as dtype",
+                                            choices=("float32", "bfloat16", "float16"))
     negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
     guidance_norm: str | None = option(
         None, "norm of the guided prediction: none: as it comes; per_sample: at most the conditional one's; last_dim: "
@@ -89,7 +103,10 @@ class TeacherConfig:
     lora_scale: float = option(1.0, "how much of it")
 
     def validate(self) -> None:
-        """UserError for a scale of no LoRA."""
+        """UserError for a scale of no LoRA, and for a column of no file."""
+        if self.prompt_column is not None and self.prompts is None:
+            raise UserError(f"teacher.prompt_column is {self.prompt_column}, but teacher.prompts is null; set the file "
+                            "too")
         if self.lora is None and self.lora_scale != 1:
             raise UserError(f"teacher.lora_scale is {self.lora_scale:g}, but teacher.lora is null; set the LoRA's file "
                             "too")

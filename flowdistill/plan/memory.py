@@ -8,9 +8,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from flowdistill.conditioning.prompt_bank import LIVE_BYTES
 from flowdistill.config import RunConfig
-from flowdistill.plan.meta_teacher import META, Architecture, meta_teacher, read_architecture
+from flowdistill.plan.meta_teacher import (
+    META,
+    Architecture,
+    has_prompts,
+    meta_teacher,
+    read_architecture,
+    text_encoder_bytes,
+)
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.loading import DTYPES
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.method import Method, NetworkCall
 from flowdistill.training.precision import resolve_precision
@@ -18,6 +28,8 @@ from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw, seed_torch
 
+LISTED_BYTES = 24
+"""Of a prompt in a list that is not in memory: its place in a file, its weight, and the running sum of the weights."""
 STEP_BYTES = 4
 """AdamW's count of a weight tensor: a float32."""
 
@@ -44,6 +56,40 @@ class Part:
 
 
 @dataclass
+class PromptStore:
+    """Where the encoded prompts of a run come from.
+
+    Attributes:
+        mode: ``memory``, ``disk`` or ``live``.
+        count: prompts of the list; None where its file is not here.
+        row: bytes of one encoded prompt, of the longest where they differ.
+        ragged: whether they differ.
+        encoders: bytes of text encoders that stay loaded; 0: none do; None: some do, whose sizes are not known here.
+        on_device: whether these are on the device that trains.
+    """
+
+    mode: str
+    count: int | None
+    row: int
+    ragged: bool
+    encoders: int | None = 0
+    on_device: bool = True
+
+    @property
+    def memory(self) -> int:
+        """Bytes of host memory, text encoders apart: at most, where rows differ."""
+        count = self.count or 0
+        if self.mode == "memory":
+            return count * self.row
+        return count * LISTED_BYTES + (LIVE_BYTES if self.mode == "live" else 0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the cache: at most, where rows differ."""
+        return 0 if self.mode == "live" else (self.count or 0) * self.row
+
+
+@dataclass
 class Plan:
     """What a run takes.
 
@@ -54,6 +100,7 @@ class Plan:
         rows: of a micro-batch.
         updates: how often each role is updated in a step, at the end of the training.
         calls: by role, how often an update calls the student without a gradient besides.
+        prompts: None for a teacher without prompts.
         unknown: why there is no estimate of the activations; then every weight that trains counts as having a gradient.
     """
 
@@ -65,6 +112,7 @@ class Plan:
     calls: dict[str, float] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     unknown: str | None = None
+    prompts: PromptStore | None = None
 
     @property
     def peak(self) -> int:
@@ -94,6 +142,9 @@ def make_plan(config: RunConfig) -> Plan:
     parts = {"teacher": _part(teacher.network, seen)}
     if any(True for _ in teacher.codec.parameters()):
         parts["autoencoder"] = _part(teacher.codec, seen)
+    store = _prompt_store(config, teacher, architecture)
+    if store is not None and store.encoders and store.on_device:
+        parts["text encoders"] = Part(store.encoders // DTYPES[words(config)].itemsize, store.encoders)
     for name, role in roles.items():
         parts[name] = _part(role.network, seen)
     averages = {name: MovingAverage(role.network, config.train.ema_decay, config.train.ema_warmup)
@@ -104,7 +155,8 @@ def make_plan(config: RunConfig) -> Plan:
     if others:
         parts["other networks"] = _part(nn.ModuleList(others), seen)
     rows = config.train.batch_size // config.train.gradient_accumulation
-    plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))))
+    plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))),
+                prompts=store)
     networks = {name: role.network for name, role in roles.items()}
     plan.calls = {name: method.calls_without_gradient(name) for name in networks}
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
@@ -122,6 +174,24 @@ def make_plan(config: RunConfig) -> Plan:
         for other in networks.values():
             other.zero_grad(set_to_none=True)
     return plan
+
+
+def words(config: RunConfig) -> str:
+    """The type of the text encoders."""
+    return config.teacher.text_encoder_dtype or config.teacher.dtype
+
+
+def _prompt_store(config: RunConfig, teacher: Teacher, architecture: Architecture) -> PromptStore | None:
+    prompts = teacher.prompts
+    if prompts is None or prompts.row_bytes is None:
+        return None
+    count = len(prompts.prompts or ()) if has_prompts(config.teacher) else None
+    store = PromptStore(prompts.mode, count, prompts.row_bytes, prompts.family.ragged)
+    if store.mode == "live":
+        store.encoders = text_encoder_bytes(architecture, DTYPES[words(config)])
+        device = config.teacher.text_encoder_device
+        store.on_device = device is None or device != "cpu"
+    return store
 
 
 def _update(method: Method, role: str, calls: dict[str, NetworkCall], config: RunConfig, rows: int) -> int:

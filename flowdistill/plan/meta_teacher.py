@@ -11,27 +11,37 @@ from typing import NamedTuple
 
 import diffusers
 import torch
+import transformers
 from torch import nn
 
 from flowdistill.conditioning.components import check_variant, chosen_variant, weight_files
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.pipeline_lora import check_takes_lora, find_lora, read_lora
-from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
-from flowdistill.conditioning.text_encoders import INDEX
+from flowdistill.conditioning.prompt_bank import MemoryBank
+from flowdistill.conditioning.prompt_lists import PromptList, read_prompts
+from flowdistill.conditioning.prompts import BankSettings, PromptConditions
+from flowdistill.conditioning.text_encoders import CLIP_TOKENS, INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
-from flowdistill.teachers.loading import DTYPES, TEACHER, Parts, assemble, check_source, models_of, read_record
+from flowdistill.teachers.loading import (
+    DTYPES,
+    TEACHER,
+    Parts,
+    assemble,
+    bank_settings,
+    check_source,
+    models_of,
+    read_record,
+)
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.shipped import find_path
 from flowdistill.utils.text import JsonObject, read_json_object
 
 META = torch.device("meta")
-CLIP_TOKENS = 77
 
 
 class Architecture(NamedTuple):
@@ -42,16 +52,19 @@ class Architecture(NamedTuple):
         pipeline: class name of the pipeline.
         components: configuration of each component by its name, with its ``_class_name``.
         null_label: of ``flowdistill.json`` beside it.
+        encoders: the names of its text encoders.
     """
 
     origin: str
     pipeline: str
     components: dict[str, JsonObject]
     null_label: int | None = None
+    encoders: tuple[str, ...] = ("text_encoder",)
 
 
 COMPONENTS = {"unet": "config.json", "transformer": "config.json", "vae": "config.json", "vqvae": "config.json",
-              "scheduler": "scheduler_config.json", "text_encoder": "config.json"}
+              "scheduler": "scheduler_config.json", "text_encoder": "config.json", "text_encoder_2": "config.json",
+              "text_encoder_3": "config.json"}
 
 
 def read_architecture(source: str, variant: str | None = None) -> Architecture:
@@ -117,11 +130,15 @@ def _of_folder(folder: Path, origin: str) -> Architecture:
                 raise UserError(f"{folder / name} has no {file}, so the memory of its {name} is unknown")
             components[name] = {"_class_name": value[1]} | read_json_object(folder / name / file)
     recorded = read_record(folder)
-    return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"))
+    encoders = tuple(name for name in components if name.startswith("text_encoder"))
+    return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"), encoders)
 
 
-def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
+def meta_teacher(config: TeacherConfig, architecture: Architecture, listed: bool = True) -> Teacher:
     """The teacher that a run with these settings has, on the meta device; its prompts are tensors of the right shape.
+
+    Args:
+        listed: whether to read the file of prompts, where it is here.
 
     Raises:
         UserError: what :func:`flowdistill.load_teacher` refuses, as far as configurations show it.
@@ -150,8 +167,8 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture) -> Teacher:
     )
     made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts)
     teacher = assemble(made, settings, config.source, META).to(META)
-    if teacher.prompts is not None:
-        teacher.prompts.use(_listed(config.prompts))
+    if teacher.prompts is not None and listed:
+        teacher.prompts.use(_listed(config))
     return teacher
 
 
@@ -182,11 +199,17 @@ def _scheduler(config: JsonObject) -> Scheduler:
         return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
 
-def _listed(prompts: str | None) -> PromptList:
+def _listed(config: TeacherConfig) -> PromptList:
     """The file's prompts; one that stands for any where there is no such file."""
-    if prompts is not None and local_path(prompts).is_file():
-        return read_prompts(prompts)
+    if has_prompts(config):
+        assert config.prompts is not None
+        return read_prompts(config.prompts, config.prompt_column)
     return PromptList([""], [1.0])
+
+
+def has_prompts(config: TeacherConfig) -> bool:
+    """Whether the file of prompts is here."""
+    return config.prompts is not None and find_path(config.prompts).is_file()
 
 
 def _texts(
@@ -197,27 +220,49 @@ def _texts(
         raise UserError(f"the pipeline {pipeline} is not supported; supported with a {family.backbone_class} are "
                         f"{', '.join(family.pipelines)}")
     shapes = family.prompt_shapes(backbone, getattr(diffusers, pipeline), clip)
-    return ShapedPrompts(shapes, pipeline, family, pixels, config.negative_prompt)
+    encoders = NoEncoders(pipeline, DTYPES[config.text_encoder_dtype or config.dtype], clip)
+    return ShapedPrompts(shapes, encoders, family, pixels, config.negative_prompt, bank_settings(config))
+
+
+def text_encoder_bytes(architecture: Architecture, dtype: torch.dtype) -> int | None:
+    """Bytes of the pipeline's text encoders in this type; None where their whole configurations are not known."""
+    total = 0
+    for name in architecture.encoders:
+        config = architecture.components.get(name, {})
+        kind = getattr(transformers, str(config.get("_class_name")), None)
+        if kind is None or "model_type" not in config:
+            return None
+        with quiet_libraries(), META:
+            module = kind(kind.config_class.from_dict(config))
+        total += sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.itemsize) for p in module.parameters())
+    return total
 
 
 class NoEncoders(NamedTuple):
-    """What is known of text encoders that are not here: the class of their pipeline."""
+    """What is known of text encoders that are not here: the class of their pipeline, their type, and the tokens that
+    they read where they are CLIP's."""
 
     pipeline_class: str
+    dtype: torch.dtype
+    clip_tokens: int
 
 
 class ShapedPrompts(PromptConditions):
     """Prompts as zeros of the shapes that their encodings have."""
 
     def __init__(
-        self, shapes: dict[str, tuple[int, ...]], pipeline: str, family: BackboneFamily, image_size: tuple[int, int],
-        negative: str | None,
+        self, shapes: dict[str, tuple[int, ...]], encoders: NoEncoders, family: BackboneFamily,
+        image_size: tuple[int, int], negative: str | None, settings: BankSettings,
     ) -> None:
-        super().__init__(NoEncoders(pipeline), family, image_size, negative)  # type: ignore[arg-type]
-        self.shapes = shapes
+        super().__init__(encoders, family, image_size, negative, settings)  # type: ignore[arg-type]
+        self.tensors = shapes
+
+    @property
+    def _bank(self) -> MemoryBank:  # type: ignore[override]
+        return MemoryBank(self._encoded(self.prompts))
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:
         rows = 1 if prompts is None else len(prompts)
         row = {name: torch.ones(shape, dtype=torch.int64 if name == "attention_mask" else torch.float32)[None]
-               for name, shape in self.shapes.items()}
+               for name, shape in self.tensors.items()}
         return Condition(row).expand(rows)  # one row behind all of them: a list may be long

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 
 from flowdistill.conditioning.pipeline_lora import teacher_in_words
+from flowdistill.conditioning.prompts import in_bytes
 from flowdistill.config import load_config
 from flowdistill.plan.advice import GIB, RESERVED, Step, advise, fits
-from flowdistill.plan.memory import Plan, make_plan
+from flowdistill.plan.memory import Plan, PromptStore, make_plan
 
 COLUMNS = ("parameters", "weights", "gradients", "optimiser", "average")
 
@@ -41,8 +42,23 @@ def describe(plan: Plan) -> str:
     if plan.unknown is not None:
         lines.append(f"activations: unknown, because the network reads its tensors' values ({plan.unknown})")
     without = "" if plan.unknown is None else "  without activations"
-    lines += [f"{'peak':40}{_gib(plan.peak):>12}{without}", passes(plan)]
+    lines.append(f"{'peak':40}{_gib(plan.peak):>12}{without}")
+    lines += [passes(plan), *([] if plan.prompts is None else [_prompts(plan.prompts)])]
     return "\n".join(lines)
+
+
+def _prompts(store: PromptStore) -> str:
+    """Where the encoded prompts come from, and what that takes outside the device."""
+    most = "up to " if store.ragged else ""
+    each = f"{most}{in_bytes(store.row)} each"
+    if store.count is None:
+        return f"prompts: their file is not here; encoded, they take {each}"
+    held = f"{most}{in_bytes(store.memory)} of host memory and {most}{in_bytes(store.disk)} of disk"
+    if store.mode == "live":
+        held = f"{in_bytes(store.memory)} of host memory, none of disk, and text encoders "
+        held += "whose sizes are not known here" if store.encoders is None else f"of {_gib(store.encoders)} GiB, " + (
+            "counted above" if store.on_device else "in host memory")
+    return f"prompts: {store.count:,}, encoded {each}, in the mode {store.mode} (teacher.prompt_cache): {held}"
 
 
 def passes(plan: Plan) -> str:

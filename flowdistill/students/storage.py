@@ -14,7 +14,7 @@ from torch import nn
 from flowdistill.conditioning import ClassLabels
 from flowdistill.conditioning.components import load_model
 from flowdistill.conditioning.pipeline_lora import BaseLora
-from flowdistill.conditioning.prompts import PromptConditions, PromptList
+from flowdistill.conditioning.prompts import ENCODED_AT_ONCE, BankSettings, PromptConditions, PromptList
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.networks.storage import SIDECAR, find_stored, read_network, write_network
 from flowdistill.networks.velocity import ExtendedVelocity
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flowdistill.students.student import Student
 
 find_student = find_stored
+CARRIED = 50_000
+"""The most prompts of a list that a student carries, the first ones: as many as large measurements take."""
 
 
 def is_student_folder(path: str | os.PathLike[str]) -> bool:
@@ -107,7 +109,9 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
     prompts, text = None, description.get("text")
     if text is not None:
         encoders = TextEncoders(folder / "text", getattr(torch, text["dtype"]))
-        prompts = PromptConditions(encoders, family, tuple(text["image_size"]), text["negative"])
+        shapes = family.known_shapes(backbone, encoders.pipeline_class, encoders.clip_tokens)
+        prompts = PromptConditions(encoders, family, tuple(text["image_size"]), text["negative"],
+                                   BankSettings(at_once=text.get("at_once", ENCODED_AT_ONCE)), shapes)
         if text["prompts"] is not None:
             prompts.use(PromptList(text["prompts"], text["weights"]))
     codec = _read_vae(folder / "vae") if (folder / "vae").is_dir() else PixelCodec()
@@ -120,9 +124,9 @@ def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
         "dtype": str(prompts.text.dtype).removeprefix("torch."),
         "image_size": list(prompts.image_size),
         "negative": prompts.negative,
-        "prompts": prompts.prompts,
-        "weights": prompts.weights,
-    }
+        "prompts": None if prompts.prompts is None else list(prompts.prompts[:CARRIED]),
+        "weights": list(prompts.weights[:CARRIED]),
+    } | ({} if prompts.settings.at_once == ENCODED_AT_ONCE else {"at_once": prompts.settings.at_once})
 
 
 def _read_vae(folder: Path) -> VaeCodec:

@@ -23,7 +23,8 @@ from flowdistill.conditioning.components import (
     weight_files,
 )
 from flowdistill.conditioning.pipeline_lora import PipelineLora, base_lora, check_takes_lora, find_lora, read_lora
-from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_prompts
+from flowdistill.conditioning.prompt_lists import equal_prompts, read_prompts
+from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig
 from flowdistill.networks.attention import choose_attention
@@ -54,6 +55,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_teacher(
     source: str | os.PathLike[str] | DiffusionPipeline | TeacherConfig,
     device: str | torch.device | None = None,
+    prepare: Callable[[PromptConditions], None] = PromptConditions.prepare,
     **settings: Any,
 ) -> Teacher:
     """Any supported diffusers pipeline as a frozen teacher on the linear path.
@@ -61,6 +63,7 @@ def load_teacher(
     Args:
         source: a pipeline folder, a hub id, a live pipeline, or the ``teacher`` section of a configuration.
         device: where to put it; the CPU by default. Prompts are encoded before the network moves there.
+        prepare: encodes the list of prompts, where there is one.
         settings: fields of :class:`flowdistill.config.TeacherConfig` by name, which replace those of a section:
             ``null_label``, ``t_max``, ``dtype`` (also a torch dtype), ``prompts`` (also a list of texts),
             ``negative_prompt``, ``image_size``, ``attention``, ``offload``, ``labels``, ``start`` and so on.
@@ -77,12 +80,17 @@ def load_teacher(
         config = TeacherConfig(source="" if live is not None else os.fspath(source), **settings)  # type: ignore[arg-type]
     config.validate()
     weights = _dtype(config.dtype)
+    words = weights if config.text_encoder_dtype is None else _dtype(config.text_encoder_dtype)
     pipeline: Any
     lora: PipelineLora | None = None
     if live is not None:
         if config.lora is not None:
             raise UserError("teacher.lora is for a pipeline folder or a hub id; a live pipeline, whose own weights are "
                             "used, takes it by load_lora_weights, fuse_lora and unload_lora_weights")
+        for key in ("text_encoder_dtype", "text_encoder_device"):
+            if getattr(config, key) is not None:
+                raise UserError(f"teacher.{key} is for a pipeline folder or a hub id; a live pipeline's text encoders "
+                                "stay as and where they are")
         pipeline, scheduler = live, None
         name = pipeline.config.get("_name_or_path") or type(live).__name__
         recorded: JsonObject = {}
@@ -100,14 +108,14 @@ def load_teacher(
             lora.fuse(*network)
 
     def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
-        encoders = TextEncoders(folder or pipeline, weights, config.variant, None if lora is None else lora.of_texts())
-        return _prompts(pipeline, encoders, family, pixels, config.negative_prompt)
+        encoders = TextEncoders(folder or pipeline, words, config.variant, None if lora is None else lora.of_texts())
+        return _prompts(pipeline, encoders, family, pixels, config)
 
     known = config.null_label is not None or "null_label" in recorded
     if config.null_label is None:
         config = replace(config, null_label=recorded.get("null_label"))
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
-    teacher = assemble(parts, config, name, device)
+    teacher = assemble(parts, config, name, device, prepare)
     if not known and teacher.classes is not None and teacher.classes.null_label is None:
         _say_assumed(name, teacher.classes.num_classes)
     if config.labels is not None:
@@ -148,7 +156,10 @@ class Parts(NamedTuple):
     texts: Callable[[BackboneFamily, tuple[int, int]], PromptConditions]
 
 
-def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch.device | None) -> Teacher:
+def assemble(
+    parts: Parts, config: TeacherConfig, name: str, device: str | torch.device | None,
+    prepare: Callable[[PromptConditions], None] = PromptConditions.prepare,
+) -> Teacher:
     """The teacher of a pipeline's parts, which stay where they are; see :func:`load_teacher`.
 
     Args:
@@ -169,16 +180,21 @@ def assemble(parts: Parts, config: TeacherConfig, name: str, device: str | torch
         shape = _resized(shape, codec, config.image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
         texts = make_texts(family, pixels)
+        texts.shapes = family.known_shapes(backbone, texts.text.pipeline_class, texts.text.clip_tokens)
     elif prompts is not None or config.negative_prompt is not None or config.image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
+    elif (bank_settings(config), config.text_encoder_dtype) != (bank_settings(TeacherConfig("")), None):
+        raise UserError("teacher.prompt_cache, prompt_cache_gb, prompts_at_once, text_encoder_device and "
+                        f"text_encoder_dtype are for text-to-image pipelines, and {name} is none")
     family.check_size(backbone, shape)
     if path.kind == "flow" and path.scheduler_name in FLOW_SCHEDULERS and (family.pipelines or _placed(scheduler)):
         path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))
     if texts is not None and prompts is not None:
         texts.device = torch.device(device or "cpu")
-        texts.use(read_prompts(prompts) if isinstance(prompts, (str, os.PathLike)) else _equal(prompts))
-        texts.prepare()
+        listed = isinstance(prompts, (str, os.PathLike))
+        texts.use(read_prompts(prompts, config.prompt_column) if listed else equal_prompts(prompts))
+        prepare(texts)
     teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
     teacher.guidance_norm = _norm_kept(config.guidance_norm, teacher)
     return teacher
@@ -217,10 +233,6 @@ def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:
     return velocity if velocity.lora is None else VelocityNetwork(merged(velocity.backbone), velocity.path, family)
 
 
-def _equal(prompts: Sequence[str]) -> PromptList:
-    return PromptList(list(prompts), [1 / len(prompts)] * len(prompts))
-
-
 def _resized(
     shape: tuple[int, int, int], codec: PixelCodec | VaeCodec, image_size: int | None
 ) -> tuple[int, int, int]:
@@ -237,7 +249,7 @@ def _prompts(
     text: TextEncoders,
     family: BackboneFamily,
     image_size: tuple[int, int],
-    negative: str | None,
+    config: TeacherConfig,
 ) -> PromptConditions:
     kind = type(pipeline).__name__
     if kind not in family.pipelines:
@@ -245,7 +257,24 @@ def _prompts(
                         f"{', '.join(family.pipelines)}")
     if not text.components:
         raise UserError(f"the pipeline {kind} has no text encoder, so no prompt can be encoded")
-    return PromptConditions(text, family, image_size, negative)
+    return PromptConditions(text, family, image_size, config.negative_prompt, bank_settings(config))
+
+
+def bank_settings(config: TeacherConfig) -> BankSettings:
+    """Where a list of prompts is kept, as the ``teacher`` section says.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    device = None
+    if config.text_encoder_device is not None:
+        device = torch.device(config.text_encoder_device)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"teacher.text_encoder_device is {device}, which cannot be used here: "
+                            f"{str(error).splitlines()[0]}") from error
+    return BankSettings(config.prompt_cache, config.prompt_cache_gb, config.prompts_at_once, device)
 
 
 def _own_times(family: BackboneFamily, scheduler: Scheduler, steps: int, shape: tuple[int, ...]) -> torch.Tensor:

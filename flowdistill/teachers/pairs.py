@@ -114,7 +114,7 @@ def teacher_facts(teacher: Teacher, *settings: float | str) -> list[object]:
         facts.append(repr(path.clipping))
     if teacher.prompts is not None:
         prompts = teacher.prompts
-        facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *(prompts.prompts or ())]
+        facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *prompts.list_facts()]
     if teacher.guidance_norm is not None:
         facts.append(f"guidance_norm {teacher.guidance_norm}")
     return facts

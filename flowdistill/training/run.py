@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from flowdistill.conditioning.pipeline_lora import teacher_in_words
+from flowdistill.conditioning.prompts import PromptConditions
 from flowdistill.config import (
     RunConfig,
     TrainConfig,
@@ -57,7 +59,7 @@ FREE = frozenset(
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
         "trackers device gradient_checkpointing compile keep_freed_memory stop_when"
     ).split()
-) | {"teacher.attention", "teacher.offload"}
+) | {f"teacher.{name}" for name in "attention offload prompt_cache prompt_cache_gb text_encoder_device".split()}
 """Settings, and sections, that may change between a run and its resume: they do not decide what is learned, except the
 number of steps and the patience with it, which a user may well raise."""
 
@@ -123,9 +125,7 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Ru
         warnings.warn(problem, stacklevel=2)
 
     settings = config.teacher
-    # One process encodes the prompts; the others then find them on disk.
-    with accelerator.main_process_first() if settings.prompts else contextlib.nullcontext():
-        teacher = load_teacher(settings, device=accelerator.device)
+    teacher = load_teacher(settings, device=accelerator.device, prepare=partial(prepare_prompts, accelerator))
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
     if opened is None and not is_measured(folder, config, same_evaluation):
@@ -171,6 +171,16 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Ru
             reuse = not outdated and same_evaluation
             run.report = make_report(config, teacher, accelerator, reuse, opened, **chosen)
     return run
+
+
+def prepare_prompts(accelerator: Accelerator, prompts: PromptConditions) -> None:
+    """Encode a run's prompts: those that stay in memory by one process, in whose file the others then find them."""
+    if prompts.settings.mode == "auto":
+        log_once(prompts.describe_bank())
+    # The processes share the work on shards, each without waiting for another, and all load text encoders of their own
+    # for what is encoded when it is drawn.
+    with accelerator.main_process_first() if prompts.mode == "memory" else contextlib.nullcontext():
+        prompts.prepare()
 
 
 def _why_ended(trainer: Trainer) -> str:

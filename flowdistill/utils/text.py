@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,24 @@ def read_lines(path: str | os.PathLike[str], name: str | None = None, strict: bo
     return lines[:-1] if lines[-1] == "" else lines
 
 
+def iter_lines(path: str | os.PathLike[str], name: str | None = None) -> Iterator[str]:
+    """The lines that :func:`read_lines` reads, one at a time: of a file of any length a block is in memory.
+
+    Raises:
+        UserError: as :func:`read_text`, when the damaged place is reached or before.
+    """
+    path = local_path(path)
+    try:
+        with open(path, encoding="utf-8") as file:  # LF, CR LF and CR all end a line, which then ends in LF
+            for line in file:
+                if "\0" in line:
+                    raise ValueError("a zero byte")
+                yield line.removesuffix("\n").removeprefix(MARK)
+    except (OSError, ValueError) as error:
+        read_text(path, name)  # says what is the matter
+        raise UserError(f"{name or path} cannot be read: {error}") from error
+
+
 def read_json(path: str | os.PathLike[str], name: str | None = None) -> Any:
     """Read the value of a JSON file.
 
@@ -96,31 +114,37 @@ def read_json_object(path: str | os.PathLike[str], name: str | None = None) -> J
 def read_json_lines(
     path: str | os.PathLike[str], record: Callable[[Any], T], form: str, name: str | None = None
 ) -> list[tuple[int, T]]:
-    """Read a file with one JSON value a line (JSON Lines); empty lines are left out.
+    """All that :func:`iter_json_lines` reads."""
+    return list(iter_json_lines(path, record, form, name))
+
+
+def iter_json_lines(
+    path: str | os.PathLike[str], record: Callable[[Any], T], form: str, name: str | None = None
+) -> Iterator[tuple[int, T]]:
+    """Read a file with one JSON value a line (JSON Lines), a line at a time; empty lines are left out.
 
     Args:
         path, name: see :func:`read_text`.
         record: makes what is wanted of a value, or raises ValueError, KeyError, TypeError or AttributeError.
         form: what a line must be like, for errors.
 
-    Returns:
+    Yields:
         Number of the line, from 1, and what ``record`` made of it.
 
     Raises:
         UserError: as :func:`read_text`; a line that is not JSON or that ``record`` refuses.
     """
-    found = []
-    for number, line in enumerate(read_lines(path, name), 1):
+    for number, line in enumerate(iter_lines(path, name), 1):
         if not line.strip():
             continue
         try:
-            found.append((number, record(json.loads(line))))
+            made = record(json.loads(line))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"line {number} of {local_path(path)} must be like {form}, not "
                             f"{shown(line.strip(), quoted=False)}") from None
-    return found
+        yield number, made
 
 
 def text_of(value: object) -> str:

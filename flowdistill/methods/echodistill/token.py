@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.conditioning.prompt_bank import MemoryBank
 from flowdistill.conditioning.prompts import ENCODED_AT_ONCE, PromptConditions
 from flowdistill.utils.errors import UserError, shown
 
@@ -103,9 +104,8 @@ class TokenPrompts(PromptConditions):
         self.encoder = encoder
 
     @property
-    def _bank(self) -> tuple[Condition, Tensor]:
-        cumulative = torch.tensor(self.weights, dtype=torch.float64).cumsum(0)
-        return self._encoded(self.prompts), cumulative / cumulative[-1]
+    def _bank(self) -> MemoryBank:  # type: ignore[override]
+        return MemoryBank(self._encoded(self.prompts))
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:

@@ -320,20 +320,20 @@ class Partition:
         rule: str,
         prompts: Sequence[str],
         weights: Sequence[float],
-        condition: Condition,
+        embeddings: Tensor,
         parts: int,
         seed: int = 0,
     ) -> Partition:
         """A prompt that is listed twice counts once, with both weights.
 
         Args:
-            condition: of the prompts, encoded by the teacher.
+            embeddings: ``pooled`` (N, D), of the prompts encoded by the teacher.
         """
         total: dict[str, float] = {}
         for prompt, weight in zip(prompts, weights, strict=True):
             total[prompt] = total.get(prompt, 0.0) + weight
         first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
-        embeddings = pooled(condition[torch.tensor([first[prompt] for prompt in total])])
+        embeddings = embeddings[torch.tensor([first[prompt] for prompt in total])]
         router = split_prompts(rule, embeddings, parts, seed)
         return cls(router, parts, list(total), list(total.values()), router.cell(embeddings).tolist())
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from flowdistill.conditioning.prompt_lists import in_parts
 from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
 from flowdistill.evaluation import Report
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.evaluation.opening import OpenedEvaluation
-from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, split_classes
+from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, pooled, split_classes
 from flowdistill.methods.msd.settings import MsdConfig
 from flowdistill.methods.msd.student import write_manifest
 from flowdistill.methods.teacher_score_matching import TeacherScoreMatching
@@ -44,6 +45,8 @@ from flowdistill.utils.randomness import mixed_seed, seed_torch
 from flowdistill.utils.text import read_json_object
 
 PARTITION = "partition.json"
+AT_ONCE = 4096
+"""Prompts whose embeddings are in memory together."""
 
 
 def distill_students(config: RunConfig) -> Run:
@@ -220,8 +223,9 @@ def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
             raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a "
                             "run that knows its own ones only; set it to 0")
         prompts = teacher.prompts.prompts or []
-        encoded = teacher.prompts.examples(range(len(prompts)))
-        return Partition.of_prompts(rule, prompts, teacher.prompts.weights, encoded, config.num_students,
+        # Not all at once: the list may be on disk because it is larger than memory.
+        embeddings = torch.cat([pooled(teacher.prompts.examples(part)) for part in in_parts(len(prompts), AT_ONCE)])
+        return Partition.of_prompts(rule, prompts, teacher.prompts.weights, embeddings, config.num_students,
                                     config.partition_seed)
     if teacher.classes is None:
         raise UserError(f"MSD divides the conditions among students, and the teacher {teacher.source} is "

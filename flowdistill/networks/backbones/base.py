@@ -71,12 +71,14 @@ class BackboneFamily(ABC):
             without prompts.
         student_pipeline: class name of the stock pipeline that a student without prompts becomes.
         masked: whether its attention gets a mask over the prompt's tokens.
+        ragged: whether :meth:`encode` makes rows as long as the longest of the prompts that it is given needs.
     """
 
     backbone_class: str
     pipelines: Mapping[str, PipelineFacts] = {}
     student_pipeline: str = ""
     masked: bool = False
+    ragged: bool = False
 
     @abstractmethod
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
@@ -203,6 +205,13 @@ class BackboneFamily(ABC):
             clip_tokens: length of a CLIP text encoder's sequence, where the pipeline has one.
         """
         raise NotImplementedError
+
+    def known_shapes(self, network: Backbone, pipeline: str, clip_tokens: int) -> dict[str, tuple[int, ...]] | None:
+        """:meth:`prompt_shapes` by the name of the pipeline's class; None for a family that cannot tell."""
+        try:
+            return self.prompt_shapes(network, getattr(diffusers, pipeline), clip_tokens)
+        except (NotImplementedError, AttributeError):
+            return None
 
     def takes_guidance(self, network: Backbone) -> bool:
         """Whether the guidance scale is an input of the network (in ``condition.tensors["guidance"]``)."""

@@ -32,6 +32,7 @@ class QwenImageFamily(BackboneFamily):
     backbone_class = "QwenImageTransformer2DModel"
     pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1", even_times=True, rounded_times=True)}
     masked = True
+    ragged = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

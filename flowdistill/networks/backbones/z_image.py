@@ -31,6 +31,7 @@ class ZImageFamily(BackboneFamily):
     backbone_class = "ZImageTransformer2DModel"
     pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0", even_times=True)}
     masked = True
+    ragged = True
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)
