@@ -264,6 +264,8 @@ def _trimmed(row: Tensor) -> Tensor:
     """A row (L, ...) without the zeros at its end; one number as a row of length 1."""
     if row.ndim == 0:
         return row[None]
+    if not row.numel():
+        return row[:0]
     filled = _bytes(row).reshape(len(row), -1).any(axis=1)
     return row[: len(row) - int(filled[::-1].argmax()) if filled.any() else 0]
 
