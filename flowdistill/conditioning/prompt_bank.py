@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -39,7 +40,8 @@ SHARD_BYTES = 64 << 20
 """What a shard has before its rows are trimmed, about."""
 SHARD_ROWS = 4096
 """The most prompts of a shard."""
-OPEN_SHARDS = 64
+OPEN_SHARDS = 256
+"""Files that are kept open, of the 1,024 that a process may mostly have."""
 LIVE_BYTES = 32 << 20
 """Of encoded groups that are kept in case they are asked for again; one is, whatever its size."""
 STALE = 3600.0
@@ -173,22 +175,29 @@ class DiskBank:
 
     def _write(self, number: int, encode: Encode, bar: Any) -> None:
         part = self.parts[number]
-        rows: list[Tensors] = []
         forms: dict[str, _Form] = {}
+        trimmed: dict[str, list[_Trimmed]] = {}
         for group in in_parts(len(part), self.groups.size):
             prompts = self.texts[part.start + group.start : part.start + group.stop]
-            made = encode(prompts)
-            for name, values in made.items():
+            for name, values in encode(prompts).items():
                 form = _form_of(values)
                 forms[name] = _longer(forms.get(name, form), form)
-            rows += [{name: _trimmed(values[row]) for name, values in made.items()} for row in range(len(prompts))]
+                trimmed.setdefault(name, []).append(_trimmed(values))
             bar.update(len(prompts))
-        content: Tensors = {"checksums": torch.tensor([_checksum(row) for row in rows])}
-        for name in forms:
-            content[name] = torch.cat([row[name] for row in rows])
-            lengths = [0, *(len(row[name]) for row in rows)]
-            content[f"{name}/starts"] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        metadata = {"format": "pt", "forms": json.dumps({name: form._asdict() for name, form in sorted(forms.items())})}
+        content: Tensors = {}
+        checksums = [0] * len(part)
+        for name in sorted(forms):
+            content[name] = torch.cat([group.values for group in trimmed[name]])
+            lengths = torch.cat([torch.zeros(1, dtype=torch.int64), *(group.lengths for group in trimmed[name])])
+            content[f"{name}/starts"] = starts = lengths.cumsum(0)
+            stored = memoryview(_bytes(content[name]))  # type: ignore[arg-type]
+            item = len(stored) // max(1, len(content[name]))
+            places = (starts * item).tolist()
+            checksums = [zlib.crc32(stored[start:end], checksum)
+                         for checksum, start, end in zip(checksums, places[:-1], places[1:], strict=True)]
+        content["checksums"] = torch.tensor(checksums)
+        # One entry: safetensors writes several in an order of chance, and files of the same rows are the same.
+        metadata = {"forms": json.dumps({name: form._asdict() for name, form in sorted(forms.items())})}
         with disk_errors(str(self.files[number])), atomic_write(self.files[number]) as file:
             file.write(save(content, metadata))
 
@@ -260,26 +269,29 @@ def _form_of(values: Tensor) -> _Form:
     return _Form(str(values.dtype).removeprefix("torch."), shape[1:], shape[0] if shape else None)
 
 
-def _trimmed(row: Tensor) -> Tensor:
-    """A row (L, ...) without the zeros at its end; one number as a row of length 1."""
-    if row.ndim == 0:
-        return row[None]
-    if not row.numel():
-        return row[:0]
-    filled = _bytes(row).reshape(len(row), -1).any(axis=1)
-    return row[: len(row) - int(filled[::-1].argmax()) if filled.any() else 0]
+class _Trimmed(NamedTuple):
+    """Rows below each other (sum of lengths, ...) and their lengths (B,)."""
+
+    values: Tensor
+    lengths: Tensor
+
+
+def _trimmed(rows: Tensor) -> _Trimmed:
+    """Rows (B, L, ...) without the zeros at the end of each; numbers (B,) as rows of length 1."""
+    if rows.ndim == 1:
+        return _Trimmed(rows, torch.ones(len(rows), dtype=torch.int64))
+    count, length = rows.shape[:2]
+    if not rows.numel():
+        return _Trimmed(rows.reshape(-1, *rows.shape[2:])[:0], torch.zeros(count, dtype=torch.int64))
+    filled = torch.from_numpy(_bytes(rows).reshape(count, length, -1).any(axis=2))
+    places = torch.arange(1, length + 1)
+    lengths = (filled * places).amax(dim=1)
+    return _Trimmed(rows.contiguous()[places <= lengths[:, None]], lengths)
 
 
 def _bytes(values: Tensor) -> NDArray[np.uint8]:
     """(N,). Bytes, not numbers: a minus zero is none of the zeros that are left out."""
     return values.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _checksum(row: Mapping[str, Tensor]) -> int:
-    checksum = 0
-    for name in sorted(row):
-        checksum = zlib.crc32(_bytes(row[name]), checksum)
-    return checksum
 
 
 class _Shard:
@@ -306,11 +318,9 @@ class _Shard:
                             header.items()}
             if self._start + max(end for _, end in self._places.values()) != os.fstat(self._handle).st_size:
                 raise ValueError("it is cut short")
-            self._starts = {name: self._numbers(f"{name}/starts") for name in self.forms}
-            self._checksums = self._numbers("checksums")
-            self._item = {name: getattr(torch, form.dtype).itemsize * int(np.prod(form.rest, dtype=np.int64))
+            self._item = {name: getattr(torch, form.dtype).itemsize * math.prod(form.rest)
                           for name, form in self.forms.items()}
-            if {len(self._checksums)} | {len(starts) - 1 for starts in self._starts.values()} != {rows}:
+            if {self._size("checksums")} | {self._size(f"{name}/starts") - 8 for name in self.forms} != {8 * rows}:
                 raise ValueError("it has another number of rows")
         except FileNotFoundError:
             raise UserError(f"the encoded prompts {file} are gone; the same command, or flowdistill cache, encodes "
@@ -326,30 +336,35 @@ class _Shard:
         Raises:
             UserError: it is not what was written.
         """
-        found, checksum = {}, 0
-        for name in sorted(self.forms):
-            start, end = self._starts[name][row : row + 2].tolist()
-            form, item = self.forms[name], self._item[name]
-            try:
+        try:
+            found, checksum = {}, 0
+            for name in sorted(self.forms):
+                start, end = self._numbers(f"{name}/starts", row, 2)
+                form, item = self.forms[name], self._item[name]
+                if not 0 <= start <= end <= start + (form.length or 1):
+                    raise ValueError(f"row {row} of it is not what was written")
                 content = self._read((end - start) * item, self._start + self._places[name][0] + start * item)
-            except OSError as error:
-                raise UserError(f"the encoded prompts {self.file} cannot be read: {error.strerror}") from error
-            except ValueError as error:
-                raise self.damaged(str(error)) from None
-            checksum = zlib.crc32(content, checksum)
-            flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            found[name] = flat.view(getattr(torch, form.dtype)).reshape(end - start, *form.rest)
-        if checksum != self._checksums[row]:
-            raise self.damaged(f"row {row} of it is not what was written")
-        return found
+                checksum = zlib.crc32(content, checksum)
+                flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+                found[name] = flat.view(getattr(torch, form.dtype)).reshape(end - start, *form.rest)
+            if [checksum] != self._numbers("checksums", row, 1):
+                raise ValueError(f"row {row} of it is not what was written")
+            return found
+        except OSError as error:
+            raise UserError(f"the encoded prompts {self.file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise self.damaged(str(error)) from None
 
     def damaged(self, reason: str) -> UserError:
         return UserError(f"the encoded prompts {self.file} are damaged: {reason}; delete this file, and the same "
                          "command, or flowdistill cache, encodes its prompts again")
 
-    def _numbers(self, name: str) -> NDArray[np.int64]:
+    def _size(self, name: str) -> int:
         first, end = self._places[name]
-        return np.frombuffer(self._read(end - first, self._start + first), dtype="<i8").astype(np.int64)
+        return end - first
+
+    def _numbers(self, name: str, first: int, count: int) -> list[int]:
+        return memoryview(self._read(8 * count, self._start + self._places[name][0] + 8 * first)).cast("q").tolist()
 
     def _read(self, size: int, start: int) -> bytearray:
         content = bytearray(size)
