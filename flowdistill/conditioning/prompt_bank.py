@@ -134,12 +134,12 @@ class DiskBank:
         if processes.is_main and not on_terminal():
             say(f"encoding {rows:,} of {len(self.texts):,} prompts into {self.folder}")
         # First its own share; then what others, who may be none or slower, have not done yet.
-        order = missing[processes.rank :: processes.world]
-        order += [number for number in missing if number not in set(order)]
+        own = missing[processes.rank :: processes.world]
+        others = set(missing).difference(own)
         bar = tqdm(total=rows, desc="encoding prompts", unit="prompt", leave=False,
                    disable=None if processes.is_main else True)
         with encoder as encode, bar:
-            for number in order:
+            for number in [*own, *sorted(others)]:
                 if not self.files[number].is_file():
                     self._write(number, encode, bar)
                 else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import tempfile
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import JsonObject, iter_json_lines, iter_lines, text_of
+from flowdistill.utils.text import JsonObject, iter_csv_rows, iter_json_lines, iter_lines, text_of
 
 T = TypeVar("T", covariant=True)
 COLUMN = "prompt"
@@ -195,23 +194,18 @@ def _of_json_lines(file: Path, name: str, column: str) -> Pairs:
 
 
 def _of_csv(file: Path, name: str, column: str) -> Pairs:
-    rows = csv.reader((line + "\n" for line in iter_lines(file, name)), strict=True)
-    try:
-        header = next(rows, [])
-        place, weight_place = _columns(header, name, column)
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UserError(f"line {rows.line_num} of {name} has {len(row)} columns, and its first line has "
-                                f"{len(header)}; texts with commas need quotes")
-            try:
-                yield text_of(row[place]), 1.0 if weight_place is None else _weight(row[weight_place])
-            except ValueError:
-                raise UserError(f"line {rows.line_num} of {name} has the weight "
-                                f"{shown(row[weight_place or 0])}; it must be a number of at least 0") from None
-    except csv.Error as error:
-        raise UserError(f"line {rows.line_num} of {name} is no CSV: {error}") from error
+    rows = iter_csv_rows(file, name)
+    _, header = next(rows, (0, []))
+    place, weight_place = _columns(header, name, column)
+    for line, row in rows:
+        if len(row) != len(header):
+            raise UserError(f"line {line} of {name} has {len(row)} columns, and its first line has {len(header)}; "
+                            "texts with commas need quotes")
+        try:
+            yield row[place], 1.0 if weight_place is None else _weight(row[weight_place])
+        except ValueError:
+            raise UserError(f"line {line} of {name} has the weight {shown(row[weight_place or 0])}; it must be a "
+                            "number of at least 0") from None
 
 
 def _of_parquet(file: Path, name: str, column: str) -> Pairs:

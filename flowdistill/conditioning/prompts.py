@@ -102,6 +102,7 @@ class PromptConditions:
         self.prompts: Sequence[str] | None = None
         self.weights: Sequence[float] = []
         self._null: dict[torch.device, Condition] = {}
+        self._loaded: Pipeline | None = None
 
     def use(self, prompts: PromptList) -> None:
         """Set the list that :meth:`draw` and :meth:`examples` draw from."""
@@ -130,9 +131,11 @@ class PromptConditions:
             bank = self.disk_bank()
             bank.fill(self._encoding(), Processes.current())
             return bank.prepare()
+        if self._loaded is None:
+            self._opened = self.text.opened(self._encoder_device)  # never closed: what is loaded goes with this object
+            self._loaded = self._opened.__enter__()
         lengths = self._longest() if self.family.ragged else {}
-        self._opened = self._encoding()  # never closed: what is loaded goes with this object
-        return LiveBank(_texts(self.prompts), self.groups, self._opened.__enter__(), lengths)
+        return LiveBank(_texts(self.prompts), self.groups, self._encoder(self._loaded), lengths)
 
     @cached_property
     def _cumulative(self) -> Tensor:
@@ -249,20 +252,31 @@ class PromptConditions:
     @contextlib.contextmanager
     def _encoding(self, negative: bool = False) -> Iterator[Callable[[list[str] | None], Tensors]]:
         """What encodes prompts, or the null condition (None), while the text encoders are loaded."""
-        device = self.settings.device or self.device
-        with self.text.opened(device) as pipeline:
-            one = self.family.encode_negative if negative else self.family.encode
+        with self._pipeline() as pipeline:
+            yield self._encoder(pipeline, negative)
 
-            @torch.no_grad()
-            def encode(prompts: list[str] | None) -> Tensors:
-                with torch.autocast(device.type, enabled=False):  # rows may be drawn while a network is in autocast
-                    if prompts is None:
-                        made = self.family.encode_null(pipeline, self.negative, self.image_size)
-                    else:
-                        made = one(pipeline, prompts, self.image_size)
-                    return {name: tensor.to("cpu") for name, tensor in made.items()}
+    @property
+    def _encoder_device(self) -> torch.device:
+        return self.settings.device or self.device
 
-            yield encode
+    def _pipeline(self) -> contextlib.AbstractContextManager[Pipeline]:
+        """The text encoders: those that stay loaded, or for a while."""
+        return contextlib.nullcontext(self._loaded) if self._loaded else self.text.opened(self._encoder_device)
+
+    def _encoder(self, pipeline: Pipeline, negative: bool = False) -> Callable[[list[str] | None], Tensors]:
+        one = self.family.encode_negative if negative else self.family.encode
+        kind = self._encoder_device.type
+
+        @torch.no_grad()
+        def encode(prompts: list[str] | None) -> Tensors:
+            with torch.autocast(kind, enabled=False):  # rows may be drawn while a network is in autocast
+                if prompts is None:
+                    made = self.family.encode_null(pipeline, self.negative, self.image_size)
+                else:
+                    made = one(pipeline, prompts, self.image_size)
+                return {name: tensor.to("cpu") for name, tensor in made.items()}
+
+        return encode
 
     @property
     def folder(self) -> Path:
@@ -283,7 +297,7 @@ class PromptConditions:
             with contextlib.suppress(UserError, ValueError):
                 return {name: int(length) for name, length in read_json_object(file).items()}
         longest: dict[str, int] = {}
-        with self.text.opened(self.settings.device or self.device) as pipeline:
+        with self._pipeline() as pipeline:
             tokens = _without_encoder(pipeline)
             for part in tqdm(list(in_parts(len(texts), self.settings.at_once)), desc="the longest prompt", leave=False,
                              disable=None):

@@ -430,7 +430,7 @@ class PromptsInTurn:
     """What ``generate`` takes as ``condition`` of a text-to-image model; ``prompts`` is the list it goes through."""
 
     condition: Callable[[range], Condition | None]
-    prompts: list[str]
+    prompts: Sequence[str]
 
     def __call__(self, indices: range) -> Condition | None:
         return self.condition(indices)

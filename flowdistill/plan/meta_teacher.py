@@ -127,10 +127,13 @@ def _of_folder(folder: Path, origin: str) -> Architecture:
         value = index.get(name)
         if isinstance(value, list) and value[0] is not None:
             if not (folder / name / file).is_file():
+                if name.startswith("text_encoder_"):  # of interest only where it stays loaded
+                    continue
                 raise UserError(f"{folder / name} has no {file}, so the memory of its {name} is unknown")
             components[name] = {"_class_name": value[1]} | read_json_object(folder / name / file)
     recorded = read_record(folder)
-    encoders = tuple(name for name in components if name.startswith("text_encoder"))
+    encoders = tuple(name for name, value in index.items()
+                     if name.startswith("text_encoder") and isinstance(value, list) and value[0] is not None)
     return Architecture(origin, str(index.get("_class_name")), components, recorded.get("null_label"), encoders)
 
 

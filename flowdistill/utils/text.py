@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import csv
 import functools
 import json
 import os
@@ -145,6 +146,24 @@ def iter_json_lines(
             raise UserError(f"line {number} of {local_path(path)} must be like {form}, not "
                             f"{shown(line.strip(), quoted=False)}") from None
         yield number, made
+
+
+def iter_csv_rows(path: str | os.PathLike[str], name: str | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Read the rows of a file of comma-separated values, one at a time; empty lines are left out.
+
+    Yields:
+        Number of the line that a row ends in, from 1, and its values.
+
+    Raises:
+        UserError: as :func:`read_text`; a quote that is not closed, or text behind a closed one.
+    """
+    rows = csv.reader((line + "\n" for line in iter_lines(path, name)), strict=True)
+    try:
+        for row in rows:
+            if row:
+                yield rows.line_num, row
+    except csv.Error as error:
+        raise UserError(f"line {rows.line_num} of {name or local_path(path)} is no CSV: {error}") from error
 
 
 def text_of(value: object) -> str:

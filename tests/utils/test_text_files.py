@@ -146,6 +146,8 @@ READERS = {
     "prompts": Reader("p.txt", lambda folder: read_prompts(folder / "p.txt"), "a café\n\nthe sea\u2028at night\n"),
     "prompts.jsonl": Reader("p.jsonl", lambda folder: read_prompts(folder / "p.jsonl"),
                             '{"prompt": "a café\u2028\x85", "weight": 3}\n\n{"prompt": "the sea"}\n'),
+    "prompts.csv": Reader("p.csv", lambda folder: read_prompts(folder / "p.csv"),
+                          'weight,prompt\n3,"a café\u2028\x85, alone"\n\n1,the sea\n'),
     "metadata.jsonl": Reader("metadata.jsonl", lambda folder: load_concept_images(folder, 8, "c").captions,
                              '{"file_name": "1.png", "text": "a café\u2028"}\n', a_picture),
     "configuration": Reader("c.yaml", lambda folder: load_config(folder / "c.yaml"),

@@ -264,7 +264,7 @@ def student_runs(config: RunConfig, partition: Partition, part: int) -> list[Run
         if partition.prompts is None:
             teacher = replace(teacher, labels=partition.labels(part))
         else:
-            teacher = replace(teacher, prompts=str(prompts_file(folder, part)))
+            teacher = replace(teacher, prompts=str(prompts_file(folder, part)), prompt_column=None)
     if not method.adversarial.steps:
         return [_run(config, f"student-{part}", teacher, method.host, config.train, part)]
     first = _run(config, f"matching-{part}", teacher, method.host, config.train, part)

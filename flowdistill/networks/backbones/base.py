@@ -208,9 +208,10 @@ class BackboneFamily(ABC):
 
     def known_shapes(self, network: Backbone, pipeline: str, clip_tokens: int) -> dict[str, tuple[int, ...]] | None:
         """:meth:`prompt_shapes` by the name of the pipeline's class; None for a family that cannot tell."""
+        kind = getattr(diffusers, pipeline, None)
         try:
-            return self.prompt_shapes(network, getattr(diffusers, pipeline), clip_tokens)
-        except (NotImplementedError, AttributeError):
+            return None if kind is None else self.prompt_shapes(network, kind, clip_tokens)
+        except NotImplementedError:
             return None
 
     def takes_guidance(self, network: Backbone) -> bool:

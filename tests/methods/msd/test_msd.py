@@ -396,9 +396,10 @@ def test_an_adversarial_stage_goes_on_from_the_first(source, tmp_path):
 def prompt_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     stable_diffusion().save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("\n".join([*PROMPTS, "a cat"]))
+    (folder / "prompts.csv").write_text("\n".join(["caption", *PROMPTS, "a cat"]))
     config = msd(str(folder / "teacher"), folder / "run", partition="balanced_kmeans", num_students=3)
-    config.teacher.prompts = str(folder / "prompts.txt")
+    config.teacher.prompts, config.teacher.prompt_column = str(folder / "prompts.csv"), "caption"
+    config.teacher.prompt_cache = "disk"
     assert distill(config).completed
     return folder / "run"
 
