@@ -66,7 +66,9 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def step_times(pipeline: Path, settings: dict[str, Any], modes: Sequence[str], steps: int, rows: int) -> dict[str, Any]:
     """Processor time of a step by mode, in milliseconds: median, and the median of the difference to the first mode."""
-    methods = {mode: Dmd2(Dmd2Config(), load_teacher(pipeline, **settings, prompt_cache=mode)) for mode in modes}
+    groups = {mode: {"prompts_at_once": 1} if mode == "live" else {} for mode in modes}
+    methods = {mode: Dmd2(Dmd2Config(), load_teacher(pipeline, **(settings | groups[mode]), prompt_cache=mode))
+               for mode in modes}
     optimizers = {mode: {name: torch.optim.AdamW(
         [p for p in role.network.parameters() if p.requires_grad], 1e-5, fused=True)
         for name, role in method.roles().items()} for mode, method in methods.items()}
@@ -94,7 +96,8 @@ def main() -> None:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--counts", default="1000,100000")
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--at-once", type=int, default=16, help="teacher.prompts_at_once of memory and disk")
+    parser.add_argument("--at-once", type=int, default=16,
+                        help="teacher.prompts_at_once of memory and disk; live has 16, and 1 where steps are timed")
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--steps", type=int, default=0, help="of each mode; 0: none are timed")
     parser.add_argument("--rows", type=int, default=8)
@@ -117,7 +120,7 @@ def main() -> None:
                 found = alone(start, options.pipeline, settings, options.draws)
                 print(json.dumps({"mode": mode, "prompts": count} | found), flush=True)
         if options.steps:
-            settings = {"prompts": str(file)}
+            settings = {"prompts": str(file), "prompts_at_once": options.at_once}
             for mode, found in step_times(options.pipeline, settings, modes, options.steps, options.rows).items():
                 print(json.dumps({"mode": mode, "prompts": count} | found), flush=True)
 
