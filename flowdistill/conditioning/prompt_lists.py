@@ -51,7 +51,7 @@ class Texts(_Rows[str]):
     """
 
     def __init__(self, source: Iterable[str] = ()) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY)  # type: ignore[assignment]
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY)
         starts, end = array("q", [0]), 0
         for text in source:
             content = text.encode()
