@@ -65,7 +65,9 @@ def prompts_alone(config: TeacherConfig) -> PromptConditions:
         backbone = teacher.network.backbone
         name = next(name for name in ("transformer", "unet") if name in architecture.components)
         kind = getattr(diffusers, architecture.pipeline)
-        lora = read_lora(find_lora(config.lora), config.lora_scale, kind, name, backbone).of_texts()
+        file = find_lora(config.lora)
+        assert file is not None  # what is not here was fetched
+        lora = read_lora(file, config.lora_scale, kind, name, backbone).of_texts()
     encoders = TextEncoders(folder, DTYPES[config.text_encoder_dtype or config.dtype], config.variant, lora)
     return PromptConditions(encoders, shaped.family, shaped.image_size, shaped.negative, bank_settings(config),
                             shaped.shapes)

@@ -261,7 +261,7 @@ class ShapedPrompts(PromptConditions):
         self.tensors = shapes
 
     @property
-    def _bank(self) -> MemoryBank:  # type: ignore[override]
+    def _bank(self) -> MemoryBank:
         return MemoryBank(self._encoded(self.prompts))
 
     def _encoded(self, prompts: Sequence[str] | None, negative: bool = False) -> Condition:

@@ -50,7 +50,7 @@ def publish(method: EchoDistill, folder: Path) -> None:
 
 def _pictures(method: EchoDistill, pipeline: Any, steps: int, guidance: float) -> torch.Tensor:
     student = method.student()
-    prompts = (student.prompts.prompts or []) * PER_PROMPT
+    prompts = list(student.prompts.prompts or ()) * PER_PROMPT
     noise = indexed_noise(method.teacher.shape, 0, range(len(prompts)))
     height, width = student.prompts.image_size
     images = []

@@ -104,7 +104,7 @@ class TokenPrompts(PromptConditions):
         self.encoder = encoder
 
     @property
-    def _bank(self) -> MemoryBank:  # type: ignore[override]
+    def _bank(self) -> MemoryBank:
         return MemoryBank(self._encoded(self.prompts))
 
     @torch.no_grad()
