@@ -7,7 +7,6 @@ absent: the same command goes on where one was stopped or killed, and makes the 
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -36,7 +35,15 @@ from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
-from flowdistill.utils.text import JsonObject, read_json, read_json_lines, read_json_object, read_text, text_of
+from flowdistill.utils.text import (
+    JsonObject,
+    iter_csv_rows,
+    read_json,
+    read_json_lines,
+    read_json_object,
+    read_text,
+    text_of,
+)
 
 
 @dataclass(frozen=True)
@@ -167,12 +174,12 @@ class DrawBench(Suite):
         if path.suffix.lower() == ".json":
             texts = _list(path)
         elif path.suffix.lower() == ".csv":
-            rows = csv.DictReader(io.StringIO(read_text(path)))
-            names = list(rows.fieldnames or ())
-            column = next((name for name in names if name.strip().lower() in ("prompts", "prompt")), None)
+            rows = [row for _, row in iter_csv_rows(path)]
+            names = rows[0] if rows else []
+            column = next((n for n, name in enumerate(names) if name.strip().lower() in ("prompts", "prompt")), None)
             if column is None:
                 raise UserError(f"{path} has no column Prompts, but {listed(names) or 'none'}")
-            texts = [row[column] or "" for row in rows]
+            texts = [row[column] if column < len(row) else "" for row in rows[1:]]
         else:
             texts = read_prompts(path).prompts
         return [SuitePrompt(text, f"{number:05d}") for number, text in enumerate(texts)]
