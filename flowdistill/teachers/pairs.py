@@ -51,8 +51,11 @@ class Pairs(NamedTuple):
             return noise, latents, teacher.classes.wrap(labels.to(place))
         return noise, latents, teacher.examples(labels.tolist())
 
-    def of(self, labels: Sequence[int]) -> Pairs:
+    def of(self, labels: Sequence[int], setting: str = "method.regression_pairs") -> Pairs:
         """Those with one of ``labels`` only.
+
+        Args:
+            setting: the one that says how many there are, for the message.
 
         Raises:
             UserError: there is none.
@@ -60,8 +63,7 @@ class Pairs(NamedTuple):
         assert self.labels is not None
         mine = torch.isin(self.labels, torch.tensor(labels))
         if not mine.any():
-            raise UserError(f"none of the {len(mine)} pairs has one of the labels {list(labels)}; raise "
-                            "method.regression_pairs")
+            raise UserError(f"none of the {len(mine)} pairs has one of the labels {list(labels)}; raise {setting}")
         return Pairs(self.noise[mine], self.latents[mine], self.labels[mine])
 
 
@@ -83,7 +85,12 @@ def teacher_pairs(
         steps: Euler steps of the teacher.
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
             weights, its path, its prompts and these arguments; a damaged file is made anew.
+
+    Of a teacher on the meta device, which a plan has, the pairs have shapes and no content.
     """
+    if teacher.device.type == "meta":
+        empty = torch.empty(count, *teacher.shape, device="meta")
+        return Pairs(empty, empty, _labels(teacher, count))
     facts = [module_sha256(teacher.network), *teacher_facts(teacher, count, steps, guidance_scale, seed)]
     key = json_sha256(facts)[:32]
     file = local_path(folder or cache_folder("pairs")) / f"{key}.safetensors"
@@ -127,11 +134,15 @@ def _read(file: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def _labels(teacher: Teacher, count: int) -> Tensor | None:
+    number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
+    return None if number is None else torch.arange(count) % number
+
+
 @torch.no_grad()
 def _generate(teacher: Teacher, count: int, steps: int, guidance_scale: float, seed: int) -> dict[str, Tensor]:
     parts, batch = [], BATCH if teacher.prompts is None else TEXT_BATCH
-    number = teacher.num_classes if teacher.prompts is None else len(teacher.prompts.prompts or [""])
-    labels = None if number is None else torch.arange(count) % number
+    labels = _labels(teacher, count)
     if not on_terminal():
         say(f"making {count:,} pairs, {steps} teacher steps each")
     # As for images: None hides the bar where standard error is no terminal, which its redrawing would fill.

@@ -1,0 +1,328 @@
+"""Consistency distillation: a generator of one to eight steps whose jump is the same all along a teacher's trajectory.
+
+With f(x, t) = x - (t - r) u(x, t) the student's jump from t to r, a training step is
+
+    discrete       x_s = one step of the teacher's solver from x_t to the next time s of a grid, s >= r
+                   loss = metric(f(x_t, t) - sg f(x_s, s))
+                   CD (Song et al., arXiv 2303.01469), LCM (Luo et al., arXiv 2310.04378), LCM-LoRA (arXiv 2311.05556)
+    continuous     R = u + (t - r) D u - v_teacher,  loss = <u, sg(weight R)>
+                   sCM (Lu and Song, arXiv 2410.11081), D u by finite or forward-mode differentiation
+
+where r = 0, the image, with one phase; with as many phases as the student has steps it is the time of the next step
+(PCM, Wang et al., arXiv 2405.18407). The first are sampled with fresh noise between the steps, the second with Euler
+steps: that is the rule by which either is exact at its optimum (``students/steps.py``).
+
+States x_t = (1 - t) x_0 + t n are some of the teacher's own samples, made once, or the student's, or real images, with
+fresh noise. The target is the teacher's velocity wherever the state is, so all three have the teacher's map as their
+optimum. At the time of the first step, where sampling has noise alone, so has the training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.conditioning.conditions import Condition
+from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.export.pipelines import check_exportable
+from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
+from flowdistill.networks.lora import StudentKind
+from flowdistill.networks.velocity import per_sample
+from flowdistill.objectives import consistency as cm
+from flowdistill.objectives import flow_map as fm
+from flowdistill.students import START_UNITS, Generator, StudentInfo, given_times
+from flowdistill.students.steps import MOST_STEPS, Steps, rollout, start_scale
+from flowdistill.teachers import Teacher
+from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.teachers.pairs import Pairs, teacher_pairs
+from flowdistill.teachers.real_data import RealData
+from flowdistill.teachers.start_states import check_guidance
+from flowdistill.training.average import follow
+from flowdistill.training.method import Method, Role, SingleStudentMethod, register_method
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.randomness import Draw
+
+SAME_TIME = 1e-6
+"""Times of the grid this near are one."""
+
+
+@dataclass
+class ConsistencyConfig(StudentKind):
+    """Settings of consistency distillation. "(...: ...)" marks a published value; every other default is ours."""
+
+    name: str = "consistency"
+    steps: int = option(1, "calls of the student for an image", at_least=1, at_most=MOST_STEPS)
+    step_times: list[float] | None = option(
+        None, "times of the calls, falling, from the teacher's t_max on; null: those of the teacher's own sampler",
+        at_least=0,
+    )
+    start_unit: str = option("linear", "unit of step_times: t, the network's timestep, or EDM's sigma",
+                             choices=START_UNITS)
+    phases: int = option(
+        1, "1: every call aims at the image, and fresh noise comes between calls (stochastic steps); as many as steps: "
+        "each aims at the time of the next call, by Euler steps (deterministic steps; PCM)", at_least=1,
+        at_most=MOST_STEPS,
+    )
+    derivative: str = option(
+        "discrete", "discrete: between neighbouring times of a grid (CD, LCM, PCM); finite_difference and jvp: along "
+        "the trajectory's tangent (sCM)", choices=("discrete", "finite_difference", "jvp"),
+    )
+    points: int = option(
+        50, "discrete: size of the grid: the times of the teacher's own sampler of so many steps, and those of the calls "
+        "(authors of LCM: 50)", at_least=1,
+    )
+    solver: str = option("euler", "discrete: the teacher's step (authors of LCM: euler, which is DDIM; of CD: heun)",
+                         choices=("euler", "heun"))
+    loss: str = option("huber", "discrete: l2, or the pseudo-Huber loss of each element (authors of LCM: either)",
+                       choices=("l2", "huber"))
+    huber_c: float = option(1e-3, "huber: difference below which it is a square (authors of LCM: 1e-3)", above=0)
+    weight: str = option(
+        "one", "discrete: weight of the loss at a time: one (authors of CD and LCM), or inverse_step, the grid's mean "
+        "step over the step there", choices=("one", "inverse_step"),
+    )
+    target: str = option(
+        "online", "discrete: network of the target: the student (authors of LCM-LoRA), or ema, a moving average of it, "
+        "which is a network more in memory (authors of CD and LCM)", choices=("online", "ema"),
+    )
+    target_decay: float = option(0.95, "of that average (authors of CD and LCM: 0.95)", at_least=0, below=1)
+    call_fraction: float = option(0.0, "share of the rows that are at times of the student's own calls", at_least=0,
+                                  at_most=1)
+    time: NoiseLevels = option(NoiseLevels, "finite_difference, jvp: times of the other rows")
+    data_std: float = option(1.0, "finite_difference, jvp: standard deviation of the data in sCM's weights", above=0)
+    tangent_warmup: int = option(
+        0, "finite_difference, jvp: steps in which the derivative comes in, from regression to the teacher's velocity "
+        "on (NVIDIA's FastGen: 10,000; SANA-Sprint: 4,000)", at_least=0,
+    )
+    tangent_constant: float = option(
+        0.1, "finite_difference, jvp: c of g / (rms(g) + c), which limits the tangent g (NVIDIA's FastGen: 0.1)",
+        above=0,
+    )
+    finite_difference_step: float = option(0.005, "finite_difference: step in t", above=0, at_most=1)
+    states: str = option(
+        "pairs", "what is noised: samples of the teacher, made once (no data); samples of the student, made anew; or "
+        "real images of data", choices=("pairs", "student", "data"),
+    )
+    pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1)
+    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1)
+    data: str | None = option(None, "states=data: named image set")
+    guidance_min: float = option(1.0, "smallest guidance scale of the teacher", at_least=0)
+    guidance_max: float = option(
+        1.0, "largest; above the smallest, each row has one of the range, and the student, which is not told, learns "
+        "their mean (authors of LCM-LoRA: 4 to 16)", at_least=0,
+    )
+    optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
+
+    def validate(self) -> None:
+        """UserError for values that make no sense together."""
+        if self.phases not in (1, self.steps):
+            raise UserError(f"method.phases is {self.phases} and method.steps {self.steps}, but every call aims either "
+                            "at the image or at the time of the next call; set phases to 1 or to steps")
+        if self.guidance_min > self.guidance_max:
+            raise UserError(f"method.guidance_min is {self.guidance_min}, above method.guidance_max "
+                            f"{self.guidance_max}")
+        if self.derivative != "discrete" and self.target == "ema":
+            raise UserError(f"method.target is ema, but with method.derivative={self.derivative} there is no target "
+                            "network; set it to online")
+        if (self.states == "data") != (self.data is not None):
+            raise UserError(f"method.states is {self.states} and method.data {self.data or 'null'}; set states to data "
+                            "and data to an image set, such as digits, or data to null")
+
+
+Networks = Mapping[str, Callable[..., Tensor]]
+
+
+@register_method
+class Consistency(SingleStudentMethod):
+    """One network that trains, and with ``target: ema`` one that follows it."""
+
+    name = "consistency"
+    Config = ConsistencyConfig
+
+    def __init__(
+        self, config: ConsistencyConfig, teacher: Teacher, student_network: nn.Module | None = None,
+        images: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """``student_network``: of one's own, called as ``(x, t, condition) -> velocity``. ``images``: latents-to-be (N,
+        C, H, W) in [0, 1] and labels (N,) instead of a named set."""
+        validate(config, prefix="method.")
+        self.config, self.teacher = config, teacher
+        scales = (config.guidance_min, config.guidance_max)
+        check_guidance(teacher, {"guidance_min": scales[0], "guidance_max": scales[1]})
+        if config.derivative != "discrete":
+            config.time.check(teacher)
+        scale = sum(scales) / 2
+        info = StudentInfo(self.name, teacher.source, guidance_scale=scale)
+        self.steps = steps_of(config, teacher)
+        self._student = Generator.from_teacher(teacher, info, None, student_network, config.student_lora, self.steps)
+        self.target: nn.Module | None = None
+        if config.target == "ema":
+            frozen = {id(p): p for p in self._student.network.parameters() if not p.requires_grad}
+            self.target = copy.deepcopy(self._student.network, frozen)
+        self.forward_mode = config.derivative == "jvp"
+        if self.forward_mode:
+            allow_forward_mode(self._student.network, "method.derivative=jvp")
+        self.grid, self.aims = grid_of(teacher, self.steps, config.points), aims_of(self.steps, config.phases)
+        self.calls = torch.tensor(self.steps.times, dtype=torch.float64)
+        self.samples: Pairs | RealData | None = None
+        if config.states == "data":
+            assert config.data is not None
+            self.samples = RealData(teacher, config.data, images)
+        elif config.states == "pairs":
+            self.samples = teacher_pairs(teacher, config.pairs, config.pairs_steps, scale)
+            if teacher.classes is not None and teacher.classes.own is not None:
+                self.samples = self.samples.of(teacher.classes.own, "method.pairs")
+
+    def to(self, device: torch.device | str) -> Method:
+        self.grid, self.aims, self.calls = (times.to(device) for times in (self.grid, self.aims, self.calls))
+        return super().to(device)
+
+    def roles(self) -> dict[str, Role]:
+        follower = {} if self.target is None else {"target": Role(self.target, self.config.optimizer)}
+        return super().roles() | follower
+
+    def after_update(self, role: str) -> None:
+        if self.target is not None:
+            follow(self.target, self._student.network, 1 - self.config.target_decay)
+
+    def calls_without_gradient(self, role: str) -> float:
+        return float(len(self.steps)) if self.config.states == "student" else 0.0
+
+    # --- the algorithm
+
+    def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.derivative == "discrete":
+            return self._discrete(networks, draw)
+        return self._continuous(networks, draw)
+
+    def _discrete(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        config, grid = self.config, self.grid
+        t = self._at_calls(grid[draw.integers(len(grid) - 1)], draw)
+        s, aim = self._below(grid.flip(0), t), self.aim(t)
+        state, condition = self.draw_states(networks, t, draw)
+        scale = self._guidance(draw)
+        with torch.no_grad():
+            later = cm.teacher_step(lambda x, time: self.teacher.velocity(x, time, condition, scale), state, t, s,
+                                    config.solver, self.teacher.t_min)
+            velocity = networks["student" if self.target is None else "target"](later, s, condition)
+            goal = fm.end_point(later, s - aim, velocity)
+        difference = fm.end_point(state, t - aim, networks["student"](state, t, condition)) - goal
+        square = difference.square().flatten(1).mean(dim=1)
+        error = square if config.loss == "l2" else cm.pseudo_huber(difference, config.huber_c)
+        if config.weight == "inverse_step":
+            error = error * (grid[0] / (len(grid) - 1) / (t - s)).to(error.dtype)
+        return error.mean(), {"squared_error": square.detach().mean()}
+
+    def _continuous(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        t = config.time.draw(self.teacher, draw).double().clamp(SAME_TIME, self.steps.times[0])
+        t = self._at_calls(t, draw)
+        duration = t - self.aim(t)
+        state, condition = self.draw_states(networks, t, draw)
+        slope = self.teacher.velocity(state, t, condition, self._guidance(draw))
+        derivative = self.derivative(networks["student"], state, t, condition, slope)
+        velocity = networks["student"](state, t, condition)
+        share = min(1.0, draw.step / config.tangent_warmup) if config.tangent_warmup else 1.0
+        residual = cm.warmed_residual(velocity.detach(), derivative, duration, slope, t, config.data_std, share)
+        m, kappa = cm.trigonometric(t, config.data_std)
+        tangent = cm.normalized(per_sample(kappa, residual) * residual, config.tangent_constant)
+        loss = fm.velocity_matching_loss(velocity, tangent / per_sample(m, tangent)).mean()
+        return loss, {"residual": residual.square().mean()}
+
+    @torch.no_grad()
+    def derivative(
+        self, student: Callable[..., Tensor], state: Tensor, t: Tensor, condition: Condition | None, slope: Tensor
+    ) -> Tensor:
+        """D u (B, *shape), within the phase of each row."""
+        if self.forward_mode:
+            try:
+                return cm.total_derivative_jvp(lambda x, time: student(x, time, condition), state, t, slope)
+            except (NotImplementedError, RuntimeError) as error:
+                self.forward_mode = no_forward_mode(error, "method.derivative=jvp", "finite differences are used")
+        both = None if condition is None else Condition.cat([condition, condition])
+        h, top = self.config.finite_difference_step, self.aims[torch.searchsorted(self.aims, t)]
+        # An aim's own time belongs to the phase below it, so no row looks back as far as that.
+        back, ahead = ((t - self.aim(t)) / 2).clamp(max=h), (top - t).clamp(max=h)
+        return cm.total_derivative(lambda x, time: student(x, time, both), state, t, slope, back, ahead)
+
+    def aim(self, t: Tensor) -> Tensor:
+        """r (B,) for times t (B,) above 0, both float64."""
+        return self._below(self.aims, t)
+
+    @staticmethod
+    def _below(rising: Tensor, t: Tensor) -> Tensor:
+        """The largest of ``rising`` (N,) below each t (B,)."""
+        return rising[torch.searchsorted(rising, t) - 1]
+
+    # --- draws
+
+    def draw_states(self, networks: Networks, t: Tensor, draw: Draw) -> tuple[Tensor, Condition | None]:
+        """x_t (B, *shape) at times t (B,) and their conditions; at the time of the first call, what sampling starts
+        from."""
+        shape = self.teacher.shape
+        if isinstance(self.samples, Pairs):
+            index = draw.integers(len(self.samples.latents), on_cpu=True)
+            _, clean, condition = self.samples.rows(index, self.teacher)
+        elif self.samples is not None:
+            clean, condition = self.samples.draw(draw)
+        else:
+            noise, condition = draw.normal(shape), self.teacher.draw_condition(draw)
+            with torch.no_grad():
+                clean = rollout(networks["student"], noise, self.steps, condition, lambda k: draw.normal(shape))
+        noise, start = draw.normal(shape), t >= self.steps.times[0]
+        signal = torch.where(start, torch.zeros_like(t), 1 - t)
+        level = torch.where(start, torch.full_like(t, self.steps.start_scale), t)
+        return per_sample(signal, clean) * clean + per_sample(level, clean) * noise, condition
+
+    def _at_calls(self, t: Tensor, draw: Draw) -> Tensor:
+        """Times (B,), of which a share of ``call_fraction`` is replaced by the student's own."""
+        if not self.config.call_fraction:
+            return t
+        chosen = self.calls[draw.integers(len(self.calls))]
+        return torch.where(draw.uniform() < self.config.call_fraction, chosen, t)
+
+    def _guidance(self, draw: Draw) -> Tensor | float:
+        low, high = self.config.guidance_min, self.config.guidance_max
+        return draw.uniform(low, high) if low < high else low
+
+
+def steps_of(config: ConsistencyConfig, teacher: Teacher) -> Steps:
+    """The student's times, and the rule between them.
+
+    Raises:
+        UserError: see :func:`flowdistill.students.given_times`; or times that do not begin where the teacher's
+            trajectories do; or several steps that no stock pipeline takes.
+    """
+    times = given_times(teacher, config.steps, None, config.start_unit, config.step_times)
+    if abs(times[0] - teacher.t_max) > SAME_TIME:
+        raise UserError(f"method.step_times begins at t = {times[0]:.6g}, but the teacher's trajectories begin at its "
+                        f"t_max, {teacher.t_max:.6g}; begin there, or set teacher.t_max")
+    stepping = "stochastic" if config.phases == 1 else "deterministic"
+    scale = start_scale(teacher.path, times, stepping, teacher.prompts is not None)
+    steps = Steps(times, stepping, scale)
+    if len(steps) > 1:
+        try:
+            check_exportable(teacher, steps)
+        except UserError as error:
+            raise UserError(f"{error}; method.phases=1 makes stochastic steps, phases={len(steps)} deterministic "
+                            "ones") from None
+    return steps
+
+
+def grid_of(teacher: Teacher, steps: Steps, points: int) -> Tensor:
+    """Falling times (N + 1,), float64, from the first call's to 0: those of the teacher's sampler of ``points`` steps,
+    and of the calls."""
+    own = torch.tensor([*steps.times, 0.0], dtype=torch.float64)
+    times = teacher.path.time_grid(points)
+    others = times[((times[:, None] - own).abs() > SAME_TIME).all(dim=1) & (times < own[0])]
+    return torch.cat([own, others]).sort(descending=True).values
+
+
+def aims_of(steps: Steps, phases: int) -> Tensor:
+    """What the calls aim at, rising, float64, with the first call's time at the end: 0, and the times between the
+    phases."""
+    between = steps.times if phases > 1 else steps.times[:1]
+    return torch.tensor([0.0, *reversed(between)], dtype=torch.float64)
