@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
-CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sdxl/disback", "sdxl/dmd2_4step", "sd3/dmd2", "sd3/dmd2_4step",
+CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora", "sd3/dmd2", "sd3/dmd2_4step",
            "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
 HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its average", "its optimiser",
         "its gradients", "critic", "its optimiser", "its gradients", "other networks", "activations: student",
@@ -26,10 +26,11 @@ def row(name: str) -> list[str]:
     from flowdistill.config import load_config
     from flowdistill.plan import make_plan
     from flowdistill.plan.advice import GIB
+    from flowdistill.plan.memory import Part
 
     plan = make_plan(load_config(ROOT / "configs" / f"{name}.yaml"))
     parts = plan.parts
-    student, critic, other = parts["student"], parts["critic"], parts.get("other networks")
+    student, critic, other = parts["student"], parts.get("critic", Part(0, 0)), parts.get("other networks")
     sizes = [parts["teacher"].weights, parts["autoencoder"].weights, student.weights, student.average,
              student.optimizer, student.gradients, critic.weights, critic.optimizer, critic.gradients,
              0 if other is None else other.weights, *(plan.activations.get(role) for role in ("student", "critic")),

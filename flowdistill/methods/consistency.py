@@ -72,7 +72,7 @@ class ConsistencyConfig(StudentKind):
         "the trajectory's tangent (sCM)", choices=("discrete", "finite_difference", "jvp"),
     )
     points: int = option(
-        50, "discrete: size of the grid: the times of the teacher's own sampler of so many steps, and those of the calls "
+        50, "discrete: steps of the teacher's own sampler whose times are the grid, with those of the calls besides "
         "(authors of LCM: 50)", at_least=1,
     )
     solver: str = option("euler", "discrete: the teacher's step (authors of LCM: euler, which is DDIM; of CD: heun)",

@@ -136,7 +136,7 @@ def make_plan(config: RunConfig) -> Plan:
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
         raise UserError(f"the method {config.method.name} needs the teacher's weights to be built with these settings, "
-                        f"for data or pairs of it, so it cannot be planned ({reason})") from error
+                        f"for its latents of data, so it cannot be planned ({reason})") from error
     roles = method.roles()
     seen: set[int] = set()
     parts = {"teacher": _part(teacher.network, seen)}
@@ -161,6 +161,8 @@ def make_plan(config: RunConfig) -> Plan:
     plan.calls = {name: method.calls_without_gradient(name) for name in networks}
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
     for name, network in networks.items():
+        if name not in plan.updates and name not in method.schedule(0):  # it follows another one
+            continue
         try:
             plan.activations[name] = _update(method, name, calls, config, plan.rows)
         except (RuntimeError, NotImplementedError) as error:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
 from flowdistill.export import export
 from flowdistill.methods.boot import Boot, BootConfig
+from flowdistill.methods.consistency import Consistency, ConsistencyConfig
 from flowdistill.methods.data_flow_map import DataFlowMap, DataFlowMapConfig
 from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
@@ -32,6 +33,8 @@ BOTH = {"student": "lora", "critic": "lora", "lora": LORA}
 METHODS = {
     "freeflow": lambda teacher: FreeFlow(FreeFlowConfig(**BOTH, guidance_max=2.0), teacher),
     "boot": lambda teacher: Boot(BootConfig(student="lora", lora=LORA), teacher),
+    "consistency": lambda teacher: Consistency(
+        ConsistencyConfig(student="lora", lora=LORA, pairs=11, pairs_steps=1, target="ema"), teacher),
     "data": lambda teacher: DataFlowMap(DataFlowMapConfig(data="digits", student="lora", lora=LORA), teacher),
     "dmd2": lambda teacher: Dmd2(Dmd2Config(**BOTH), teacher),
     "sid": lambda teacher: Sid(SidConfig(**BOTH), teacher),

@@ -76,12 +76,15 @@ class Counted(loop.Trainer):
             super().train()
         for name, role in self.roles.items():
             state = [v for values in role.optimizer.state.values() for v in values.values()]
-            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": Counted.gradients[name]}
+            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": Counted.gradients.get(name, 0)}
 
 
 RUNS = {
     "freeflow": ("dit", {"name": "freeflow", "guidance_max": 2.0}, {}),
     "boot": ("sd3", {"name": "boot"}, {}),
+    "consistency": ("sd", {"name": "consistency", "steps": 4, "student": "lora", "lora": {"rank": 2}, "pairs": 6,
+                           "pairs_steps": 1, "guidance_min": 2.0, "guidance_max": 4.0}, {"dtype": "bfloat16"}),
+    "consistency, averaged target": ("dit", {"name": "consistency", "target": "ema", "pairs": 6, "pairs_steps": 1}, {}),
     "dmd2, half teacher": ("sd", {"name": "dmd2", "critic_updates": 2}, {"dtype": "bfloat16"}),
     "sid, no guidance": ("ddim", {"name": "sid"}, {}),
     "lora critic": ("flux-dev", {"name": "freeflow", "critic": "lora", "critic_lora_rank": 2}, {"dtype": "bfloat16"}),
@@ -107,6 +110,7 @@ def test_bytes_are_those_of_a_run(tmp_path, monkeypatch, name):
     planned = {
         part: {key: getattr(plan.parts[part], key) for key in figures} for part, figures in Counted.real.items()
     }
+    assert plan.activations.keys() == Counted.gradients.keys()  # roles that are updated
     assert planned == Counted.real and plan.parts.keys() == Counted.real.keys()
     assert all(figures["weights"] for part, figures in planned.items())
     assert planned["student"]["gradients"] > 0 and planned["student"]["optimizer"] > 0
@@ -288,7 +292,8 @@ def test_the_commands_errors_are_a_sentence(tmp_path, cli):
     assert out.code == 2 and "nobody/nothing is no pipeline folder here" in out.err and "sit-xl-2-repa" in out.err
     assert "argument --gpu-memory: must be a number" in cli("plan", file, "--gpu-memory", "much").err
     assert "greater than 0, not '0'" in cli("plan", file, "--gpu-memory", 0).err
-    out = cli("plan", file, "method.regression_weight=1")
+    assert cli("plan", file, "method.regression_weight=1").code == 0  # pairs without content
+    out = cli("plan", file, "method.adversarial_weight=1", "method.data=shapes")
     assert out.code == 2 and "cannot be planned" in out.err and len(out.err.splitlines()) == 1
     (tmp_path / "pipeline" / "transformer" / "config.json").write_text("{")
     out = cli("plan", file)
