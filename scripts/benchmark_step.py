@@ -3,6 +3,7 @@
 
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py configs/digits/boot.yaml
+    python scripts/benchmark_step.py configs/digits/consistency.yaml
     python scripts/benchmark_step.py configs/digits/freeflow.yaml --rounds 60 --json step.json
     python scripts/benchmark_step.py configs/digits/sid.yaml
     python scripts/benchmark_step.py configs/digits/disback.yaml
@@ -66,7 +67,7 @@ def check(config: Any) -> None:
     host = getattr(method, "host", method)
     if method.name == "disback" and not method.backtrack:
         raise UserError("method.backtrack is false, so there is no node to be the target; benchmark the host itself")
-    if method.name != "boot" and host.critic != "full":
+    if getattr(host, "critic", "full") != "full":
         raise UserError(f"the benchmark counts a full critic, and method.critic is '{host.critic}'")
     if host.student != "full":
         raise UserError(f"the benchmark counts a full student, and method.student is '{host.student}'")
@@ -75,6 +76,10 @@ def check(config: Any) -> None:
             raise UserError("method.derivative is 'jvp', which is no plain network pass; use finite_difference")
         if method.regression_weight:
             raise UserError("the benchmark counts no regression term; set method.regression_weight to 0")
+    if method.name == "consistency" and (method.derivative == "jvp" or method.target == "ema"):
+        raise UserError("the benchmark counts plain passes of teacher and student; set method.derivative to discrete "
+                        "or finite_difference, and method.target to online")
+    if hasattr(method, "guidance_max"):
         if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
                             "to 1")
@@ -146,6 +151,18 @@ def boot_passes(method: Any, batch: int) -> list[Pass]:
     return [one for one in passes if one[4]]
 
 
+def consistency_passes(method: Any, batch: int) -> list[Pass]:
+    """Of consistency distillation."""
+    discrete = method.derivative == "discrete"
+    passes = [
+        ("student, states", "student", batch, NONE, method.steps if method.states == "student" else 0),
+        ("teacher", "teacher", batch, NONE, 2 if discrete and method.solver == "heun" else 1),
+        ("student, target or derivative", "student", batch if discrete else 2 * batch, NONE, 1),
+        ("student, trained", "student", batch, WEIGHTS, 1),
+    ]
+    return [one for one in passes if one[4]]
+
+
 def freeflow_passes(method: Any, batch: int) -> list[Pass]:
     """Of FreeFlow."""
     predicted = round(method.prediction_fraction * batch)
@@ -166,8 +183,8 @@ def freeflow_passes(method: Any, batch: int) -> list[Pass]:
 
 
 PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
-    "freeflow": freeflow_passes, "boot": boot_passes, "dmd2": host_passes, "diff_instruct": host_passes,
-    "sid": host_passes, "disback": host_passes,
+    "freeflow": freeflow_passes, "boot": boot_passes, "consistency": consistency_passes, "dmd2": host_passes,
+    "diff_instruct": host_passes, "sid": host_passes, "disback": host_passes,
 }
 
 
@@ -175,7 +192,7 @@ def needed_passes(method: Any, batch: int) -> list[Pass]:
     """Of one step of a method that ``check`` lets through; 0 times: as often as the step that is drawn needs."""
     passes = PASSES[method.name](method, batch)
     host = getattr(method, "host", method)
-    if getattr(host, "steps", 1) > 1 and host.step_inputs == "simulated":
+    if getattr(host, "steps", 1) > 1 and getattr(host, "step_inputs", "") == "simulated":
         passes.append((STATES, "student", batch, NONE, 0))  # as many as the steps that are drawn ask for
     return passes
 

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
-CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora", "sd3/dmd2", "sd3/dmd2_4step",
-           "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
+CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora",
+           "sd3/dmd2", "sd3/dmd2_4step", "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
 HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its average", "its optimiser",
         "its gradients", "critic", "its optimiser", "its gradients", "other networks", "activations: student",
         "critic", "peak")

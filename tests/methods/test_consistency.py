@@ -18,9 +18,12 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from tests.export.test_few_step_pipelines import own_latents, stock_images, with_lora
+from tests.families import FAMILIES, PROMPTS
 from tests.methods.test_score_distillation import DoubleDraw
 from tests.objectives.test_consistency import MEAN, MEANS, SHARES, STD, WIDTH, gaussian_map, mixture_map
-from tests.tiny import tiny_dit_pipeline, tiny_unet_pipeline
+from tests.students_of_steps import moved, noises
+from tests.tiny import tiny_unet_pipeline
 
 WORLDS = {
     "gaussian": (GaussianVelocity(torch.tensor([MEAN], dtype=torch.float64), STD), gaussian_map),
@@ -232,8 +235,6 @@ def test_only_pairs_of_the_teachers_own_labels_are_used():
 
 
 def teacher_of(path, **settings):
-    if path == "dit":
-        return load_teacher(tiny_dit_pipeline(), **settings)
     scheduler = {"flow": None, "epsilon": DDPMScheduler(clip_sample=False)}[path]
     return load_teacher(tiny_unet_pipeline(scheduler, num_class_embeds=11), null_label=10, **settings)
 
@@ -368,6 +369,25 @@ def test_inverse_step_weighs_short_steps_more():
             errors[weight, time] = method.loss("student", network, draw)[0].item()
     assert errors["inverse_step", 0] / errors["one", 0] == pytest.approx(0.4 / 0.05, rel=1e-4)
     assert errors["inverse_step", 1] / errors["one", 1] == pytest.approx(0.4 / 0.75, rel=1e-4)
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+def test_the_teachers_pipeline_takes_the_lora_file(tmp_path, phases):
+    """At the published times of LCM-LoRA, with the call that its card says; and as a phased one."""
+    pipeline = FAMILIES["sd"].make()
+    pipeline.save_pretrained(tmp_path / "base")
+    teacher = load_teacher(pipeline, prompts=PROMPTS)
+    config = ConsistencyConfig(steps=4, phases=phases, step_times=[999, 759, 499, 259], start_unit="timestep",
+                               states="student", student="lora", lora=LoraSettings(2, 3.0), guidance_max=4.0)
+    method = Consistency(config, teacher)
+    method.loss("student", {"student": method.student().network}, Draw(0, 0, rows=2))[0].backward()
+    student = moved(method.student())
+    drawn = noises(student)
+    expected = own_latents("sd", student, drawn)
+    pipe, call, _ = with_lora(student, tmp_path, pipe=FAMILIES["sd"].make())
+    assert call["timesteps"] == [999, 759, 499, 259]
+    latents = stock_images(pipe, "sd", student, call, drawn, "latent")
+    assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_bad_settings():

@@ -76,7 +76,8 @@ class Counted(loop.Trainer):
             super().train()
         for name, role in self.roles.items():
             state = [v for values in role.optimizer.state.values() for v in values.values()]
-            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": Counted.gradients.get(name, 0)}
+            gradients = Counted.gradients.get(name, 0)
+            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": gradients}
 
 
 RUNS = {
