@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
 CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora",
-           "sd3/dmd2", "sd3/dmd2_4step", "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
+           "sd3/dmd2", "sd3/dmd2_4step", "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora",
+           "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
 HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its average", "its optimiser",
         "its gradients", "critic", "its optimiser", "its gradients", "other networks", "activations: student",
         "critic", "peak")
@@ -26,13 +27,13 @@ def row(name: str) -> list[str]:
     from flowdistill.config import load_config
     from flowdistill.plan import make_plan
     from flowdistill.plan.advice import GIB
-    from flowdistill.plan.memory import Part
 
     plan = make_plan(load_config(ROOT / "configs" / f"{name}.yaml"))
     parts = plan.parts
-    student, critic, other = parts["student"], parts.get("critic", Part(0, 0)), parts.get("other networks")
+    student, critic, other = parts["student"], parts.get("critic"), parts.get("other networks")
+    of_critic = [None] * 3 if critic is None else [critic.weights, critic.optimizer, critic.gradients]
     sizes = [parts["teacher"].weights, parts["autoencoder"].weights, student.weights, student.average,
-             student.optimizer, student.gradients, critic.weights, critic.optimizer, critic.gradients,
+             student.optimizer, student.gradients, *of_critic,
              0 if other is None else other.weights, *(plan.activations.get(role) for role in ("student", "critic")),
              plan.peak]
     network = f"{parts['teacher'].parameters / 1e6:,.0f} M"

@@ -248,9 +248,9 @@ STATES = {"pairs": {"pairs": 11, "pairs_steps": 1}, "student": {"states": "stude
           "data": {"states": "data", "data": "digits"}}
 
 
-def run(folder, settings, teacher, steps):
+def run(folder, settings, teacher, steps, precision="fp32"):
     config = RunConfig(output_dir=str(folder), teacher=TeacherConfig(source="tiny"), method=None, train=TrainConfig(
-        steps=steps, batch_size=4, log_every=1, checkpoint_every=2, trackers=[], device="cpu", precision="fp32"))
+        steps=steps, batch_size=4, log_every=1, checkpoint_every=2, trackers=[], device="cpu", precision=precision))
     torch.manual_seed(0)
     method = Consistency(ConsistencyConfig(**settings), teacher)
     config.method = method.config
@@ -262,15 +262,15 @@ def run(folder, settings, teacher, steps):
 @pytest.mark.parametrize("kind, path", [("full", "flow"), ("lora", "epsilon")])
 @pytest.mark.parametrize("form", FORMS)
 def test_it_trains_resumes_bit_for_bit_and_comes_back_from_disk(tmp_path, form, path, kind):
-    """Three steps of the loop, and two and one; guided, with a range of scales."""
+    """Three steps of the loop, and two and one; guided, with a range of scales, and one form in half precision."""
     phases = 3 if path == "flow" else 1
     settings = {"steps": 3, "phases": phases, "guidance_min": 1.0, "guidance_max": 3.0, "student": kind,
                 "lora": LoraSettings(rank=2), **STATES["pairs"], **FORMS[form]}
-    teacher = teacher_of(path)
+    teacher, precision = teacher_of(path), "bf16" if form == "heun" else "fp32"
     before = copy.deepcopy(teacher.network.state_dict())
-    whole = run(tmp_path / "a", settings, teacher, 3)
-    run(tmp_path / "b", settings, teacher_of(path), 2)
-    again = run(tmp_path / "b", settings, teacher_of(path), 3)
+    whole = run(tmp_path / "a", settings, teacher, 3, precision)
+    run(tmp_path / "b", settings, teacher_of(path), 2, precision)
+    again = run(tmp_path / "b", settings, teacher_of(path), 3, precision)
     assert again.step == 3 and whole.roles.keys() == again.roles.keys()
     for role in whole.roles:
         one, other = (trainer.roles[role].network.state_dict() for trainer in (whole, again))
