@@ -172,7 +172,7 @@ class DrawBench(Suite):
 
     def read(self, path: Path) -> list[SuitePrompt]:
         if path.suffix.lower() == ".json":
-            texts = _list(path)
+            texts: Sequence[str] = _list(path)
         elif path.suffix.lower() == ".csv":
             rows = [row for _, row in iter_csv_rows(path)]
             names = rows[0] if rows else []
