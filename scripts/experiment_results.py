@@ -28,7 +28,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
 
     from flowdistill import load_student
     from flowdistill.config import load_config, teacher_found_again
-    from flowdistill.evaluation import Evaluator, student_sampler
+    from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
     from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors
 
     torch.set_num_threads(threads)
@@ -56,7 +56,8 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
         odd = student.network.load_state_dict(read_tensors(path, "student.average"), strict=False).unexpected_keys
         if odd:
             raise UserError(f"{path} does not fit the student: {odd[0]} is not in its network")
-        row = evaluator.measure(student_sampler(student), student.shape, student.num_classes)
+        row = evaluator.measure(student_sampler(student), student.shape, student.num_classes,
+                                condition=prompt_conditions(student))
         point = {"step": step, "seconds": read_state(path)["seconds"], "fid": row.fid, "accuracy": row.accuracy}
         figures["curve"].append(point | {"paired_error": paired_error(student, *pairs)})
     return figures

@@ -127,6 +127,9 @@ class ConsistencyConfig(StudentKind):
         if self.derivative != "discrete" and self.target == "ema":
             raise UserError(f"method.target is ema, but with method.derivative={self.derivative} there is no target "
                             "network; set it to online")
+        if self.target != "ema" and self.target_decay != ConsistencyConfig.target_decay:
+            raise UserError(f"method.target_decay is {self.target_decay}, but method.target is {self.target}, which "
+                            "has no average; set target to ema too")
         if (self.states == "data") != (self.data is not None):
             raise UserError(f"method.states is {self.states} and method.data {self.data or 'null'}; set states to data "
                             "and data to an image set, such as digits, or data to null")
@@ -166,6 +169,10 @@ class Consistency(SingleStudentMethod):
         if self.forward_mode:
             allow_forward_mode(self._student.network, "method.derivative=jvp")
         self.grid, self.aims = grid_of(teacher, self.steps, config.points), aims_of(self.steps, config.phases)
+        if config.derivative == "discrete" and config.solver == "euler" and len(self.grid) == len(self.aims):
+            raise UserError(f"method.points is {config.points}, which puts no time between those of the calls, and a "
+                            "step of method.solver=euler from one to the next is the untrained student's own: there is "
+                            "nothing to learn; raise points, to LCM's 50 for example, or set solver to heun")
         self.calls = torch.tensor(self.steps.times, dtype=torch.float64)
         self.samples: Pairs | RealData | None = None
         if config.states == "data":
