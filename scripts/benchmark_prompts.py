@@ -92,7 +92,9 @@ def step_times(pipeline: Path, settings: dict[str, Any], modes: Sequence[str], s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--counts", default="1000,100000")
     parser.add_argument("--modes", default=",".join(MODES))

@@ -109,7 +109,8 @@ def test_the_noises_share_of_an_export_is_exact(
     assert share == pytest.approx(student.t_start * (1 - student.t_start * c.state.item()), rel=3e-7)
 
 
-SHORT = {"disback": ["method.degradation_steps=1", "method.degradation_every=1", "train.steps=3"]}
+SHORT = {"disback": ["method.degradation_steps=1", "method.degradation_every=1", "train.steps=3"],
+         "consistency": ["method.pairs=4", "method.pairs_steps=1"]}
 OTHERS = ("data_flow_map", "echodistill", "msd", "teacher_score_matching")  # of data, prompts, methods, another shape
 
 

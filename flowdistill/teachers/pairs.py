@@ -84,14 +84,16 @@ def teacher_pairs(
     Args:
         steps: Euler steps of the teacher.
         folder: of the cache, by default ``~/.cache/flowdistill/pairs``. The file's name is a hash of the teacher's
-            weights, its path, its prompts and these arguments; a damaged file is made anew.
+            weights, its path, its classes or prompts and these arguments; a damaged file is made anew.
 
     Of a teacher on the meta device, which a plan has, the pairs have shapes and no content.
     """
     if teacher.device.type == "meta":
         empty = torch.empty(count, *teacher.shape, device="meta")
         return Pairs(empty, empty, _labels(teacher, count))
-    facts = [module_sha256(teacher.network), *teacher_facts(teacher, count, steps, guidance_scale, seed)]
+    # With another null label the same network has other classes.
+    facts = [module_sha256(teacher.network), teacher.num_classes,
+             *teacher_facts(teacher, count, steps, guidance_scale, seed)]
     key = json_sha256(facts)[:32]
     file = local_path(folder or cache_folder("pairs")) / f"{key}.safetensors"
 

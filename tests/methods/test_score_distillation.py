@@ -292,6 +292,13 @@ def test_data_of_another_shape_is_refused():
 # --- the regression term
 
 
+def test_pairs_of_another_null_label_are_of_other_classes(tmp_path):
+    """The network is the same one, and so was the file's name."""
+    for null_label, classes in ((3, [0, 1, 2]), (None, [0, 1, 2, 3])):
+        teacher = load_teacher(tiny_unet_pipeline(), null_label=null_label)
+        assert teacher_pairs(teacher, 4, 1, folder=tmp_path).labels.unique().tolist() == classes
+
+
 def test_pairs_are_made_once(tmp_path, monkeypatch):
     teacher = TEACHERS["flow"]()
     pairs = teacher_pairs(teacher, 7, 3, 1.5, seed=1, folder=tmp_path)

@@ -203,9 +203,12 @@ def start(command, stdout, stderr, env) -> Child:
 
 
 def test_an_experiment_runs_measures_and_leaves_finished_runs_alone(tmp_path, monkeypatch):
+    import experiment_results
     import run_experiment
     from run_experiment import main
 
+    monkeypatch.setattr(experiment_results, "PAIRS", 16)
+    monkeypatch.setattr(experiment_results, "PAIR_STEPS", 5)
     monkeypatch.setattr(run_experiment, "subprocess", SimpleNamespace(Popen=start))
     settings = (
         "overrides: [train.steps=2, train.batch_size=4, 'train.trackers=[]', train.num_samples=10, "
