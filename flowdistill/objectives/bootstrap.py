@@ -11,18 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowdistill.objectives.flow_map import _column
+from flowdistill.objectives.flow_map import column
 
 
 def signal(state: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """y = (x_t - t n) / (1 - t): state and unit noise (B, ...), t (B,) below 1."""
-    time = _column(t, state)
+    time = column(t, state)
     return (state - time * noise) / (1 - time)
 
 
 def state_of(signal: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) y + t n, the inverse of :func:`signal`."""
-    time = _column(t, signal)
+    time = column(t, signal)
     return (1 - time) * signal + time * noise
 
 
@@ -36,7 +36,7 @@ def step_share(t: Tensor, s: Tensor) -> Tensor:
 
 def signal_step(signal: Tensor, denoised: Tensor, rho: Tensor) -> Tensor:
     """y_s = y_t + rho (f - y_t): a DDIM step. Exact while f is constant; rho (B,)."""
-    return signal + _column(rho, signal) * (denoised - signal)
+    return signal + column(rho, signal) * (denoised - signal)
 
 
 def step_weight(rho: Tensor, cap: float) -> Tensor:
@@ -52,5 +52,5 @@ def threshold(denoised: Tensor, kind: str, percentile: float = 0.995) -> Tensor:
     if kind == "static":
         return denoised.clamp(-1, 1)
     level = torch.quantile(denoised.flatten(1).abs().float(), percentile, dim=1).clamp(min=1).to(denoised.dtype)
-    level = _column(level, denoised)
+    level = column(level, denoised)
     return torch.maximum(torch.minimum(denoised, level), -level) / level

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowdistill.objectives.flow_map import _column
+from flowdistill.objectives.flow_map import column
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """``(x (B, ...), t (B,)) -> velocity (B, ...)``."""
@@ -35,12 +35,12 @@ def teacher_step(velocity: Field, x: Tensor, t: Tensor, s: Tensor, solver: str, 
     Args:
         lowest: the smallest time at which the velocity is known.
     """
-    step, slope = _column(t - s, x), velocity(x, t)
+    step, slope = column(t - s, x), velocity(x, t)
     ahead = x - step * slope
     if solver == "euler":
         return ahead
     late = velocity(ahead, s.clamp(min=lowest))
-    inside = _column(s, x) > 0
+    inside = column(s, x) > 0
     return torch.where(inside, x - step * ((slope + late) / 2), ahead)
 
 
@@ -59,9 +59,9 @@ def total_derivative(network: Field, x: Tensor, t: Tensor, slope: Tensor, back: 
     Central where the two are equal, with an error of their square, else one-sided. ``network`` is called once, on the
     rows at t - back and then those at t + ahead.
     """
-    states = torch.cat([x - _column(back, x) * slope, x + _column(ahead, x) * slope])
+    states = torch.cat([x - column(back, x) * slope, x + column(ahead, x) * slope])
     before, after = network(states, torch.cat([t - back, t + ahead])).chunk(2)
-    return (after - before) / _column(back + ahead, x)
+    return (after - before) / column(back + ahead, x)
 
 
 def total_derivative_jvp(network: Field, x: Tensor, t: Tensor, slope: Tensor) -> Tensor:
@@ -104,10 +104,10 @@ def warmed_residual(
     """
     m, _ = trigonometric(t, data_std)
     weight = share + (1 - share) * (1 - t) * m**2
-    return _column(weight, velocity) * (velocity - slope) + share * _column(duration, velocity) * derivative
+    return column(weight, velocity) * (velocity - slope) + share * column(duration, velocity) * derivative
 
 
 def normalized(signal: Tensor, c: float) -> Tensor:
     """signal / (its root mean square + c), per sample: sCM's tangent normalisation; c = 0.1 there."""
     size = signal.flatten(1).square().mean(dim=1).sqrt()
-    return signal / _column(size + c, signal)
+    return signal / column(size + c, signal)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowdistill.objectives.flow_map import _column, velocity_matching_loss
+from flowdistill.objectives.flow_map import column, velocity_matching_loss
 
 
 def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t n: x, noise (B, ...), t (B,)."""
-    time = _column(t, x)
+    time = column(t, x)
     return (1 - time) * x + time * noise
 
 
@@ -43,7 +43,7 @@ def diff_instruct_gradient(residual: Tensor, t: Tensor) -> Tensor:
 
     In EDM's coordinates sigma^2 (s_critic - s_teacher); in a DDPM's (sigma^2 / alpha) of the same.
     """
-    return -_column(t, residual) * residual
+    return -column(t, residual) * residual
 
 
 def decoupled_residual(residual: Tensor, augmentation: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def decoupled_residual(residual: Tensor, augmentation: Tensor, t: Tensor, s: Ten
         augmentation: A (B, ...), (w - 1) (v_1 - v_null) for plain guidance.
         t, s: (B,), t positive.
     """
-    return residual - _column(s / t, residual) * augmentation
+    return residual - column(s / t, residual) * augmentation
 
 
 def dmd_gradient(residual: Tensor, error: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def dmd_gradient(residual: Tensor, error: Tensor) -> Tensor:
     ``error`` is the teacher's (B, ...). Where both vanish (a teacher that returns the sample itself) it is 0.
     """
     size = error.flatten(1).abs().mean(dim=1)
-    scaled = -residual / _column(size, residual)
+    scaled = -residual / column(size, residual)
     return scaled.where(scaled.isfinite(), 0.0)
 
 
@@ -111,7 +111,7 @@ def flow_matching_loss(velocity: Tensor, x: Tensor, noise: Tensor) -> Tensor:
 
 def score_from_velocity(velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """grad log p_t(x) = -(x + (1 - t) v) / t; t (B,) positive."""
-    time = _column(t, x)
+    time = column(t, x)
     return -(x + (1 - time) * velocity) / time
 
 

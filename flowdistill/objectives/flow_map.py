@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def end_point(start: Tensor, duration: Tensor, velocity: Tensor) -> Tensor:
     """f = start - d V: start (B, ...), duration (B,), average velocity (B, ...)."""
-    return start - _column(duration, start) * velocity
+    return start - column(duration, start) * velocity
 
 
 def generating_residual(velocity: Tensor, derivative: Tensor, duration: Tensor, teacher_velocity: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def generating_residual(velocity: Tensor, derivative: Tensor, duration: Tensor, 
 
     FreeFlow, Eq. 8 and 9 (their Delta_G is the negative of this, and so is their F: the gradient is the same).
     """
-    return velocity + _column(duration, velocity) * derivative - teacher_velocity
+    return velocity + column(duration, velocity) * derivative - teacher_velocity
 
 
 def discrete_target(shorter: Tensor, teacher_velocity: Tensor, duration: Tensor, step: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def discrete_target(shorter: Tensor, teacher_velocity: Tensor, duration: Tensor,
 
     BOOT's DDIM target in velocity form is this (OFTSR, arXiv 2412.09465, calls it v_boot).
     """
-    share = _column(step / duration, shorter)
+    share = column(step / duration, shorter)
     return (1 - share) * shorter + share * teacher_velocity
 
 
@@ -62,7 +62,7 @@ def duration_derivative(
     """
     below, above = (duration - step).clamp(min=0), (duration + step).clamp(max=longest)
     low, high = network(torch.cat([below, above])).chunk(2)
-    return (high - low) / _column(above - below, low)
+    return (high - low) / column(above - below, low)
 
 
 def duration_derivative_jvp(network: Callable[[Tensor], Tensor], duration: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def damp(residual: Tensor, power: float, epsilon: float) -> Tensor:
     if power == 0:
         return residual
     size = residual.flatten(1).square().mean(dim=1)
-    return residual / _column((size + epsilon).pow(power), residual)
+    return residual / column((size + epsilon).pow(power), residual)
 
 
 def velocity_matching_loss(velocity: Tensor, residual: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowdistill.objectives.flow_map import _column
+from flowdistill.objectives.flow_map import column
 
 NORMS = ("none", "per_sample", "last_dim")
 
@@ -26,5 +26,5 @@ def kept_norm(guided: Tensor, conditional: Tensor, kind: str) -> Tensor:
         return guided * (own / size.where(size > 0, 1.0))  # divided first, as the pipelines do; of 0 it stays 0
     if kind == "per_sample":
         own, size = (value.flatten(1).norm(dim=1) for value in (conditional, guided))
-        return guided * _column((own / size.where(size > 0, 1.0)).clamp(max=1), guided)
+        return guided * column((own / size.where(size > 0, 1.0)).clamp(max=1), guided)
     raise ValueError(f"kind is '{kind}'; it must be one of {', '.join(NORMS)}")
