@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ import torch
 
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
 from flowdistill.teachers import load_teacher
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
 MODES = ("memory", "disk", "live")
@@ -91,13 +93,30 @@ def step_times(pipeline: Path, settings: dict[str, Any], modes: Sequence[str], s
         b - a for a, b in zip(base, values, strict=True)) / statistics.median(base)} for mode, values in kept.items()}
 
 
+def counts(text: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
+def modes(text: str) -> list[str]:
+    """Modes, separated by commas."""
+    found = text.split(",")
+    if not set(found) <= set(MODES):
+        raise ValueError
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("pipeline", type=Path)
-    parser.add_argument("--counts", default="1000,100000")
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--counts", type=counts, default="1000,100000", metavar="N,N,...", help="lengths of the lists")
+    parser.add_argument("--modes", type=modes, default=",".join(MODES), metavar="MODE,...",
+                        help=f"of {', '.join(MODES)}")
     parser.add_argument("--at-once", type=int, default=16,
                         help="teacher.prompts_at_once of memory and disk; live has 16, and 1 where steps are timed")
     parser.add_argument("--draws", type=int, default=200)
@@ -106,13 +125,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="a folder for what is encoded; default: one that is removed")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    modes = options.modes.split(",")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = str(options.cache or folder)
-        for count in map(int, options.counts.split(",")):
+        for count in options.counts:
             file = Path(folder) / f"{count}.txt"
             write_prompts(file, count)
-            for mode in modes:
+            for mode in options.modes:
                 settings = {"prompts": str(file), "prompt_cache": mode}
                 if mode != "live":
                     settings |= {"prompts_at_once": options.at_once}
@@ -123,9 +141,14 @@ def main() -> None:
                 print(json.dumps({"mode": mode, "prompts": count} | found), flush=True)
         if options.steps:
             settings = {"prompts": str(file), "prompts_at_once": options.at_once}
-            for mode, found in step_times(options.pipeline, settings, modes, options.steps, options.rows).items():
+            timed = step_times(options.pipeline, settings, options.modes, options.steps, options.rows)
+            for mode, found in timed.items():
                 print(json.dumps({"mode": mode, "prompts": count} | found), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"benchmark_prompts: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class SuitePrompt:
     line: str | None = None
 
 
-class Suite:
+class Suite(ABC):
     """A benchmark.
 
     Attributes:
@@ -78,13 +79,13 @@ class Suite:
     bring: ClassVar[str]
     square: ClassVar[bool] = False
 
+    @abstractmethod
     def read(self, path: Path) -> list[SuitePrompt]:
         """The prompts, in the benchmark's order.
 
         Raises:
             UserError: something that is not what the benchmark has.
         """
-        raise NotImplementedError
 
     def files(self, prompt: SuitePrompt) -> list[str]:
         """Where the pictures of a prompt are, below the folder."""
