@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -144,14 +144,14 @@ def _claimed(
     """The features of the protocol, and what the report says of it; (None, {}) without one."""
     if shared["protocol"] is None:
         return None, {}
-    extractor = load_features(shared["features"], device, weights)
+    load = cache(partial(load_features, shared["features"], device, weights))
     given = [one.condition.prompts for one in compared
              if one.condition is not None and one.settings["prompts"] is not None]  # the same for all
     models = [(one.name, one.model) for one in compared if one.model is not None]
     made = claim(shared["protocol"], shared["num_images"], shared["reference"], given[0] if given else None, models,
-                 [partial(_first, one) for one in compared], extractor,
+                 [partial(_first, one) for one in compared], load,
                  {one.name: len(one.images) for one in compared if one.images is not None})
-    return extractor, made.entries()
+    return load(), made.entries()
 
 
 def _first(one: _Compared) -> Tensor:

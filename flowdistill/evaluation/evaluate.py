@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +210,11 @@ def _measured(
     own = None if model.classes is None else model.classes.own
     claimed: JsonObject = {}
     if settings["protocol"] is not None:
-        settings["features"] = load_features(settings["features"], place, how["weights"])
+        load = cache(partial(load_features, settings["features"], place, how["weights"]))
         claimed = claim(settings["protocol"], settings["num_images"], settings["reference"],
                         None if prompts is None else prompts.prompts, [(subject.name, model)],
-                        [partial(first_image, model, models[0][2])], settings["features"]).entries()
+                        [partial(first_image, model, models[0][2])], load).entries()
+        settings["features"] = load()
         announce(claimed, how["progress"])
     scorers = open_scorers(settings, model, subject.teacher, place)
     extractor, compared = open_reference(settings["features"], settings["reference"], subject.teacher, settings, place,

@@ -17,7 +17,7 @@ from flowdistill.data.image_sets import ImageSet
 from flowdistill.evaluation.collect import Collected, check_size, collect, stored_batches
 from flowdistill.evaluation.generation import Batch, Sampler, balanced_labels, check_num_images, generate, prompt_groups
 from flowdistill.evaluation.kept_rows import VERSION, KeptRows, KnownSampler
-from flowdistill.evaluation.metrics import METRICS, Asked, MeasuredImages, Metric, all_metrics
+from flowdistill.evaluation.metrics import METRICS, Asked, Expected, MeasuredImages, Metric, all_metrics
 from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.reference import Reference, load_reference, mean_floor
 from flowdistill.evaluation.report import Report, Row
@@ -303,6 +303,21 @@ class Evaluator:
                 raise UserError(f"samples of shape {tuple(images.shape[1:])} are no images, so the features "
                                 f"{self.extractor.name!r} cannot measure them")
             check_size(self.extractor(to_uint8(images.nan_to_num())), self.extractor, self._size)
+
+    def given(
+        self, kind: type[Metric], image: Tensor, num_classes: int | None, prompts: Sequence[str] | None
+    ) -> list[str]:
+        """The figures by which a metric of this kind will rank a model whose images are like ``image`` (1, C, H, W).
+
+        Args:
+            num_classes: of the model.
+            prompts: that it goes through; None for a model without.
+        """
+        metric = next((one for one in self.metrics if isinstance(one, kind)), None) or kind()
+        read = self._prompt_labels(prompts) if prompts else None
+        labelled = bool((read >= 0).any()) if read is not None else num_classes is not None and not prompts
+        size = 0 if self.extractor is None else self.extractor(to_uint8(image.nan_to_num())).shape[1]
+        return list(metric.given(Expected(self.drawn, self.extractor, labelled, size, self.reference)))
 
     def _announce(self, what: str, count: int) -> None:
         """A line before a measurement, where no bar shows that it goes on."""

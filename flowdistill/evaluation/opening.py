@@ -23,14 +23,14 @@ from flowdistill.evaluation.evaluate import (
 )
 from flowdistill.evaluation.evaluator import Evaluator
 from flowdistill.evaluation.generation import Sampler
-from flowdistill.evaluation.metrics import METRICS
+from flowdistill.evaluation.metrics import METRICS, ranking_metric
 from flowdistill.evaluation.protocols import claim
 from flowdistill.evaluation.reference import Reference
 from flowdistill.evaluation.report import lines_of
 from flowdistill.features.extractor import load_features
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.logging import log_once
 
 
@@ -66,6 +66,8 @@ def open_evaluation(
     teacher: Teacher,
     device: torch.device | str | None = None,
     parts: Iterable[Sequence[int]] = (),
+    ranking: str | None = None,
+    key: str = "",
 ) -> OpenedEvaluation:
     """Open features, reference, scorers and metrics, and draw and look at one image as the evaluation will.
 
@@ -74,6 +76,7 @@ def open_evaluation(
 
     Args:
         parts: class labels of each student that will be measured alone, against images of these only.
+        ranking: a figure that students will be ranked by, and ``key`` the setting that names it.
 
     Raises:
         UserError: a part that is unknown, missing, damaged or does not fit another one.
@@ -89,15 +92,16 @@ def open_evaluation(
         if settings.protocol is not None and settings.features is not None:  # a protocol has features
             found = claim(settings.protocol, settings.num_images, settings.reference,
                           None if prompts is None else prompts.prompts, [("the teacher", teacher)],
-                          [partial(first_image, teacher, sampler)], load_features(settings.features, device))
+                          [partial(first_image, teacher, sampler)],
+                          partial(load_features, settings.features, device))
             for line in lines_of(found.entries()):
                 log_once(line)
-        return _opened(settings, teacher, sampler, scale, device, parts)
+        return _opened(settings, teacher, sampler, scale, device, parts, ranking, key)
 
 
 def _opened(
     settings: EvaluationConfig, teacher: Teacher, sampler: Sampler, scale: float,
-    device: torch.device | str | None, parts: Iterable[Sequence[int]],
+    device: torch.device | str | None, parts: Iterable[Sequence[int]], ranking: str | None, key: str,
 ) -> OpenedEvaluation:
     # Its own samples are drawn at the student's guidance scale, which may be known when there is a student only.
     scorers = open_scorers(vars(settings), teacher, teacher, device)
@@ -105,12 +109,21 @@ def _opened(
     extractor, reference = open_reference(settings.features, None if later else settings.reference,
                                           None if later else teacher, vars(settings), device)
     # What it makes of the noise that is measured is not drawn yet: nothing else of it can be missing.
-    names = [name for name in settings.more_metrics if not METRICS.get(name).needs_teacher]
+    ranks = [] if ranking is None else [ranking_metric(ranking, key).name]
+    names = [name for name in (*settings.more_metrics, *ranks) if not METRICS.get(name).needs_teacher]
     evaluator = Evaluator(extractor, reference, settings.num_images, 0, settings.batch_size,
                           more_metrics=names, scorers=scorers, device=device, progress=False)
     image = first_image(teacher, sampler)
     prompts = prompt_conditions(teacher)
     evaluator.check_image(image, None if prompts is None else prompts.prompts[0])
+    if ranking is not None:
+        given = evaluator.given(METRICS.get(ranks[0]), image, teacher.num_classes,
+                                None if prompts is None else prompts.prompts)
+        if ranking not in given:
+            instead = f"; these have {listed(given)}" if given else ""
+            raise UserError(f"'{key}' is {ranking}, which {settings.num_images:,} images of this teacher's student do "
+                            f"not have with the features {settings.features} and the reference {settings.reference}"
+                            f"{instead}; choose another figure, or other ones of these")
     for count in settings.pipeline_steps:
         teacher.pipeline_calls(count)
     own = None if teacher.classes is None else teacher.classes.own

@@ -155,7 +155,7 @@ def claim(
     prompts: Sequence[str] | None,
     models: Sequence[tuple[str, Teacher | Student]],
     images: Sequence[Callable[[], Tensor]],
-    extractor: FeatureExtractor,
+    features: Callable[[], FeatureExtractor],
     folders: Mapping[str, int] | None = None,
 ) -> Claim:
     """Whether what is about to be measured is the protocol ``name``; no image of the reference is read for it.
@@ -164,7 +164,7 @@ def claim(
         prompts: the captions; None where none were given.
         models: with their names; of the ones that are measured.
         images: each gives one that is measured, (1, C, H, W); called where everything else is found to be right.
-        extractor: the protocol's features.
+        features: loads the protocol's; called where captions, labels and folders are found to be given.
         folders: of images that are measured beside models, with how many each holds.
 
     Raises:
@@ -178,6 +178,8 @@ def claim(
     departures += [found for model in models for found in check(protocol, prompts, *model)]
     departures += [f"{folder} holds {count:,} images, not {protocol.num_images:,}"
                    for folder, count in (folders or {}).items() if count != protocol.num_images]
+    _check_given(protocol, reference)
+    extractor = features()
     held, size, found = _reference(protocol, reference, extractor)
     departures += found
     if NOT_PUBLISHED in extractor.name:
@@ -243,6 +245,22 @@ def _labels(
     return []
 
 
+def _check_given(protocol: Protocol, reference: str | os.PathLike[str] | Reference | None) -> None:
+    """Refuse a reference that is missing, without a look into it."""
+    if isinstance(reference, Reference):
+        return
+    named = None if reference is None else os.fspath(reference)
+    if named is None or named in (TEACHER, *IMAGE_SETS):
+        given = "" if named is None else f", not {named!r}"
+        raise UserError(f"the protocol {protocol.name} is measured against {protocol.real}: give {protocol.bring} "
+                        f"with --reference (evaluation.reference){given}")
+    path = local_path(named)
+    if protocol.captions is None and not path.is_file():
+        raise _wrong(protocol, named, "is a folder" if path.is_dir() else "does not exist")
+    if not path.exists():
+        raise _wrong(protocol, named, "does not exist")
+
+
 def _reference(
     protocol: Protocol, reference: str | os.PathLike[str] | Reference | None, extractor: FeatureExtractor
 ) -> tuple[str, tuple[int, int] | None, list[str]]:
@@ -252,11 +270,8 @@ def _reference(
     if isinstance(reference, Reference):
         count = _opened(protocol, reference, extractor)
     else:
-        named = None if reference is None else os.fspath(reference)
-        if named is None or named in (TEACHER, *IMAGE_SETS):
-            given = "" if named is None else f", not {named!r}"
-            raise UserError(f"the protocol {protocol.name} is measured against {protocol.real}: give {protocol.bring} "
-                            f"with --reference (evaluation.reference){given}")
+        assert reference is not None  # it was refused
+        named = os.fspath(reference)
         if protocol.captions is None:
             count, *size = _adm_file(protocol, named)
         else:
@@ -287,8 +302,6 @@ def _folder(protocol: Protocol, reference: str, extractor: FeatureExtractor) -> 
     path = local_path(reference)
     if path.is_dir():
         return len(FolderImages(path))
-    if not path.is_file():
-        raise _wrong(protocol, reference, "does not exist")
     held = _arrays(protocol, path, ("count", "feature_hash"))
     if len(held) < 2:
         raise _wrong(protocol, reference, "is something else; of files only statistics are read that evaluate_fid.py "
@@ -301,8 +314,6 @@ def _folder(protocol: Protocol, reference: str, extractor: FeatureExtractor) -> 
 def _adm_file(protocol: Protocol, reference: str) -> tuple[int, int, int]:
     """Number, height and width of the images in a file of ADM's."""
     path = local_path(reference)
-    if not path.is_file():
-        raise _wrong(protocol, reference, "is a folder" if path.is_dir() else "does not exist")
     held = _arrays(protocol, path, ADM_ARRAYS[:-1])
     images = ArrayImages.found(path)
     missing = [name for name in ADM_ARRAYS[:-1] if name not in held]

@@ -204,7 +204,9 @@ def open_run_evaluation(
     own = config.evaluation.features is not None and is_teacher(config.evaluation.reference, teacher)
     if config.evaluation.missing is not None and not own:
         log_once(config.evaluation.missing)
-    return open_evaluation(config.evaluation, teacher, accelerator.device, parts)
+    stop = config.train.stop_when
+    return open_evaluation(config.evaluation, teacher, accelerator.device, parts,
+                           None if stop is None else stop.metric, KEY)
 
 
 def is_measured(folder: Path, config: RunConfig, same_evaluation: bool) -> bool:

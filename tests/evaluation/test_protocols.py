@@ -131,6 +131,9 @@ def test_coco_on_a_folder_and_captions(inception, small, tmp_path, name, figures
     assert again.protocol["protocol"] == name and again.rows[0].fid == report.rows[0].fid
 
 
+NOT_GIVEN = (None, "teacher", "digits", "nowhere", "nowhere.npz", "FOLDER")
+
+
 def wrong_settings():
     """(protocol, what is changed of a right evaluation, what the sentence says), for each thing that can be wrong."""
     for name in ("coco30k-256", "coco10k-512"):
@@ -193,6 +196,11 @@ def test_what_is_missing_or_wrong_is_said_before_the_work(
     with pytest.raises(UserError, match=sentence) as refused:
         flowdistill.evaluate(models[asked["model"]](), protocol=name, teacher_steps=(1,), progress=False, **given)
     assert work == [] and "\n" not in str(refused.value)
+    # What is missing is said whether or not there are weights.
+    if change.get("prompts", "") is None or change.get("reference", "") in NOT_GIVEN:
+        monkeypatch.setattr(evaluating, "load_features", lambda *given: pytest.fail("they are opened first"))
+        with pytest.raises(UserError, match=sentence):
+            flowdistill.evaluate(models[asked["model"]](), protocol=name, teacher_steps=(1,), progress=False, **given)
 
 
 def test_another_number_of_images_is_a_trial_without_the_name(inception, tmp_path, capsys):

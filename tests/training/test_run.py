@@ -46,7 +46,7 @@ def measured(monkeypatch):
     teacher = exact_teacher(GaussianVelocity(torch.zeros(2), 1.0))
     monkeypatch.setattr("flowdistill.training.run.load_teacher", lambda *settings, **more: teacher)
     opened = SimpleNamespace(reference=None, check_student=lambda student: None)  # a sample of the toy is two numbers
-    monkeypatch.setattr("flowdistill.training.run.open_evaluation", lambda *given: opened)
+    monkeypatch.setattr("flowdistill.training.run.open_evaluation", lambda *given, **named: opened)
     monkeypatch.setattr("flowdistill.training.run.save_comparison", lambda *arguments: None)
     monkeypatch.setattr("flowdistill.training.run.evaluate", evaluate)
     return calls

@@ -4,6 +4,7 @@ from flowdistill.evaluation.metrics.base import (
     METRICS,
     Asked,
     Column,
+    Expected,
     MeasuredImages,
     Metric,
     all_metrics,
@@ -11,4 +12,14 @@ from flowdistill.evaluation.metrics.base import (
     register_metric,
 )
 
-__all__ = ["METRICS", "Asked", "Column", "MeasuredImages", "Metric", "all_metrics", "ranking_metric", "register_metric"]
+__all__ = [
+    "METRICS",
+    "Asked",
+    "Column",
+    "Expected",
+    "MeasuredImages",
+    "Metric",
+    "all_metrics",
+    "ranking_metric",
+    "register_metric",
+]

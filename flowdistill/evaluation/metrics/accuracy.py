@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flowdistill.evaluation.confidence import binomial_std
-from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.base import Column, Expected, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
 
 
@@ -17,6 +19,10 @@ class Accuracy(Metric):
     better = {"accuracy": "higher"}
     position = 40
     needs_reference = False
+
+    def given(self, expected: Expected) -> Collection[str]:
+        knows = expected.extractor is not None and expected.extractor.classifier is not None
+        return self.better if knows and expected.labelled else []
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         collected = images.collected

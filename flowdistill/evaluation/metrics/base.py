@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
@@ -97,6 +97,25 @@ class Asked:
     kinds: int = 0
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A measurement before any image of it is made.
+
+    Attributes:
+        count: of the images.
+        extractor: None without features.
+        labelled: whether the images are of labels, or of prompts whose class the features know.
+        size: features of an image.
+        reference: None where it is not known yet.
+    """
+
+    count: int
+    extractor: FeatureExtractor | None = None
+    labelled: bool = False
+    size: int = 0
+    reference: Reference | None = None
+
+
 class Metric(ABC):
     """One file, one metric: it is made once for an evaluation and measures every row of the table.
 
@@ -111,6 +130,8 @@ class Metric(ABC):
         needs_features: whether it looks at features; without any, the others are measured.
         needs_teacher: whether it compares with what the teacher makes of the same noise, ``MeasuredImages.paired``.
         default: whether it is measured without being asked for by name.
+        fewest: images, also of the reference where its features are needed, below which it is not measured.
+        compares_features: whether it needs the features of the reference's images, and not just their moments.
         version: raised when its figures mean something else than before, so that rows that were kept are measured anew.
     """
 
@@ -124,6 +145,8 @@ class Metric(ABC):
     needs_teacher: ClassVar[bool] = False
     default: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    fewest: ClassVar[int] = 1
+    compares_features: ClassVar[bool] = False
 
     @classmethod
     def applies(cls, extractor: FeatureExtractor) -> bool:
@@ -142,6 +165,13 @@ class Metric(ABC):
             UserError: so.
         """
         return None
+
+    def given(self, expected: Expected) -> Collection[str]:
+        """Those figures of ``better`` that such a measurement will have."""
+        count, known = expected.count, expected.reference
+        if self.compares_features and known is not None:
+            count = 0 if known.features is None else min(count, len(known.features))
+        return self.better if count >= self.fewest else []
 
     @abstractmethod
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:

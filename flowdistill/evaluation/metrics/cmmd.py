@@ -26,6 +26,8 @@ class CMMD(Metric):
     columns = (Column("cmmd", "CMMD", spread="cmmd_std"),)
     better = {"cmmd": "lower"}
     position = 101
+    fewest = 2
+    compares_features = True
 
     @classmethod
     def applies(cls, extractor: FeatureExtractor) -> bool:

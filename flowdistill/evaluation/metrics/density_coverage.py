@@ -27,6 +27,8 @@ class DensityCoverage(Metric):
     better = {"density": "higher", "coverage": "higher"}
     position = 108
     default = False
+    fewest = NEIGHBOURS + 1
+    compares_features = True
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         if reference.features is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flowdistill.evaluation.confidence import STATED, frechet_std
-from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.base import Column, Expected, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.text import JsonObject
@@ -32,6 +32,9 @@ class Frechet(Metric):
         distance = protocol.get("distance", "FID")
         figure = figure_of(distance)
         return (Column(figure, distance, spread=f"{figure}_std"),)
+
+    def given(self, expected: Expected) -> Collection[str]:
+        return [] if expected.extractor is None or expected.count < 2 else [figure_of(expected.extractor.distance)]
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         moments = images.collected.moments

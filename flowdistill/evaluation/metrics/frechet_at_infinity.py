@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from flowdistill.evaluation.confidence import frechet_std
-from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.base import Column, Expected, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.moments import frechet_distance, moments_of
 from flowdistill.evaluation.reference import Reference
@@ -17,6 +17,8 @@ from flowdistill.utils.randomness import generator_of
 from flowdistill.utils.text import JsonObject
 
 POINTS = 15
+FEWEST = 3
+"""Sizes below this give a line no error."""
 SMALLEST_SHARE = 10
 """The smallest subset is this part of the images, and no smaller than twice the number of features."""
 
@@ -43,10 +45,15 @@ class FrechetAtInfinity(Metric):
         figure = f"{figure_of(distance)}_infinity"
         return (Column(figure, f"{distance} at infinity", spread=f"{figure}_std"),)
 
+    def given(self, expected: Expected) -> Collection[str]:
+        if expected.extractor is None or len(subset_sizes(expected.count, expected.size)) < FEWEST:
+            return []
+        return [f"{figure_of(expected.extractor.distance)}_infinity"]
+
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         features = images.collected.features
         sizes = subset_sizes(*features.shape)
-        if len(sizes) < 3:
+        if len(sizes) < FEWEST:
             return {}
         value, error = extrapolated(features, reference, sizes, images.seed, images.kept_classes)
         moments = images.collected.moments

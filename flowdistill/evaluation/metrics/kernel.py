@@ -37,6 +37,8 @@ class Kernel(Metric):
     columns = (Column("kid", "KID x 1000", scale=1000.0, spread="kid_std"),)
     better = {"kid": "lower"}
     position = 20
+    fewest = 2
+    compares_features = True
 
     @classmethod
     def shown(cls, protocol: JsonObject) -> Sequence[Column]:

@@ -27,6 +27,8 @@ class PrecisionRecall(Metric):
     )
     better = {"precision": "higher", "recall": "higher"}
     position = 30
+    fewest = NEIGHBOURS + 1
+    compares_features = True
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         if reference.features is None:

@@ -27,6 +27,8 @@ class PrecisionRecallADM(Metric):
     )
     better = {"precision_adm": "higher", "recall_adm": "higher"}
     position = 106
+    fewest = NEIGHBOURS + 1
+    compares_features = True
 
     @classmethod
     def applies(cls, extractor: FeatureExtractor) -> bool:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flowdistill.evaluation.confidence import mean_std
-from flowdistill.evaluation.metrics.base import Asked, Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.base import (
+    Asked,
+    Column,
+    Expected,
+    Figures,
+    MeasuredImages,
+    Metric,
+    register_metric,
+)
 from flowdistill.evaluation.reference import Reference
 from flowdistill.features.scorers import Scorer
 from flowdistill.utils.errors import UserError, listed
@@ -48,6 +56,9 @@ class PromptScores(Metric):
         if asked.prompts is None:
             raise UserError(f"the scorers ({listed(scorer.figure for scorer in self.scorers)}) say how well images fit "
                             "their prompts, and these have none; leave evaluation.scorers (--scorers) empty")
+
+    def given(self, expected: Expected) -> Collection[str]:
+        return [scorer.figure for scorer in self.scorers]
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         figures: dict[str, object] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from collections.abc import Collection
+
+from flowdistill.evaluation.metrics.base import Column, Expected, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.evaluation.reference import Reference
 from flowdistill.features.extractor import FeatureExtractor
@@ -22,6 +24,10 @@ class SpatialFrechet(Metric):
     @classmethod
     def applies(cls, extractor: FeatureExtractor) -> bool:
         return extractor.spatial is not None and not extractor.patches
+
+    def given(self, expected: Expected) -> Collection[str]:
+        known = expected.reference
+        return [] if expected.count < 2 or known is not None and known.spatial_mean is None else self.better
 
     def measure(self, images: MeasuredImages, reference: Reference) -> Figures:
         moments, mean, covariance = images.collected.spatial, reference.spatial_mean, reference.spatial_covariance
