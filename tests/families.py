@@ -6,7 +6,7 @@ import functools
 import inspect
 import string
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -82,11 +82,19 @@ class Family:
     pack: Callable[[Tensor], Tensor] = lambda latents: latents
     unpack: Callable[[Tensor], Tensor] = lambda latents: latents
     negative: bool = True
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
     labels: list[int] | None = None
     start: Callable[[Any], float] = lambda teacher: 1.0
     null_label: int | None = None
     loop: bool = False
+
+    def sized(self, height: int, width: int, shape: tuple[int, ...]) -> Family:
+        """The same at another size in pixels, at which samples have ``shape`` (C, H, W)."""
+        def image(tokens: Tensor) -> Tensor:
+            return diffusers.FluxPipeline._unpack_latents(tokens, 2 * shape[-2], 2 * shape[-1], 2)
+
+        return replace(self, image_size=[height, width], call=self.call | {"height": height, "width": width},
+                       unpack=image if self.pack is tokens else self.unpack)
 
     @functools.cached_property
     def prompts(self) -> bool:

@@ -85,6 +85,8 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
         length = item.metadata.get("length")
         if value is not None and length is not None and len(elements) != length:
             raise UserError(f"'{key}' must have {length} values, not {len(elements)}{found(layers, key)}")
+        if value is not None and "rule" in item.metadata and (allowed := item.metadata["rule"](value)):
+            raise UserError(f"'{key}' must be {allowed}, not {shown(value)}{found(layers, key)}")
         for element in elements:
             if is_dataclass(element) and not isinstance(element, type):
                 validate(element, layers, f"{key}.")

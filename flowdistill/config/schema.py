@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -26,16 +26,18 @@ def option(
     length: int | None = None,
     pattern: str | None = None,
     was: str | None = None,
+    rule: Callable[[Any], str] | None = None,
 ) -> Any:
     """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
 
     ``default`` may be a list, a dict or a dataclass instance or type: every configuration gets its own copy. Bounds,
     ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
     None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given. ``was`` is the
-    name the setting had in an older version, which is still read, with a warning.
+    name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
+    type: value -> what is allowed, in words, where the value is not; it never sees None.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was}
+    words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule}
     metadata: dict[str, Any] = words | limits
     metadata = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(default, type):
@@ -56,6 +58,14 @@ class HostingConfig(ABC):
         Raises:
             UserError: a method that cannot be the host.
         """
+
+
+def size_rule(value: Any) -> str:
+    """What a size in pixels may be, in words; empty for the side of a square and for [height, width]."""
+    sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        return ""
+    return "the side of a square in pixels, such as 1024, or [height, width], such as [832, 1216]"
 
 
 @dataclass
@@ -87,7 +97,9 @@ class TeacherConfig:
         "the conditional one's, token by token or row by row; null: as the pipeline does it",
         choices=("none", "per_sample", "last_dim"),
     )
-    image_size: int | None = option(None, "text to image: width and height in pixels; null: the pipeline's", above=0)
+    # An integer or a list of two: OmegaConf knows no union with a list.
+    image_size: Any = option(None, "text to image: pixels of a square's side, or [height, width]; null: the pipeline's",
+                             rule=size_rule)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
     attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "
                                     "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp)",
@@ -102,8 +114,15 @@ class TeacherConfig:
                                     "fine-tune: a .safetensors file, a folder or a hub id")
     lora_scale: float = option(1.0, "how much of it")
 
+    def __post_init__(self) -> None:
+        size = list(self.image_size) if isinstance(self.image_size, (list, tuple)) else self.image_size
+        # A square is the same setting however it is written: the same run, and the same caches.
+        self.image_size = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+
     def validate(self) -> None:
-        """UserError for a scale of no LoRA, and for a column of no file."""
+        """UserError for a size that is none, for a scale of no LoRA, and for a column of no file."""
+        if self.image_size is not None and (allowed := size_rule(self.image_size)):
+            raise UserError(f"teacher.image_size must be {allowed}, not {shown(self.image_size)}")
         if self.prompt_column is not None and self.prompts is None:
             raise UserError(f"teacher.prompt_column is {self.prompt_column}, but teacher.prompts is null; set the file "
                             "too")

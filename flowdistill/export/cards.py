@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowdistill.conditioning.pipeline_lora import with_lora
+from flowdistill.export.prompt_pipelines import stock_pipeline
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.files import portable_path
@@ -74,6 +75,20 @@ def about_labels(student: Student) -> str:
     null = "" if classes.null_label is None else (f"; label {classes.null_label} means \"no class\" and is none of "
                                                   "them, which flowdistill.json says too")
     return f"\nClass labels are {shown}{null}.\n"
+
+
+def about_size(student: Student) -> str:
+    """That a call needs its size, in words; nothing where the pipeline's own default is the student's."""
+    velocity, prompts = student.network.velocity, student.prompts
+    if prompts is None:
+        return ""
+    name, _ = stock_pipeline(prompts, velocity.family)
+    known = velocity.family.sample_size(velocity.backbone, name, student.shape) is not None
+    if known or tuple(student.shape) == velocity.family.shape(velocity.backbone):
+        return ""
+    height, width = prompts.image_size
+    return (f"\nIt was trained at a height of {height} and a width of {width} pixels. Without them in its call a "
+            f"{name} draws another size.\n")
 
 
 def rounding(k_noise: float, dtype: torch.dtype) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from flowdistill.export.cards import (
     about_labels,
+    about_size,
     about_types,
     class_record,
     code,
@@ -146,7 +147,8 @@ def _card(student: Generator, found: StockSteps, how: str, more: str = "") -> st
         f"| step | t | timestep |\n|---|---|---|\n{rows}\n"
         f"The first state is {steps.start_scale:.6f} times unit noise on x_t = (1 - t) x_0 + t n. "
         f"{_between(found, steps)}\n"
-        + _about_rounding(found, native) + about_labels(student) + about_types(student, last, "its last step")
+        + _about_rounding(found, native) + about_labels(student) + about_size(student)
+        + about_types(student, last, "its last step")
     )
 
 

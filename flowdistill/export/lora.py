@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowdistill.conditioning.pipeline_lora import BaseLora
 from flowdistill.export.few_step import StockSteps
-from flowdistill.export.prompt_pipelines import stock_pipeline
+from flowdistill.export.prompt_pipelines import size_arguments, stock_pipeline
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import lora_tensors, merged
 from flowdistill.networks.velocity import VelocityNetwork
@@ -100,7 +100,7 @@ def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple
 def _use(student: Student, scheduler: str, steps: str) -> str:
     """Markdown that loads the file beside the scheduler (in Python) and calls the pipeline for its steps."""
     assert student.prompts is not None
-    family, (height, width) = student.network.velocity.family, student.prompts.image_size
+    family = student.network.velocity.family
     name, facts = stock_pipeline(student.prompts, family)
     # Of some pipelines another class makes the student's images.
     loaded = name if family.pipelines[student.prompts.text.pipeline_class].exported_as else "DiffusionPipeline"
@@ -113,7 +113,7 @@ def _use(student: Student, scheduler: str, steps: str) -> str:
         f'pipe = {loaded}.from_pretrained("{portable_path(student.info.base_model)}")\n'
         f"{fused}pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
-        f'images = pipe("a prompt", {steps}, {guidance}height={height}, width={width}).images\n```\n'
+        f'images = pipe("a prompt", {steps}, {guidance}{size_arguments(student)}).images\n```\n'
         f"{other}"
     )
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from flowdistill.export.cards import (
     about_labels,
+    about_size,
     about_types,
     class_record,
     code,
@@ -279,5 +280,5 @@ def _card(student: Student, call: str, guidance_scale: float | None, k_noise: fl
     return (
         f"# A one-step generator\n\n{origin(student)} "
         f"One network call an image; guidance scale {scale} is part of the weights.\n\n"
-        + code(call) + about_labels(student) + about_types(student, k_noise)
+        + code(call) + about_labels(student) + about_size(student) + about_types(student, k_noise)
     )

@@ -43,10 +43,19 @@ def prompt_pipeline(
 
 def prompt_call(student: Student, steps: str, guidance: str) -> str:
     """The call of a text-to-image student's pipeline, from the arguments that say its steps and its guidance."""
+    arguments = [steps, guidance, size_arguments(student)]
+    return f'pipe("a prompt", {", ".join(filter(None, arguments))})'
+
+
+def size_arguments(student: Student) -> str:
+    """The arguments of the call of a text-to-image student's pipeline that fix the size of its images."""
     assert student.prompts is not None
     height, width = student.prompts.image_size
-    arguments = [steps, guidance, f"height={height}, width={width}"]
-    return f'pipe("a prompt", {", ".join(filter(None, arguments))})'
+    name, _ = stock_pipeline(student.prompts, student.network.velocity.family)
+    accepted = inspect.signature(getattr(diffusers, name).__call__).parameters
+    # It draws the nearest size of a list of its own, and stretches that.
+    exact = ", use_resolution_binning=False" if "use_resolution_binning" in accepted else ""
+    return f"height={height}, width={width}{exact}"
 
 
 def assembled_pipeline(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
@@ -68,7 +77,12 @@ def assembled_pipeline(student: Student, backbone: nn.Module, scheduler: Any) ->
                 parts[key] = None
         if "requires_safety_checker" in accepted:
             parts["requires_safety_checker"] = False
-        return kind(**parts)
+        pipeline = kind(**parts)
+    # Later, because some pipelines change it as they are made.
+    size = student.network.velocity.family.sample_size(backbone, name, student.shape)
+    if size is not None:
+        backbone.register_to_config(sample_size=size)
+    return pipeline
 
 
 def _scheduler(

@@ -62,10 +62,10 @@ def exported_student(path: str | os.PathLike[str], device: str | torch.device | 
     if written.get("_class_name") == "FlowMapEulerDiscreteScheduler":  # a velocity network, for all that, at any time
         plain = FlowMatchEulerDiscreteScheduler(written.get("num_train_timesteps", 1000))
         source = load_pipeline(folder, torch.float32, scheduler=plain)
-    height, width = (record.get("call", {}).get(side) for side in ("height", "width"))
+    sides = [record.get("call", {}).get(side) for side in ("height", "width")]
     teacher = load_teacher(
         source, null_label=record.get("null_label"), labels=record.get("labels"), t_max=steps.times[0],
-        image_size=height if height == width else None,  # of two, the network's own
+        image_size=None if None in sides else sides,
     )
     info = StudentInfo(record.get("method", ""), record.get("base_model", ""),
                        guidance_scale=record.get("guidance_scale", 1.0))

@@ -114,6 +114,9 @@ def load_teacher(
     known = config.null_label is not None or "null_label" in recorded
     if config.null_label is None:
         config = replace(config, null_label=recorded.get("null_label"))
+    called = recorded.get("call", {})
+    if config.image_size is None and {"height", "width"} <= called.keys():  # an export draws what it was trained at
+        config = replace(config, image_size=[called["height"], called["width"]])
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
     teacher = assemble(parts, config, name, device, prepare)
     if not known and teacher.classes is not None and teacher.classes.null_label is None:
@@ -177,7 +180,7 @@ def assemble(
     classes = family.labels(backbone, config.null_label)
     shape, texts = family.shape(backbone), None
     if family.pipelines:
-        shape = _resized(shape, codec, config.image_size)
+        shape = _resized(shape, codec.factor * family.divisor(backbone)[0], codec.factor, config.image_size)
         pixels = shape[1] * codec.factor, shape[2] * codec.factor
         texts = make_texts(family, pixels)
         texts.shapes = family.known_shapes(backbone, texts.text.pipeline_class, texts.text.clip_tokens)
@@ -234,14 +237,21 @@ def _start(source: str | os.PathLike[str], teacher: Teacher) -> VelocityNetwork:
 
 
 def _resized(
-    shape: tuple[int, int, int], codec: PixelCodec | VaeCodec, image_size: int | None
+    shape: tuple[int, int, int], multiple: int, factor: int, image_size: int | Sequence[int] | None
 ) -> tuple[int, int, int]:
+    """(C, H, W) of samples whose images have another size.
+
+    Args:
+        multiple: of which both sides of an image must be one.
+        factor: pixels along one side of a sample's element.
+    """
     if image_size is None:
         return shape
-    if image_size % (2 * codec.factor):
-        raise UserError(f"teacher.image_size is {image_size}; for this pipeline it must be a multiple of "
-                        f"{2 * codec.factor}")
-    return shape[0], image_size // codec.factor, image_size // codec.factor
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % multiple or width % multiple:
+        what = "it must be a multiple" if height == width else "height and width must be multiples"
+        raise UserError(f"teacher.image_size is {image_size}; for this pipeline {what} of {multiple}")
+    return shape[0], height // factor, width // factor
 
 
 def _prompts(

@@ -154,7 +154,7 @@ def test_bad_requests(folder, tmp_path):
         load_teacher(tiny_unet_pipeline()).encode(prompts=["a"])
     with pytest.raises(UserError, match="are for text-to-image"):
         load_teacher(tiny_unet_pipeline(), prompts=["a"])
-    with pytest.raises(UserError, match="image_size is 15.*multiple of 4"):
+    with pytest.raises(UserError, match="image_size is 15.*multiple of 2"):
         load_teacher(folder, image_size=15)
     assert load_teacher(folder, image_size=32).shape == (4, 16, 16)
 

@@ -20,7 +20,7 @@ class Concept:
     """The pictures, and every prompt with the new word under a number.
 
     Attributes:
-        images: (N, 3, size, size) in [0, 1].
+        images: (N, 3, *size) in [0, 1].
         prompts: all of them, each once.
         echo: numbers of those of the echo stage.
 
@@ -28,7 +28,7 @@ class Concept:
         UserError: see ``load_concept_images``; a prompt without the new word.
     """
 
-    def __init__(self, config: EchoDistillConfig, word: TokenEncoder, size: int) -> None:
+    def __init__(self, config: EchoDistillConfig, word: TokenEncoder, size: tuple[int, int]) -> None:
         self.config = config
         word.check(config.instance_prompt, "method.instance_prompt")
         self.images, captions = load_concept_images(config.instance_data_dir, size, config.instance_prompt)

@@ -23,19 +23,20 @@ CAPTIONS = "metadata.jsonl"
 
 
 class ConceptImages(NamedTuple):
-    """Pictures (N, 3, size, size) in [0, 1] and a caption each."""
+    """Pictures (N, 3, H, W) in [0, 1] and a caption each."""
 
     images: Tensor
     captions: list[str]
 
 
-def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str) -> ConceptImages:
-    """All pictures of a folder in the order of their names: turned upright, in RGB, cut square and shrunk.
+def load_concept_images(folder: str | os.PathLike[str], size: int | tuple[int, int], caption: str) -> ConceptImages:
+    """All pictures of a folder in the order of their names: turned upright, in RGB, cut to ``size`` and shrunk.
 
     How they are read: ``flowdistill.data.pictures``. Files that are no pictures are left out, with a warning unless
     they are descriptions (.json, .jsonl) or hidden.
 
     Args:
+        size: (height, width) in pixels, or a square's side.
         folder: may hold ``metadata.jsonl`` with ``{"file_name": ..., "text": ...}``, as data sets of diffusers do.
         caption: of the pictures without a text of their own.
 
@@ -43,6 +44,7 @@ def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str)
         UserError: no folder, no picture in it, a picture that cannot be read or is smaller than ``size``, or captions
             that are not as they should be.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     folder = local_path(folder)
     if not folder.is_dir():
         raise UserError(f"method.instance_data_dir {folder} is no folder; give one with a few pictures of the concept")
@@ -57,7 +59,7 @@ def load_concept_images(folder: str | os.PathLike[str], size: int, caption: str)
         warnings.warn(f"left out of {folder}, for they are no pictures that can be read: {', '.join(others)}",
                       stacklevel=2)
     captions = _captions(folder / CAPTIONS, {file.name for file in pictures})
-    images = torch.stack([_square(file, size) for file in pictures])
+    images = torch.stack([_fitted(file, height, width) for file in pictures])
     return ConceptImages(images, [captions.get(file.name, caption) for file in pictures])
 
 
@@ -76,12 +78,12 @@ def augmented(images: Tensor, draw: Draw, flip: bool, zoom: float) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _square(file: Path, size: int) -> Tensor:
+def _fitted(file: Path, height: int, width: int) -> Tensor:
     image = open_picture(file).convert("RGB")
-    if min(image.size) < size:
-        raise UserError(f"{file} is {image.width} x {image.height} pixels; the model makes {size} x {size}, and "
+    if image.width < width or image.height < height:
+        raise UserError(f"{file} is {image.width} x {image.height} pixels; the model makes {width} x {height}, and "
                         "pictures must not be smaller")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return pil_to_tensor(image).float() / 255
 
 

@@ -71,9 +71,9 @@ class EchoDistill(Method):
                             "that pipeline with the LoRA in its weights (fuse_lora) and give it as teacher.source")
         for levels in (config.time, config.alignment_time):
             levels.check(teacher)
-        size = teacher.prompts.image_size[0]
+        size = teacher.prompts.image_size
         try:
-            self.source = load_teacher(student or config.student, image_size=size if student is None else None)
+            self.source = load_teacher(student or config.student, image_size=size)
         except UserError as error:
             raise UserError(f"method.student cannot be the student: {error}") from error
         check_pair(teacher, self.source)

@@ -82,8 +82,7 @@ class ConceptStudent(Student):
         pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-        height, _ = description["image_size"]
-        base = load_teacher(pipeline, image_size=height)
+        base = load_teacher(pipeline, image_size=description["image_size"])
         info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
         student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
         prompts = description["prompts"]

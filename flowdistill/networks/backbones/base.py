@@ -21,6 +21,8 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.registry import Registry
 from flowdistill.utils.text import JsonObject
 
+PACKED = (2, "cuts its samples into patches of 2 x 2")
+"""See :meth:`BackboneFamily.divisor`; of networks whose configuration does not say it, or whose pipeline does it."""
 Backbone = Any
 """A diffusers model, whose config and layers depend on its class; ``nn.Module`` would say Tensor or Module of each."""
 
@@ -112,6 +114,15 @@ class BackboneFamily(ABC):
         if most is not None and max(height, width) // divisor > most:
             raise UserError(f"the {self.backbone_class} has position embeddings for samples of up to "
                             f"{most * divisor} x {most * divisor}, and these are {height} x {width}")
+
+    def sample_size(self, network: Backbone, pipeline: str, shape: Sequence[int]) -> int | list[int] | None:
+        """The ``sample_size`` in a network's configuration by which a pipeline's call draws samples (C, H, W) of this
+        shape when nobody tells it a size; None where there is none, or where it would change more than that.
+
+        Args:
+            pipeline: name of the pipeline's class.
+        """
+        return None
 
     def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         """The class labels the network takes; None when it takes none.

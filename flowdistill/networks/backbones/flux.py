@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
+    PACKED,
     Backbone,
     BackboneFamily,
     PipelineFacts,
@@ -52,6 +53,9 @@ class FluxFamily(BackboneFamily):
 
     def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.config.in_channels // 4, DEFAULT_SIZE, DEFAULT_SIZE
+
+    def divisor(self, network: Backbone) -> tuple[int, str]:
+        return PACKED
 
     def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_text_embed.timestep_embedder]

@@ -33,6 +33,9 @@ class Lumina2Family(BackboneFamily):
         return -network(x, timestep=1 - timestep / 1000, encoder_hidden_states=given["prompt_embeds"],
                         encoder_attention_mask=given["attention_mask"], return_dict=False)[0]
 
+    def sample_size(self, network: Backbone, pipeline: str, shape: Sequence[int]) -> int | list[int] | None:
+        return shape[-1] if shape[-1] == shape[-2] else None
+
     def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_caption_embed.timestep_embedder]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
+    PACKED,
     Backbone,
     BackboneFamily,
     PipelineFacts,
@@ -48,6 +49,9 @@ class QwenImageFamily(BackboneFamily):
 
     def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.config.in_channels // 4, DEFAULT_SIZE, DEFAULT_SIZE
+
+    def divisor(self, network: Backbone) -> tuple[int, str]:
+        return PACKED
 
     def labels(self, network: Backbone, null_label: int | None) -> ClassLabels | None:
         for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):

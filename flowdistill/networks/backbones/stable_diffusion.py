@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -57,6 +58,12 @@ class StableDiffusionFamily(BackboneFamily):
                 raise UserError(f"the UNet2DConditionModel has {key} {config.get(key)!r}; supported are networks that "
                                 "take a prompt only")
         return super().labels(network, null_label)
+
+    def sample_size(self, network: Backbone, pipeline: str, shape: Sequence[int]) -> int | list[int] | None:
+        height, width = shape[-2:]
+        if height == width:
+            return height
+        return [height, width] if pipeline == "StableDiffusionPipeline" else None  # SDXL's multiplies it by a number
 
     def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_embedding]

@@ -30,6 +30,11 @@ class StableDiffusion3Family(BackboneFamily):
         return network(x, timestep=timestep, encoder_hidden_states=given["prompt_embeds"],
                        pooled_projections=given["pooled_embeds"], return_dict=False)[0]
 
+    def sample_size(self, network: Backbone, pipeline: str, shape: Sequence[int]) -> int | list[int] | None:
+        # With the largest size the position embeddings are weights, and do not depend on this one.
+        kept = network.config.pos_embed_max_size is not None
+        return shape[-1] if kept and shape[-1] == shape[-2] else None
+
     def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.time_text_embed.timestep_embedder]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
+    PACKED,
     Backbone,
     BackboneFamily,
     PipelineFacts,
@@ -43,6 +44,9 @@ class ZImageFamily(BackboneFamily):
 
     def shape(self, network: Backbone) -> tuple[int, int, int]:
         return network.in_channels, DEFAULT_SIZE, DEFAULT_SIZE
+
+    def divisor(self, network: Backbone) -> tuple[int, str]:
+        return PACKED
 
     def time_embeddings(self, network: Backbone) -> list[nn.Module]:
         return [network.t_embedder]

@@ -53,6 +53,16 @@ def test_wide_pictures_are_cut_to_the_middle_and_shrunk(tmp_path):
     assert load_concept_images(tmp_path, 16, "c").images.min() > 0.9  # the filter reaches a little over the edge
 
 
+def test_a_rectangle_is_cut_from_the_middle_and_neither_side_is_enlarged(tmp_path):
+    pixels = np.zeros((60, 64, 3), np.uint8)
+    pixels[22:38] = 255  # the middle 16 of 60 rows, which 16 x 64 pixels are cut to
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_concept_images(tmp_path, (8, 32), "c").images[0]
+    assert image.shape == (3, 8, 32) and image.min() > 0.9
+    assert "is 64 x 60 pixels; the model makes 8 x 61" in refused(tmp_path, (61, 8))
+    assert "is 64 x 60 pixels; the model makes 65 x 8" in refused(tmp_path, (8, 65))
+
+
 def test_what_is_transparent_becomes_white(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("L", (16, 16), 51).save(tmp_path / "grey.png")

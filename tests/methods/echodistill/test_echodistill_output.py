@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from flowdistill import load_student
@@ -157,6 +158,20 @@ def test_a_run_again_changes_nothing_and_a_lost_card_is_written_again(finished, 
     (run.output_dir / "student" / "README.md").unlink()
     distill(folder / "echo.yaml")
     assert (run.output_dir / "student" / "README.md").read_bytes() == before
+
+
+def test_a_concept_of_rectangles(finished, monkeypatch):
+    from flowdistill.training.run import distill
+
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    run = distill(folder / "echo.yaml", ["teacher.image_size=[8,16]", "output_dir=wide", "method.echo.start=null",
+                                         "train.steps=1"])
+    student = load_student(run.output_dir)
+    assert student.shape == (4, 4, 8) and student.generate(prompts=[f"a {TOKEN}"]).shape == (1, 3, 8, 16)
+    for name in ("student", "teacher"):
+        assert Image.open(run.output_dir / name / "image_0.png").size == (16, 8)
+        assert "height=8, width=16" in (run.output_dir / name / "README.md").read_text()
 
 
 def test_a_student_exported_by_this_project_can_be_personalised(tmp_path):
