@@ -35,7 +35,8 @@ from flowdistill.methods.echodistill.student import load_adapted_pipeline
 from flowdistill.students import generated, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
-from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
+from flowdistill.training.optimizer import apply_update, backward, learning_rate
+from flowdistill.training.optimizers import make_optimizer
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
@@ -161,7 +162,7 @@ def on_the_student(
     network = method.roles()["teacher"].network
     if word_only:
         network.velocity.requires_grad_(False)
-    optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], settings.teacher_optimizer)
+    optimizer = make_optimizer(network, settings.teacher_optimizer)
     off = torch.amp.GradScaler("cpu", enabled=False)
     networks = {role: each.network for role, each in method.roles().items()}
     for step in range(config.train.steps):

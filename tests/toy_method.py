@@ -169,7 +169,7 @@ def weights(trainer):
         for parameter, state in role.optimizer.state.items():
             number = [id(p) for p in role.network.parameters()].index(id(parameter))
             values |= {f"{name}.optimizer.{number}.{key}": value for key, value in state.items()}
-    return {name: value.detach().clone() for name, value in values.items()}
+    return {name: torch.as_tensor(value).detach().clone() for name, value in values.items()}
 
 
 def figures(folder):
@@ -183,13 +183,15 @@ def main(arguments):
 
     Keys are those of ``train`` and ``fsdp2``, with integers but for ``precision``; each file of the checkpoint
     of step ``slow`` takes a second more, and each step ``pause`` milliseconds. ``patience``: of early stopping by
-    ``ToyFigures``, and the best student is saved. ``calls`` is the method's.
+    ``ToyFigures``, and the best student is saved. ``calls`` is the method's, ``optimizer`` the name of that of both
+    roles.
     """
     folder, *settings = arguments
     pairs = [text.split("=") for text in settings]
-    values = {key: value if key == "precision" else int(value) for key, value in pairs}
+    values = {key: value if key in ("precision", "optimizer") else int(value) for key, value in pairs}
     slow, pause, patience, calls = (values.pop(name, 0) for name in ("slow", "pause", "patience", "calls"))
     method = ToyConfig(calls=calls or 1)
+    method.optimizer.name = method.critic_optimizer.name = values.pop("optimizer", "adamw")
     if patience:
         loop.FidCallback = ToyFigures
         values["stop_when"] = StopConfig(patience=patience)

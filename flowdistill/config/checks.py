@@ -77,7 +77,8 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
     """Check every range of a configuration and call the ``validate()`` of every section that has one.
 
     ``config`` is a RunConfig or one section of it; ``prefix`` is the section's path with a dot behind it. ``layers``
-    let the error name the file or the override that holds the value.
+    let the error name the file or the override that holds the value. A section that wants to know its place and which
+    of its settings somebody has set has ``validate_at(prefix, given)`` instead, with the words for the place of each.
     """
     for item in fields(config):
         key, value = prefix + item.name, getattr(config, item.name)
@@ -96,6 +97,9 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
                 raise UserError(f"{every}'{key}' must be {allowed}, not {shown(element)}{hint}{found(layers, key)}")
     if hasattr(config, "validate"):
         config.validate()
+    if hasattr(config, "validate_at"):
+        places = {item.name: found(layers, prefix + item.name) for item in fields(config)}
+        config.validate_at(prefix, {name: place for name, place in places.items() if place})
 
 
 def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, object]]:

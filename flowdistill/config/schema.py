@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -131,17 +131,59 @@ class TeacherConfig:
                             "too")
 
 
+OPTIMIZERS = {
+    "adamw": (),
+    "adamw8bit": (),
+    "paged_adamw8bit": (),
+    "adafactor": ("betas", "eps"),
+    "muon": (),
+    "lion": ("eps",),
+    "prodigy": (),
+}
+"""Names of optimisers, and the settings that each has not; see :mod:`flowdistill.training.optimizers`."""
+BETAS, EPS = (0.9, 0.99), 1e-8
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning rate schedule of one trained network."""
+    """The optimiser and the learning rate schedule of one trained network."""
 
-    lr: float = option(1e-4, "peak learning rate", above=0)
-    betas: list[float] = option([0.9, 0.99], "decay of the two gradient moments", length=2, at_least=0, below=1)
+    name: str = option("adamw", "optimiser: adamw; adamw8bit or paged_adamw8bit, with moments of 8 bits; adafactor; "
+                                "muon for linear layers, with adamw for the rest; lion; prodigy, with lr: 1",
+                       choices=tuple(OPTIMIZERS))
+    lr: float = option(1e-4, "peak learning rate; of adafactor as a share of a weight's size, of prodigy a factor of "
+                             "the rate that it finds", above=0)
+    betas: list[float] | None = option(list(BETAS), "decay of the two gradient moments; null for an optimiser without "
+                                                    "them", length=2, at_least=0, below=1)
     weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
-    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    eps: float | None = option(EPS, "added to the root of the second moment; null for an optimiser without it", above=0)
     schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = option(0, "steps of linear growth from 0 to lr", at_least=0)
     final_lr_fraction: float = option(0.0, "cosine, linear: last lr as a fraction of lr", at_least=0, at_most=1)
+
+    @property
+    def chosen_betas(self) -> Sequence[float]:
+        """``betas``, or the default in the place of null."""
+        return BETAS if self.betas is None else self.betas
+
+    @property
+    def chosen_eps(self) -> float:
+        """``eps``, or the default in the place of null."""
+        return EPS if self.eps is None else self.eps
+
+    def validate_at(self, prefix: str, given: Mapping[str, str]) -> None:
+        """Refuse settings that the optimiser has not; those that nobody set become null.
+
+        Raises:
+            UserError: so.
+        """
+        defaults = {"betas": list(BETAS), "eps": EPS}
+        for key in OPTIMIZERS[self.name]:
+            value = getattr(self, key)
+            if value is not None and (key in given or value != defaults[key]):
+                raise UserError(f"'{prefix}{key}' is {shown(value)}, but the optimiser {self.name} has no {key}; set "
+                                f"it to null{given.get(key, '')}")
+            setattr(self, key, None)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.loading import DTYPES
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.method import Method, NetworkCall
+from flowdistill.training.optimizers import KINDS
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
@@ -30,8 +31,6 @@ from flowdistill.utils.randomness import Draw, seed_torch
 
 LISTED_BYTES = 24
 """Of a prompt in a list that is not in memory: its place in a file, its weight, and the running sum of the weights."""
-STEP_BYTES = 4
-"""AdamW's count of a weight tensor: a float32."""
 
 
 @dataclass
@@ -172,7 +171,7 @@ def make_plan(config: RunConfig) -> Plan:
         # Gradients and moments are made for the weights that the loss reaches.
         reached = [p for p in network.parameters() if p.requires_grad and (p.grad is not None or plan.unknown)]
         parts[name].gradients = _bytes(reached)
-        parts[name].optimizer = 2 * parts[name].gradients + STEP_BYTES * len(reached)
+        parts[name].optimizer = KINDS[roles[name].optimizer.name].state_bytes(network, reached)
         for other in networks.values():
             other.zero_grad(set_to_none=True)
     return plan

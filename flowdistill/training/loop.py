@@ -28,6 +28,7 @@ from flowdistill.training.fsdp import reshard
 from flowdistill.training.meters import Meters
 from flowdistill.training.method import Method
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, rate_changes
+from flowdistill.training.optimizers import KINDS, forget
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
 from flowdistill.training.signals import Interrupts
@@ -194,7 +195,7 @@ class Trainer:
         # Dropout and the like go on after a resume as if there had been none.
         torch.manual_seed(mixed_seed("step", self.config.seed, self.step, self.rank))
         for name in self.method.begin_step(self.step, self.folder):
-            self.roles[name].optimizer.state.clear()
+            forget(self.roles[name].optimizer, self.roles[name].config)
         for update, name in enumerate(self.method.schedule(self.step)):
             self._update(name, update)
         self.step += 1
@@ -246,7 +247,8 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, role in self.roles.items():
             parts = {name: network_tensors(role.network)}
-            parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer)
+            counters = KINDS[role.config.name].counters
+            parts[f"{name}.optimizer"] = optimizer_tensors(role.network, role.optimizer, counters)
             if role.average is not None:
                 parts[f"{name}.average"] = network_tensors(role.average.network, role.network)
             tensors |= {file: gather(content, keep=self.main) for file, content in parts.items()}
@@ -264,6 +266,7 @@ class Trainer:
         roles = {
             name: {
                 "average_count": 0 if role.average is None else role.average.count,
+                "optimizer": role.config.name,
                 "scaler": role.scaler.state_dict(),
                 "skipped": int(role.skipped),
                 "consecutive": int(role.consecutive),
@@ -338,6 +341,10 @@ class Trainer:
                           "start, in another output_dir, would have learned otherwise", stacklevel=2)
 
     def _restore(self, role: TrainedRole, name: str, path: Path, state: JsonObject) -> None:
+        former = state.get("optimizer", "adamw")  # older checkpoints had no other one
+        if former != role.config.name:
+            raise UserError(f"{path} does not fit: the optimiser of the role '{name}' was {former} there and is "
+                            f"{role.config.name} here; choose another output_dir, or make them equal to resume")
         assign(network_tensors(role.network), read_tensors(path, name), f"{path}/{name}.safetensors")
         assign_optimizer(role.network, role.optimizer, read_tensors(path, f"{name}.optimizer"))
         if role.average is not None:

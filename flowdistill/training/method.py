@@ -38,7 +38,7 @@ class Role:
     Attributes:
         network: float32; its parameters with ``requires_grad`` are trained, the others belong to the teacher or are
             rebuilt by the method and are not saved.
-        optimizer: its AdamW and learning rate.
+        optimizer: its optimiser and learning rate.
         ema: whether a moving average of the weights is kept.
     """
 

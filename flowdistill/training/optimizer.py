@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and one update that skips itself when a gradient is not finite.
+"""The learning rate, and one update that skips itself when a gradient is not finite.
 
 The learning rate is a function of the step instead of a scheduler object: nothing of it has to be saved to resume, and
 a scheduler that accelerate prepares steps once a process.
@@ -7,7 +7,7 @@ a scheduler that accelerate prepares steps once a process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,18 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flowdistill.config import OptimizerConfig
-
-
-def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the fused kernel, which exists on CPU, CUDA, MPS and XPU and can skip a step on the device."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -67,12 +55,13 @@ def backward(loss: Tensor, scaler: torch.amp.GradScaler, accumulation: int = 1) 
 
 @torch.no_grad()
 def apply_update(
-    optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler, max_norm: float = 0.0
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Unscale, clip and step, all on the device: nothing is read on the host.
+    """Unscale, clip and step. With a fused kernel all is on the device: nothing is read on the host.
 
-    The fused kernel leaves weights, moments and step count alone where ``found_inf`` is 1: GradScaler's own contract
-    with it (``Optimizer._step_supports_amp_scaling``), used here in float32 and bfloat16 as well.
+    Such a kernel leaves weights, moments and step count alone where ``found_inf`` is 1: GradScaler's own contract with
+    it (``Optimizer._step_supports_amp_scaling``), used here in float32 and bfloat16 as well. Of other optimisers a step
+    is left out whole, for which the host has to read whether it is.
 
     Args:
         max_norm: norm to clip to; 0: do not clip.
@@ -89,7 +78,10 @@ def apply_update(
         norm = norm.full_tensor()
     skipped = (~torch.isfinite(norm)).float()
     fused: Any = optimizer  # its class does not declare what its kernel reads
-    fused.grad_scale, fused.found_inf = None, skipped
-    optimizer.step()
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        fused.grad_scale, fused.found_inf = None, skipped
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
     scaler.update()
     return norm, skipped

@@ -17,7 +17,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.fsdp import cut
 from flowdistill.training.method import Method, NetworkCall, Role
-from flowdistill.training.optimizer import make_optimizer
+from flowdistill.training.optimizers import check_shards, make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
 from flowdistill.training.state import assign, gather, network_tensors
 from flowdistill.utils.errors import UserError
@@ -49,7 +49,7 @@ class TrainedRole:
     network: nn.Module
     prepared: nn.Module
     call: NetworkCall
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     config: OptimizerConfig
     scaler: torch.amp.GradScaler
     average: MovingAverage | None
@@ -77,7 +77,8 @@ def prepare_roles(
 
     Raises:
         UserError: a launcher that is not supported, or not by this method, weights that are not float32, nothing to
-            train, gradient checkpointing for a network that has none, or adapters on a teacher that is away at times.
+            train, an optimiser that is not installed or cannot train shares of weights, gradient checkpointing for a
+            network that has none, or adapters on a teacher that is away at times.
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -133,13 +134,15 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
             )
         enable()
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        check_shards(role.optimizer, name)
     # Copies come before the wrapping: a sharded network cannot be copied.
     average = MovingAverage(network, config.ema_decay, config.ema_warmup) if role.ema else None
     template = copy.deepcopy(network).cpu() if sharded and name == "student" else None
     if sharded:
         for whole in [network] if average is None else [network, average.network]:
             cut(whole, accelerator)  # alike: the average follows its network without communication
-    optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], role.optimizer)
+    optimizer = make_optimizer(network, role.optimizer)
     prepared = network if sharded else _wrap(network, accelerator)
     call = torch.compile(prepared) if config.compile else prepared
     return TrainedRole(

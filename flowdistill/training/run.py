@@ -41,6 +41,7 @@ from flowdistill.training.checkpoint import checkpoints, read_state
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
+from flowdistill.training.optimizers import check_package, optimizer_configs
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.errors import UserError, shown
@@ -106,6 +107,8 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         config = load_config(config, overrides)
     if config.train.stop_when is not None:
         ranking_metric(config.train.stop_when.metric, KEY)
+    for optimizer in optimizer_configs(config.method):
+        check_package(optimizer)
     several = method_class(config.method.name).distill(config)
     return distill_one(config) if several is None else several
 

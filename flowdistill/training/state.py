@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowdistill.utils.errors import UserError
+
+TABLE = "qmap"
+"""How the names of tables begin that bitsandbytes' parameters share: what a code of 8 bits means."""
 
 # torch.distributed.checkpoint's state dictionaries are not used for optimisers: reading the state of one that has not
 # stepped yet makes a step (its count becomes 1), and a parameter without state cannot be loaded.
@@ -23,13 +26,34 @@ def network_tensors(network: nn.Module, trained: nn.Module | None = None) -> dic
     return {name: value for name, value in network.state_dict().items() if name not in frozen}
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as ``<parameter>/<key>``; empty before its first step."""
-    return {
-        f"{name}/{key}": value
+def optimizer_tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, counters: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The optimiser's state as ``<parameter>/<key>``, and ``counters`` of its groups as ``#<number>/<key>``; no state
+    before its first step. Numbers of Python's are 0-d, of 64 bits, as no optimiser has tensors."""
+    states = {
+        f"{name}/{key}": _as_tensor(value)
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    groups = {
+        f"#{number}/{key}": _as_tensor(group[key])
+        for number, group in enumerate(optimizer.param_groups)
+        for key in counters
+        if key in group
+    }
+    return states | groups
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _number(value: Tensor) -> float | None:
+    """The number of Python's that a tensor was made of; None for one that was a tensor."""
+    return value.item() if value.ndim == 0 and value.dtype in (torch.int64, torch.float64) else None
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
@@ -71,12 +95,25 @@ def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, value
     """Put back what ``optimizer_tensors`` gave."""
     optimizer.state.clear()
     parameters = dict(network.named_parameters())
+    tables: dict[str, Tensor] = {}
     for name, value in values.items():
         owner, _, key = name.rpartition("/")
+        number = _number(value)
+        if owner.startswith("#"):
+            group = optimizer.param_groups[int(owner[1:])]
+            group[key] = value.to(group["params"][0].device) if number is None else number
+            continue
         parameter = parameters[owner]
-        # The step count is a scalar of its own; the moments are placed like their parameter.
-        placed = _like(value, parameter) if value.ndim or not parameter.ndim else value.to(parameter.device)
-        optimizer.state[parameter][key] = placed.clone()
+        if number is not None:
+            optimizer.state[parameter][key] = number
+        elif key.startswith(TABLE):
+            table = tables.setdefault(key, value.to(parameter.device))
+            optimizer.state[parameter][key] = table if torch.equal(table.cpu(), value) else value.to(parameter.device)
+        else:
+            # The step count is a scalar of its own; the moments are placed like their parameter, or a part of them is.
+            like = value.shape == parameter.shape
+            placed = _like(value, parameter) if like else value.to(parameter.device)
+            optimizer.state[parameter][key] = placed.clone()
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

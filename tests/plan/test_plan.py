@@ -76,8 +76,10 @@ class Counted(loop.Trainer):
             super().train()
         for name, role in self.roles.items():
             state = [v for values in role.optimizer.state.values() for v in values.values()]
+            tensors = [v for v in state if isinstance(v, torch.Tensor)]
+            storages = {v.untyped_storage().data_ptr(): v.nbytes for v in tensors}  # some share a table
             gradients = Counted.gradients.get(name, 0)
-            Counted.real[name] |= {"optimizer": sum(v.nbytes for v in state), "gradients": gradients}
+            Counted.real[name] |= {"optimizer": sum(storages.values()), "gradients": gradients}
 
 
 RUNS = {
@@ -91,6 +93,8 @@ RUNS = {
     "lora critic": ("flux-dev", {"name": "freeflow", "critic": "lora", "critic_lora_rank": 2}, {"dtype": "bfloat16"}),
     "lora student": ("dit", {"name": "dmd2", "student": "lora", "critic": "lora", "lora": {"rank": 2}},
                      {"dtype": "bfloat16"}),
+    "other optimisers": ("sd", {"name": "dmd2", "optimizer": {"name": "adamw8bit"},
+                                "critic_optimizer": {"name": "muon"}}, {}),
     "disback": ("dit", {"name": "disback", "degradation_steps": 1, "degradation_every": 1}, {"dtype": "float16"}),
     "disback, more nodes": ("edm", {"name": "disback", "degradation_steps": 2, "degradation_every": 1}, {}),
 }

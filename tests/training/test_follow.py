@@ -8,7 +8,7 @@ from torch import nn
 
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.average import follow
-from flowdistill.training.optimizer import make_optimizer
+from flowdistill.training.optimizers import make_optimizer
 from tests.toy_method import ToyConfig, ToyMethod, make_trainer
 
 
@@ -47,7 +47,7 @@ def test_what_trains_in_both_goes_a_share_of_the_way(share):
 
 def test_moments_and_gradients_stay():
     network, leader = two()
-    optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], OptimizerConfig(lr=0.1))
+    optimizer = make_optimizer(network, OptimizerConfig(lr=0.1))
     network["shared"](torch.ones(1, 3)).sum().backward()
     optimizer.step()
     weight = network["shared"].weight

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # torch has no publi
 
 from flowdistill.config import OptimizerConfig
 from flowdistill.training.average import MovingAverage
-from flowdistill.training.optimizer import apply_update, backward, learning_rate, make_optimizer
+from flowdistill.training.optimizer import apply_update, backward, learning_rate
+from flowdistill.training.optimizers import make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward, resolve_precision
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -53,7 +54,7 @@ def test_cosine_is_above_the_line_in_its_first_half():
 def stepped_optimizer():
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
-    optimizer = make_optimizer(network.parameters(), OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(network, OptimizerConfig(lr=0.1, weight_decay=0.5))
     network(torch.randn(4, 3)).square().mean().backward()
     apply_update(optimizer, no_scaler())
     optimizer.zero_grad()
@@ -205,7 +206,7 @@ def test_accumulation_equals_the_joined_batch(tmp_path):
     for number, name in enumerate(reference.schedule(0)):
         Joined.update_number = number
         role = reference.roles()[name]
-        optimizer = make_optimizer(role.network.parameters(), role.optimizer)
+        optimizer = make_optimizer(role.network, role.optimizer)
         role.network.zero_grad()
         reference.loss(name, networks, Joined())[0].backward()
         torch.nn.utils.clip_grad_norm_(role.network.parameters(), 0.5)
