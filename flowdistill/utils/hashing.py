@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,8 +55,17 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def json_sha256(value: object) -> str:
-    """The hash of a JSON value, hexadecimal; the order of a mapping's keys counts."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    """The hash of a JSON value, hexadecimal; the order of a mapping's keys counts.
+
+    Any sequence is the list of what is in it: long lists of prompts are kept in objects of their own.
+    """
+    return hashlib.sha256(json.dumps(value, default=_as_list).encode()).hexdigest()
+
+
+def _as_list(value: object) -> list[object]:
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
 
 
 def module_sha256(module: nn.Module) -> str:

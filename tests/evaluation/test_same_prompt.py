@@ -139,13 +139,17 @@ def test_a_teachers_own_row_is_paired_with_itself(kind, tmp_path, request):
     assert f"{few.diversity:.4f}±{few.diversity_std:.4f}" in text
 
 
-def test_the_teachers_images_are_drawn_once_for_a_seed(prompted, tmp_path, monkeypatch):
-    first = measured(prompted, tmp_path)
+@pytest.mark.parametrize("given", ["its own", "a file"])
+def test_the_teachers_images_are_drawn_once_for_a_seed(prompted, tmp_path, monkeypatch, given):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompted.prompts.prompts))
+    prompts = {"prompts": str(tmp_path / "prompts.txt")} if given == "a file" else {}
+    first = measured(prompted, tmp_path, **prompts)
     with monkeypatch.context() as no_drawing:
         no_drawing.setattr(teacher_reference_module, "generate", None)
-        assert measured(prompted, tmp_path, fresh=True).rows[0].paired_distance == first.rows[0].paired_distance
+        again = measured(prompted, tmp_path, fresh=True, **prompts)
+        assert again.rows[0].paired_distance == first.rows[0].paired_distance
         with pytest.raises(TypeError):
-            measured(prompted, tmp_path, seed=1, reference=None)
+            measured(prompted, tmp_path, seed=1, reference=None, **prompts)
 
 
 REFUSED = [
