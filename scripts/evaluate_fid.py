@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", help="folder of images, diffusers pipeline (folder or hub id), run folder or student folder")
-    add("--reference", required=True, help="named set (digits, mnist5k, shapes), folder of images, .npz statistics of "
+    add("--reference", required=True, help="named set (digits, fashion, shapes), folder of images, .npz statistics of "
         "ours, or MODE:FILE.npz of others (clean:cifar10.npz)")
     add("--features", help=f"what measures: {', '.join(FEATURES)}, or a TorchScript file; must be given")
     add("--weights", metavar="PATH", help="inception-2015-12-05.pt or its folder (default: $FLOWDISTILL_WEIGHTS)")

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from flowdistill.data.digits import load_digits
+from flowdistill.data.fashion import load_fashion, load_fashion_test
 from flowdistill.data.mnist import load_mnist5k
 from flowdistill.data.shapes import load_shapes
 from flowdistill.utils.errors import UserError, listed, shown
 
 IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "digits": load_digits, "mnist5k": load_mnist5k, "shapes": load_shapes,
+    "digits": load_digits, "fashion": load_fashion, "fashion-test": load_fashion_test, "mnist5k": load_mnist5k,
+    "shapes": load_shapes,
 }
 
 
@@ -27,7 +29,7 @@ def load_images(name: str) -> tuple[Tensor, Tensor]:
         images, float32 (N, C, H, W) in [0, 1], and labels, int64 (N,). The tensors are the caller's to change.
 
     Raises:
-        UserError: unknown name, or the package that carries the set is not installed.
+        UserError: unknown name, or the package that carries the set is not installed, or its files are damaged.
     """
     if name not in IMAGE_SETS:
         near = difflib.get_close_matches(str(name), IMAGE_SETS, n=1)
