@@ -89,17 +89,21 @@ def _average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int)
 
 
 @torch.no_grad()
-def sample_grid(pipeline: DDPMPipeline, path: str, file: Path, seed: int, rows: int = 8, steps: int = 50) -> None:
-    """Write a grid PNG: one class a column, ``rows`` samples each, 50 deterministic steps (Euler, or DDIM)."""
+def sample_grid(
+    pipeline: DDPMPipeline, path: str, file: Path, seed: int, rows: int = 8, steps: int = 50, enlarged: int = 4
+) -> None:
+    """Write a grid PNG: one class a column, ``rows`` samples each, 50 deterministic steps (Euler, or DDIM); a pixel of
+    a sample is ``enlarged`` pixels wide and high."""
     scheduler = pipeline.scheduler
     if path == "ddpm":
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     labels = torch.arange(NUM_CLASSES).repeat(rows)
-    x = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    size = pipeline.unet.config.sample_size
+    x = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(pipeline.unet(x, t, class_labels=labels).sample, t, x).prev_sample
-    images = ((x + 1.0) / 2.0).clamp(0.0, 1.0).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    images = ((x + 1.0) / 2.0).clamp(0.0, 1.0).repeat_interleave(enlarged, dim=2).repeat_interleave(enlarged, dim=3)
     save_image(images, file, nrow=NUM_CLASSES, padding=4, pad_value=0.5)
 
 

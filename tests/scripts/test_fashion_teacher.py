@@ -1,0 +1,127 @@
+"""``scripts/train_fashion_teacher.py``: killed and gone on with, made longer, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from tests.data.fashion import FOLDER_VARIABLE, write_fashion
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script with a network of 0.1 M parameters and grids of two steps, in a folder with a few pictures."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import train_fashion_teacher
+
+    monkeypatch.setattr(train_fashion_teacher, "CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(train_fashion_teacher, "GRID_STEPS", 2)
+    monkeypatch.setattr(train_fashion_teacher, "WARMUP", 2)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(write_fashion(tmp_path / "fashion")))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield train_fashion_teacher
+    torch.set_num_threads(threads)
+
+
+def run(script: ModuleType, out: str, *more: object, path: str = "flow", state: str | None = None) -> int:
+    arguments = ["--path", path, "--out", out, "--state", state or f"{out}.pt", "--batch-size", 4, *more]
+    return script.main([str(argument) for argument in arguments])
+
+
+def weights(out: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(one: str, other: str) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+
+
+class Killed(BaseException):
+    """In place of a signal that no process can catch."""
+
+
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+def test_a_killed_training_comes_to_the_bits_of_a_whole_one(script, monkeypatch, path):
+    assert run(script, "whole", "--steps", 4, "--decay", 0.5, path=path) == 0
+
+    step = script.Training.train_step
+    for after in (2, 3):  # once at the constant rate, once while it falls
+
+        def killed(self, *batch, after=after):
+            if self.step == after:
+                raise Killed
+            return step(self, *batch)
+
+        monkeypatch.setattr(script.Training, "train_step", killed)
+        with pytest.raises(Killed):
+            run(script, "parts", "--steps", 4, "--decay", 0.5, "--save-every", 1, path=path)
+    monkeypatch.setattr(script.Training, "train_step", step)
+    assert run(script, "parts", "--steps", 4, "--decay", 0.5, path=path) == 0
+    assert same("whole", "parts")
+
+    pipeline = DiffusionPipeline.from_pretrained("whole")
+    record = json.loads(Path("whole/flowdistill.json").read_text())
+    assert pipeline.unet.config.num_class_embeds == 11 and record["null_label"] == 10
+    assert record["steps"] == 4 and record["parameters"] == sum(p.numel() for p in pipeline.unet.parameters())
+    assert Path("whole/samples.png").stat().st_size > 1000
+
+
+def test_a_training_made_longer_comes_to_the_bits_of_a_long_one(script):
+    assert run(script, "long", "--steps", 6, "--decay", 0.34) == 0
+    assert run(script, "made_longer", "--steps", 4, "--decay", 0.5) == 0
+    short = weights("made_longer")
+    assert run(script, "made_longer", "--steps", 6, "--decay", 0.34) == 0
+    assert same("long", "made_longer")
+    assert any(not torch.equal(a, b) for a, b in zip(short.values(), weights("made_longer").values(), strict=True))
+
+
+def test_a_wish_to_stop_is_kept_with_the_state_and_the_same_command_goes_on(script, monkeypatch, capfd):
+    assert run(script, "whole", "--steps", 3) == 0
+    step = script.Training.train_step
+
+    def stopped(self, *batch):
+        loss = step(self, *batch)
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(script.Training, "train_step", stopped)
+    assert run(script, "parts", "--steps", 3) == 128 + 15
+    assert "stopped at step 1; the same command goes on" in capfd.readouterr().err
+    assert run(script, "parts", "--steps", 3) == 0
+    assert same("whole", "parts")
+
+
+def test_it_looks_at_the_average_on_the_way(script, capfd):
+    assert run(script, "looks", "--steps", 3, "--look-every", 2) == 0
+    said = capfd.readouterr().err
+    assert "step 2, held-out loss" in said and "wrote looks: 3 steps" in said
+    assert [step for step, _ in torch.load("looks.pt", weights_only=True)["losses"]] == [2]
+
+
+def test_states_that_do_not_fit_are_refused(script, capfd):
+    assert run(script, "run", "--steps", 4, "--decay", 0.25) == 0
+    for more, words in (
+        (("--steps", 4, "--decay", 0.5), "run.pt is at step 3, and in a run of 4 steps the rate falls from step 2 on; "
+                                         "ask for at least --steps 6"),
+        (("--lr", 0.5), "is the state of another run, with lr 0.001; name another file"),
+        (("--decay", 1.0), "--decay is 1.0; it is a share"),
+        (("--look-every", 0), "--look-every is 0; it must be at least 1"),
+    ):
+        assert run(script, "other", *more, state="run.pt") == 2
+        assert words in capfd.readouterr().err
+    Path("run.pt").write_bytes(Path("run.pt").read_bytes()[:-100])
+    assert run(script, "other", "--steps", 10, state="run.pt") == 2
+    assert "run.pt is damaged or no state of this script" in capfd.readouterr().err
+    assert not Path("other").exists()
