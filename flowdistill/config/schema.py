@@ -215,6 +215,8 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "norm to which a network's gradient is clipped; 0: off", at_least=0)
     ema_decay: float = option(0.999, "decay of the averaged student", at_least=0, below=1)
     ema_warmup: bool = option(True, "let the decay grow from 0, so that early steps are forgotten sooner")
+    ema_device: str | None = option(None, "where the averaged student rests: cpu, cuda, cuda:N or xpu; null: beside "
+                                          "the trained one", pattern=r"cpu|xpu|cuda(:\d+)?")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the trained networks")
     log_every: int = option(20, "steps between lines of metrics.jsonl", at_least=1)

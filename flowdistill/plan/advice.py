@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flowdistill.config import RunConfig, load_config
 from flowdistill.plan.memory import Plan, make_plan
+from flowdistill.training.optimizers import optimizers_by_key
 
 GIB = 2**30
 RESERVED = 1.0
@@ -40,6 +41,15 @@ def _smaller_batches(config: RunConfig) -> Sequence[str]:
     return [] if more is None else [f"train.gradient_accumulation={more}"]
 
 
+def _average_elsewhere(config: RunConfig) -> Sequence[str]:
+    return ["train.ema_device=cpu"] if config.train.ema_device is None else []
+
+
+def _small_moments(config: RunConfig) -> Sequence[str]:
+    found = optimizers_by_key(config.method, "method.")
+    return [f"{key}.name=adamw8bit" for key, optimizer in found if optimizer.name == "adamw"]
+
+
 def _low_rank(role: str) -> Callable[[RunConfig], Sequence[str]]:
     def overrides(config: RunConfig) -> Sequence[str]:
         for prefix, settings in (("method", config.method), ("method.host", getattr(config.method, "host", None))):
@@ -55,6 +65,8 @@ OPTIONS = (
     Option("passes in half precision", _half_passes),
     Option("activations recomputed", _checkpointing),
     Option("smaller micro-batches", _smaller_batches),
+    Option("its average in host memory", _average_elsewhere),
+    Option("moments of 8 bits", _small_moments),
     Option("a low-rank critic", _low_rank("critic")),
     Option("a low-rank student", _low_rank("student")),
 )

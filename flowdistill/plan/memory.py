@@ -40,6 +40,7 @@ class Part:
     Attributes:
         parameters: its numbers, those that it shares with an earlier part included.
         weights: its own weights and buffers: none that an earlier part has.
+        average_elsewhere: of an average that rests on ``train.ema_device``, and so takes no memory of the device.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class Part:
     gradients: int = 0
     optimizer: int = 0
     average: int = 0
+    average_elsewhere: int = 0
 
     @property
     def lasting(self) -> int:
@@ -149,7 +151,11 @@ def make_plan(config: RunConfig) -> Plan:
     averages = {name: MovingAverage(role.network, config.train.ema_decay, config.train.ema_warmup)
                 for name, role in roles.items() if role.ema}
     for name, average in averages.items():
-        parts[name].average = _bytes(_tensors(average.network), seen)
+        size = _bytes(_tensors(average.network), seen)
+        if config.train.ema_device is None:
+            parts[name].average = size
+        else:
+            parts[name].average_elsewhere = size
     others = [module for module in _modules(method) if _bytes(_tensors(module), set(seen))]
     if others:
         parts["other networks"] = _part(nn.ModuleList(others), seen)

@@ -36,6 +36,8 @@ def describe(plan: Plan) -> str:
         lines.append(f"{name:16}{part.parameters / 1e6:>10.1f} M" + "".join(f"{_gib(size):>12}" for size in sizes))
     lasting = sum(part.lasting for part in plan.parts.values())
     lines += ["", f"{'stays in memory':40}{_gib(lasting):>12}"]
+    lines += [f"{f'average of the {name}, on {config.train.ema_device}':40}{_gib(part.average_elsewhere):>12}"
+              for name, part in plan.parts.items() if part.average_elsewhere]
     for role, size in plan.activations.items():
         rows = f"update of the {role}, {plan.rows} row{'s' if plan.rows > 1 else ''}: gradients"
         lines.append(f"{rows:40}{_gib(plan.parts[role].gradients):>12}  + activations (estimated) {_gib(size):>8}")

@@ -40,6 +40,7 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.logging import log_once, quiet_libraries
@@ -276,14 +277,7 @@ def bank_settings(config: TeacherConfig) -> BankSettings:
     Raises:
         UserError: a device that this machine does not have.
     """
-    device = None
-    if config.text_encoder_device is not None:
-        device = torch.device(config.text_encoder_device)
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"teacher.text_encoder_device is {device}, which cannot be used here: "
-                            f"{str(error).splitlines()[0]}") from error
+    device = usable_device(config.text_encoder_device, "teacher.text_encoder_device")
     return BankSettings(config.prompt_cache, config.prompt_cache_gb, config.prompts_at_once, device)
 
 

@@ -20,12 +20,20 @@ class MovingAverage:
             and are shared with it.
         decay: in [0, 1).
         warmup: use min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that early weights are soon forgotten.
+        device: where the averaged weights rest, another one than the network's; None: beside it.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool) -> None:
+    def __init__(
+        self, network: nn.Module, decay: float, warmup: bool, device: torch.device | str | None = None
+    ) -> None:
         frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
         self.network = copy.deepcopy(network, frozen).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
+        self.device = None if device is None else torch.device(device)
+        if self.device is not None:
+            for tensor in (*self.network.parameters(), *self.network.buffers()):
+                if id(tensor) not in frozen:
+                    tensor.data = tensor.data.to(self.device)
         self.count = 0
         self._pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None = None
 
@@ -46,10 +54,28 @@ class MovingAverage:
                 list(network.buffers()),
             )
         averages, weights, buffers, current = self._pairs
-        get_ema_multi_avg_fn(self.current_decay())(averages, weights, self.count)
+        step = get_ema_multi_avg_fn(self.current_decay())
+        if self.device is None:
+            step(averages, weights, self.count)
+        else:  # one weight after another: never a second copy of them all
+            for average, weight in zip(averages, weights, strict=True):
+                step([average], [weight.to(self.device)], self.count)
         if buffers:
             torch._foreach_copy_(buffers, current)
         self.count += 1
+
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The averaged network on ``device``: this one where it is there already, else a copy."""
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        moved = {id(tensor): tensor.to(device) for tensor in tensors if tensor.device != device}
+        if not moved:
+            return self.network
+        kept = {id(tensor): tensor for tensor in tensors if id(tensor) not in moved}
+        parameters = {id(p) for p in self.network.parameters()}
+        made = {key: nn.Parameter(value, requires_grad=False) if key in parameters else value
+                for key, value in moved.items()}
+        return copy.deepcopy(self.network, kept | made)
 
 
 @torch.no_grad()

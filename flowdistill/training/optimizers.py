@@ -115,13 +115,14 @@ def check_shards(config: OptimizerConfig, role: str) -> None:
                         f"cuts them; choose one of {able}, or start several processes with whole networks (MULTI_GPU)")
 
 
-def optimizer_configs(settings: object) -> Iterable[OptimizerConfig]:
-    """The optimisers of a method's settings, those of a host method included."""
-    if isinstance(settings, OptimizerConfig):
-        yield settings
-    elif is_dataclass(settings):
-        for item in fields(settings):
-            yield from optimizer_configs(getattr(settings, item.name))
+def optimizers_by_key(settings: object, prefix: str) -> Iterable[tuple[str, OptimizerConfig]]:
+    """(full key, settings) of the optimisers of a method, those of a host method included."""
+    for item in fields(settings) if is_dataclass(settings) else ():
+        value = getattr(settings, item.name)
+        if isinstance(value, OptimizerConfig):
+            yield f"{prefix}{item.name}", value
+        else:
+            yield from optimizers_by_key(value, f"{prefix}{item.name}.")
 
 
 def forget(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:

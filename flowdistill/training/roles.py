@@ -20,6 +20,7 @@ from flowdistill.training.method import Method, NetworkCall, Role
 from flowdistill.training.optimizers import check_shards, make_optimizer
 from flowdistill.training.precision import HalfPrecisionForward
 from flowdistill.training.state import assign, gather, network_tensors
+from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -58,8 +59,9 @@ class TrainedRole:
     consecutive: Tensor
 
     def whole(self) -> nn.Module:
-        """The averaged network (the trained one when there is no average), unsharded; a collective under FSDP2."""
-        source = self.network if self.average is None else self.average.network
+        """The averaged network (the trained one when there is no average) on the device that trains, unsharded; a
+        collective under FSDP2."""
+        source = self.network if self.average is None else self.average.on(self.skipped.device)
         if self.template is None:
             return source
         values = gather(network_tensors(source, self.network))
@@ -78,7 +80,8 @@ def prepare_roles(
     Raises:
         UserError: a launcher that is not supported, or not by this method, weights that are not float32, nothing to
             train, an optimiser that is not installed or cannot train shares of weights, gradient checkpointing for a
-            network that has none, or adapters on a teacher that is away at times.
+            network that has none, adapters on a teacher that is away at times, or an average on a device that this
+            machine does not have, or apart from weights that are cut.
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -136,8 +139,12 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         check_shards(role.optimizer, name)
+        if config.ema_device is not None:
+            raise UserError(f"train.ema_device is {config.ema_device}, but FSDP cuts the average as it does the "
+                            "weights; set it to null")
     # Copies come before the wrapping: a sharded network cannot be copied.
-    average = MovingAverage(network, config.ema_decay, config.ema_warmup) if role.ema else None
+    elsewhere = usable_device(config.ema_device, "train.ema_device")
+    average = MovingAverage(network, config.ema_decay, config.ema_warmup, elsewhere) if role.ema else None
     template = copy.deepcopy(network).cpu() if sharded and name == "student" else None
     if sharded:
         for whole in [network] if average is None else [network, average.network]:

@@ -41,7 +41,7 @@ from flowdistill.training.checkpoint import checkpoints, read_state
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
-from flowdistill.training.optimizers import check_package, optimizer_configs
+from flowdistill.training.optimizers import check_package, optimizers_by_key
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.errors import UserError, shown
@@ -58,7 +58,7 @@ FREE = frozenset(
     f"train.{name}"
     for name in (
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
-        "trackers device gradient_checkpointing compile keep_freed_memory stop_when"
+        "trackers device gradient_checkpointing compile keep_freed_memory stop_when ema_device"
     ).split()
 ) | {f"teacher.{name}" for name in "attention offload prompt_cache prompt_cache_gb text_encoder_device".split()}
 """Settings, and sections, that may change between a run and its resume: they do not decide what is learned, except the
@@ -107,7 +107,7 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         config = load_config(config, overrides)
     if config.train.stop_when is not None:
         ranking_metric(config.train.stop_when.metric, KEY)
-    for optimizer in optimizer_configs(config.method):
+    for _, optimizer in optimizers_by_key(config.method, "method."):
         check_package(optimizer)
     several = method_class(config.method.name).distill(config)
     return distill_one(config) if several is None else several

@@ -10,7 +10,7 @@ from flowdistill.config import load_config
 from flowdistill.plan import advice, make_plan
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
-from flowdistill.plan.report import passes
+from flowdistill.plan.report import _gib, passes
 from flowdistill.plan.simulation import Live
 from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
@@ -215,6 +215,15 @@ def test_prompts_have_the_shapes_of_encoded_ones(tmp_path, name):
             assert planned.shape[1] >= value.shape[1] and planned.shape[2:] == value.shape[2:]
         else:
             assert planned.shape == value.shape, key
+
+
+def test_an_average_in_host_memory_is_none_of_the_device(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    beside, apart = make_plan(load_config(file)), make_plan(load_config(file, ["train.ema_device=cpu"]))
+    size = beside.parts["student"].average
+    assert (apart.parts["student"].average, apart.parts["student"].average_elsewhere) == (0, size) and size > 0
+    assert apart.peak == beside.peak - size
+    assert f"average of the student, on cpu{_gib(size):>22}" in cli("plan", file, "train.ema_device=cpu").out
 
 
 # --- the command

@@ -289,3 +289,50 @@ def test_gradient_checkpointing_is_switched_on_or_refused(tmp_path, monkeypatch)
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(UserError, match="batch_size is 9, but 1 processes with train.gradient_accumulation=2"):
         make_trainer(tmp_path, batch_size=9, gradient_accumulation=2)
+
+
+# --- the average on another device
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_average_that_rests_elsewhere_is_the_same_to_the_last_bit(tied):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    network[0].bias.requires_grad_(False)
+    if tied:
+        network[2].weight = network[0].weight
+    beside, apart = MovingAverage(network, 0.9, True), MovingAverage(network, 0.9, True, "cpu")
+    assert apart.network[0].bias is network[0].bias and apart.device == CPU
+    for _ in range(4):
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *network.buffers()):
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor))
+        for average in (beside, apart):
+            average.update(network)
+    assert beside.count == apart.count == 4
+    for key, value in beside.network.state_dict().items():
+        assert torch.equal(value, apart.network.state_dict()[key])
+    assert apart.on(CPU) is apart.network
+    moved = apart.on(torch.device("meta"))
+    assert all(p.is_meta for p in moved.parameters()) and not any(p.is_meta for p in apart.network.parameters())
+    assert isinstance(moved[2].weight, nn.Parameter) and (moved[2].weight is moved[0].weight) == tied
+
+
+def test_runs_with_the_average_elsewhere_are_the_same_runs_and_go_on(tmp_path):
+    beside = make_trainer(tmp_path / "a", steps=6)
+    apart = make_trainer(tmp_path / "b", steps=6, ema_device="cpu")
+    beside.train()
+    for _ in range(3):
+        apart.train_step()
+    apart.save()
+    apart = make_trainer(tmp_path / "b", steps=6, ema_device="cpu")
+    assert apart.step == 3 and apart.roles["student"].average.device == CPU
+    apart.train()
+    one, other = weights(beside), weights(apart)
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_an_average_on_a_device_that_is_not_here_is_refused(tmp_path):
+    with pytest.raises(UserError, match="train.ema_device is cuda:7, which cannot be used here"):
+        make_trainer(tmp_path, ema_device="cuda:7")
