@@ -22,6 +22,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "digits-ddpm": {"source": "assets/digits-ddpm"},
     # Students that start in noise start here, for the reason in configs/digits/freeflow_ddpm.yaml.
     "digits-ddpm, t_max 0.97": {"source": "assets/digits-ddpm", "t_max": 0.97},
+    # From timestep 799 on, for the reason in configs/digits/consistency_ddpm.yaml.
+    "digits-ddpm, t_max 0.96": {"source": "assets/digits-ddpm", "t_max": 0.9623046675},
 }
 STEPS = [1, 2, 4, 10, 50]
 TOLERANCE = {"fid": 0.002, "kid": 0.001, "precision": 0.005, "recall": 0.005, "accuracy": 0.001}

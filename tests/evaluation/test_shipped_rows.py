@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from flowdistill import load_teacher
-from flowdistill.config import load_config
-from flowdistill.data.assets import asset_path
+from flowdistill.config import TeacherConfig, load_config
 from flowdistill.evaluation import Evaluator, kept_rows, teacher_sampler
 from flowdistill.evaluation.kept_rows import TeacherIdentity
 from flowdistill.utils.shipped import shipped_folder
@@ -31,9 +30,9 @@ def evaluator(tmp_path_factory):
     return Evaluator("digits", "digits", cache_dir=tmp_path_factory.mktemp("cache"), device="cpu", progress=False)
 
 
-def rows_of(evaluator, steps):
-    """(key, sampler, calls) of the digits teacher's rows."""
-    teacher = load_teacher(str(asset_path("digits-flow")))
+def rows_of(evaluator, steps, settings=None):
+    """(key, sampler, calls) of a digits teacher's rows."""
+    teacher = load_teacher(TeacherConfig(**settings or {"source": "assets/digits-flow"}))
     identity = TeacherIdentity(teacher)
     samplers = {count: identity.known(teacher_sampler(teacher, count), "teacher", count, "euler", 1.0)
                 for count in steps}
@@ -42,22 +41,30 @@ def rows_of(evaluator, steps):
 
 
 def test_the_shipped_configurations_find_them(evaluator):
-    asked = set()
+    asked, teachers = {}, script().TEACHERS
     for file in sorted((ROOT / "configs" / "digits").glob("*.yaml")):
         config = load_config(file)
-        section = config.evaluation
-        if config.teacher.source == "assets/digits-flow" and section.features is not None:
+        section, known = config.evaluation, [name for name, one in teachers.items() if one == own_settings(config)]
+        if section.features is not None:
             assert (section.features, section.reference, section.num_images, section.solver, section.more_metrics) == (
                 "digits", "digits", evaluator.num_images, "euler", []), file
-            asked |= set(section.teacher_steps)
-    assert asked >= {1, 2, 4, 10, 50}
-    for key, _, calls in rows_of(evaluator, sorted(asked)):
-        found = evaluator.kept_rows.find(key)
-        assert found is not None and found.shipped, f"no row of {calls} calls; {AGAIN}"
-        assert found.row.calls == calls and found.row.images_per_second is None
-        not_of_digits = {"per_part_fid", "fd", "fd_std"}
-        figures = {name for metric in evaluator.metrics for name in metric.figures} - not_of_digits
-        assert {name for name in figures if found.row.figures.get(name) is None} == set()
+            assert len(known) == 1, f"{file}: add its teacher to scripts/measure_shipped_teachers.py"
+            asked.setdefault(known[0], set()).update(section.teacher_steps)
+    assert set(asked) == set(teachers) and asked["digits-flow"] >= {1, 2, 4, 10, 50}
+    for name, steps in asked.items():
+        for key, _, calls in rows_of(evaluator, sorted(steps), teachers[name]):
+            found = evaluator.kept_rows.find(key)
+            assert found is not None and found.shipped, f"no row of {name} at {calls} calls; {AGAIN}"
+            assert found.row.calls == calls and found.row.images_per_second is None
+            not_of_digits = {"per_part_fid", "fd", "fd_std"}
+            figures = {name for metric in evaluator.metrics for name in metric.figures} - not_of_digits
+            assert {name for name in figures if found.row.figures.get(name) is None} == set()
+
+
+def own_settings(config):
+    """What a configuration says of its teacher that is not the default."""
+    default, given = vars(TeacherConfig()), vars(config.teacher)
+    return {name: value for name, value in given.items() if value != default[name]}
 
 
 def test_the_cheapest_row_comes_out_again(evaluator):
