@@ -31,6 +31,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.hashing import add_files, add_folder, add_module, files_below
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.quantized import quantize
 from flowdistill.utils.text import JsonObject, read_json_object
 
 INDEX = "model_index.json"
@@ -52,17 +53,19 @@ class TextEncoders:
         dtype: of the encoders' weights; a live pipeline's stay as they are.
         variant: of the weight files in a folder; see :func:`flowdistill.conditioning.components.chosen_variant`.
         lora: becomes part of the weights that are loaded from a folder.
+        scheme: of :mod:`flowdistill.utils.quantized`, for encoders that are loaded from a folder; None: whole weights.
     """
 
     def __init__(
         self, source: str | os.PathLike[str] | DiffusionPipeline, dtype: torch.dtype, variant: str | None = None,
-        lora: PipelineLora | None = None,
+        lora: PipelineLora | None = None, scheme: str | None = None,
     ) -> None:
         self.folder = None if isinstance(source, DiffusionPipeline) else Path(source)
         self.live = cast(Pipeline, source) if isinstance(source, DiffusionPipeline) else None
         self.dtype = dtype
         self.variant = variant
         self.lora = lora
+        self.scheme = scheme
         if self.live is not None:
             index = dict(self.live.config) | {"_class_name": type(self.live).__name__}
         else:
@@ -111,7 +114,11 @@ class TextEncoders:
         if self.lora is not None:
             self.lora.fuse_texts(pipeline)
         for name in self.components:
-            _move(getattr(pipeline, name), device)
+            component = getattr(pipeline, name)
+            if isinstance(component, nn.Module):
+                if self.scheme is not None:
+                    quantize(component.requires_grad_(False), self.scheme, "teacher.text_encoder_quantize")
+                component.to(device)
         yield pipeline
         del pipeline
         if device.type == "cuda":
@@ -135,6 +142,8 @@ class TextEncoders:
                         add_folder(digest, Path(folder), name)
         if self.lora is not None:
             self.lora.add_to(digest)
+        if self.scheme is not None:
+            digest.update(self.scheme.encode())
         return digest.hexdigest()
 
     def save(self, target: Path) -> None:
@@ -170,11 +179,6 @@ class TextEncoders:
         """The pipeline's index without the components that have nothing to do with text."""
         return {name: [None, None] if isinstance(value, (list, tuple)) and not is_text(name) else value
                 for name, value in self._index.items()}
-
-
-def _move(component: object, device: torch.device) -> None:
-    if isinstance(component, nn.Module):
-        component.to(device)
 
 
 def _is_there(value: object) -> bool:

@@ -68,6 +68,10 @@ def size_rule(value: Any) -> str:
     return "the side of a square in pixels, such as 1024, or [height, width], such as [832, 1216]"
 
 
+QUANTIZED = ("int8", "fp8", "nf4")
+"""Schemes of :mod:`flowdistill.utils.quantized`."""
+
+
 @dataclass
 class TeacherConfig:
     """The frozen model to distil."""
@@ -100,7 +104,11 @@ class TeacherConfig:
     # An integer or a list of two: OmegaConf knows no union with a list.
     image_size: Any = option(None, "text to image: pixels of a square's side, or [height, width]; null: the pipeline's",
                              rule=size_rule)
+    text_encoder_quantize: str | None = option(None, "as quantize, for the text encoders", choices=QUANTIZED)
     dtype: str = option("float32", "precision of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    quantize: str | None = option(None, "keep the weights of the network's blocks in int8, fp8 or nf4, and compute in "
+                                        "dtype; null: in dtype. Full students and critics start from the weights "
+                                        "before, adapters stand on those after it", choices=QUANTIZED)
     attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "
                                     "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp)",
                             choices=("auto", "sdpa", "xformers", "math"))

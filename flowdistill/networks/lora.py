@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowdistill.config import option
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import dequantize
 
 KINDS = ("full", "lora")
 ADAPTER = "default"
@@ -114,6 +115,7 @@ def merged(backbone: nn.Module) -> nn.Module:
     A backbone without adapters is just copied.
     """
     alone = copy.deepcopy(backbone).cpu()
+    dequantize(alone)
     layers = [layer for _, layer in lora_layers(alone)]
     if layers:
         alone = alone.float()

@@ -13,6 +13,7 @@ from torch import nn
 
 from flowdistill.networks.backbones import Backbone, family_of
 from flowdistill.utils.errors import WORD, UserError, shown
+from flowdistill.utils.quantized import parameter_count
 from flowdistill.utils.text import JsonObject
 
 NEAR = 0.9
@@ -75,7 +76,7 @@ def reshaped(backbone: Backbone, changes: Mapping[str, object]) -> nn.Module:
 
 def parameters(network: nn.Module) -> int:
     """Number of parameters."""
-    return sum(p.numel() for p in network.parameters())
+    return parameter_count(network)
 
 
 def _widest(

@@ -20,6 +20,7 @@ from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler, path_from_scheduler
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_pointer, local_path
+from flowdistill.utils.quantized import plain_tensors
 from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
 FORMAT = 3
@@ -93,7 +94,7 @@ def write_network(network: ExtendedVelocity, scheduler: Scheduler, folder: Path)
     velocity = network.velocity
     velocity.backbone.save_config(folder / "backbone")
     scheduler.save_pretrained(folder / "scheduler")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    weights = plain_tensors(network)
     if velocity.lora is not None:  # what trained by itself, and the teacher's weights in their own type
         weights, base = split(weights)
         save_file(base, folder / BASE, metadata={"format": "pt"})

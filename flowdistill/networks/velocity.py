@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.attention import attention_kernels, only_math
+from flowdistill.networks.attention import attention_kernels, only_math, use_attention
 from flowdistill.networks.backbones import Backbone, BackboneFamily
 from flowdistill.networks.lora import LoraSettings, add_lora, lora_layers
 from flowdistill.paths.native_path import Coefficients, NativePath
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import foreign_layers
 
 EMBEDDING_FREQUENCIES = 256
 Around = Callable[[], contextlib.AbstractContextManager[object]]
@@ -40,6 +41,7 @@ class VelocityNetwork(nn.Module):
 
     Attributes:
         attention: the kernels it is called with: sdpa, xformers or math.
+        whole: makes the backbone anew with the weights it had before they were quantised; None where they are not.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class VelocityNetwork(nn.Module):
         self.path = path
         self.family = family
         self.attention = attention
+        self.whole: Callable[[], Backbone] | None = None
         self._dtype: tuple[torch.dtype, torch.dtype] = (self._first_dtype(), backbone.dtype)
 
     def _first_dtype(self) -> torch.dtype:
@@ -112,7 +115,7 @@ class VelocityNetwork(nn.Module):
         distilled student must match its frozen teacher, whose label dropout and dropout are off.
 
         Raises:
-            UserError: the backbone has adapters of somebody else's in it.
+            UserError: the backbone has adapters of somebody else's in it, or its weights are somebody else's codes.
         """
         if self.lora is None and next(lora_layers(self.backbone), None) is not None:
             raise UserError("the pipeline's network has an adapter in it, which a student could not be told from; call "
@@ -120,7 +123,15 @@ class VelocityNetwork(nn.Module):
         if lora is not None:
             tree = self.frozen_copy().backbone
             return VelocityNetwork(tree, path or self.path, self.family, self.attention, lora).eval()
-        backbone = copy.deepcopy(self.backbone)
+        if self.whole is not None:
+            backbone = self.whole()
+            use_attention(backbone, self.attention)
+        elif foreign_layers(self.backbone):
+            raise UserError(f"the weights of the pipeline's {type(self.backbone).__name__} are quantised, and a copy "
+                            "that trains needs whole ones; load it without, and set teacher.quantize, or train "
+                            "adapters (method.student and method.critic: lora)")
+        else:
+            backbone = copy.deepcopy(self.backbone)
         if self.dtype != torch.float32:
             backbone = backbone.float()
         copied = VelocityNetwork(backbone, path or self.path, self.family, attention=self.attention)

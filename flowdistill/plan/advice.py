@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flowdistill.config import RunConfig, load_config
 from flowdistill.plan.memory import Plan, make_plan
 from flowdistill.training.optimizers import optimizers_by_key
+from flowdistill.utils.errors import UserError
 
 GIB = 2**30
 RESERVED = 1.0
@@ -41,6 +42,10 @@ def _smaller_batches(config: RunConfig) -> Sequence[str]:
     return [] if more is None else [f"train.gradient_accumulation={more}"]
 
 
+def _codes(config: RunConfig) -> Sequence[str]:
+    return ["teacher.quantize=int8"] if config.teacher.quantize is None else []
+
+
 def _average_elsewhere(config: RunConfig) -> Sequence[str]:
     return ["train.ema_device=cpu"] if config.train.ema_device is None else []
 
@@ -67,6 +72,7 @@ OPTIONS = (
     Option("smaller micro-batches", _smaller_batches),
     Option("its average in host memory", _average_elsewhere),
     Option("moments of 8 bits", _small_moments),
+    Option("a teacher in 8 bits", _codes),
     Option("a low-rank critic", _low_rank("critic")),
     Option("a low-rank student", _low_rank("student")),
 )
@@ -100,7 +106,10 @@ def advise(
     weaker: dict[str, list[list[str]]] = {}
     for option in OPTIONS:
         while not fits(plan, gpu_memory) and (more := list(option.overrides(plan.config))):
-            tried = plans.with_(chosen | {option.words: more})
+            try:
+                tried = plans.with_(chosen | {option.words: more})
+            except UserError:  # nothing that this network could have so
+                break
             if tried.peak >= plan.peak:
                 break
             if option.words in chosen:

@@ -68,6 +68,7 @@ def prompts_alone(config: TeacherConfig) -> PromptConditions:
         file = find_lora(config.lora)
         assert file is not None  # what is not here was fetched
         lora = read_lora(file, config.lora_scale, kind, name, backbone).of_texts()
-    encoders = TextEncoders(folder, DTYPES[config.text_encoder_dtype or config.dtype], config.variant, lora)
+    encoders = TextEncoders(folder, DTYPES[config.text_encoder_dtype or config.dtype], config.variant, lora,
+                            config.text_encoder_quantize)
     return PromptConditions(encoders, shaped.family, shaped.image_size, shaped.negative, bank_settings(config),
                             shaped.shapes)

@@ -16,7 +16,7 @@ from flowdistill.plan.meta_teacher import (
     has_prompts,
     meta_teacher,
     read_architecture,
-    text_encoder_bytes,
+    text_encoder_size,
 )
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
 from flowdistill.teachers import Teacher
@@ -27,6 +27,7 @@ from flowdistill.training.optimizers import KINDS
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import parameter_count
 from flowdistill.utils.randomness import Draw, seed_torch
 
 LISTED_BYTES = 24
@@ -66,6 +67,7 @@ class PromptStore:
         row: bytes of one encoded prompt, of the longest where they differ.
         ragged: whether they differ.
         encoders: bytes of text encoders that stay loaded; 0: none do; None: some do, whose sizes are not known here.
+        encoder_parameters: of these.
         on_device: whether these are on the device that trains.
     """
 
@@ -74,6 +76,7 @@ class PromptStore:
     row: int
     ragged: bool
     encoders: int | None = 0
+    encoder_parameters: int = 0
     on_device: bool = True
 
     @property
@@ -145,7 +148,7 @@ def make_plan(config: RunConfig) -> Plan:
         parts["autoencoder"] = _part(teacher.codec, seen)
     store = _prompt_store(config, teacher, architecture)
     if store is not None and store.encoders and store.on_device:
-        parts["text encoders"] = Part(store.encoders // DTYPES[words(config)].itemsize, store.encoders)
+        parts["text encoders"] = Part(store.encoder_parameters, store.encoders)
     for name, role in roles.items():
         parts[name] = _part(role.network, seen)
     averages = {name: MovingAverage(role.network, config.train.ema_decay, config.train.ema_warmup)
@@ -195,7 +198,8 @@ def _prompt_store(config: RunConfig, teacher: Teacher, architecture: Architectur
     count = len(prompts.prompts or ()) if has_prompts(config.teacher) else None
     store = PromptStore(prompts.mode, count, prompts.row_bytes, prompts.family.ragged)
     if store.mode == "live":
-        store.encoders = text_encoder_bytes(architecture, DTYPES[words(config)])
+        size = text_encoder_size(architecture, DTYPES[words(config)], config.teacher.text_encoder_quantize)
+        store.encoder_parameters, store.encoders = (0, None) if size is None else size
         device = config.teacher.text_encoder_device
         store.on_device = device is None or device != "cpu"
     return store
@@ -217,7 +221,7 @@ def _update(method: Method, role: str, calls: dict[str, NetworkCall], config: Ru
 
 
 def _part(module: nn.Module, seen: set[int]) -> Part:
-    return Part(sum(p.numel() for p in module.parameters()), _bytes(_tensors(module), seen))
+    return Part(parameter_count(module), _bytes(_tensors(module), seen))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

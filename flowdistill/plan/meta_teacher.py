@@ -38,6 +38,7 @@ from flowdistill.teachers.loading import (
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.quantized import parameter_count, quantize
 from flowdistill.utils.shipped import find_path
 from flowdistill.utils.text import JsonObject, read_json_object
 
@@ -168,7 +169,7 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture, listed: bool
         attention="math" if config.attention == "math" else "sdpa",  # xformers keeps what torch's fused kernels keep
         prompts=None,
     )
-    made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts)
+    made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts, lambda: _on_meta(parts[name], dtype))
     teacher = assemble(made, settings, config.source, META).to(META)
     if teacher.prompts is not None and listed:
         teacher.prompts.use(_listed(config))
@@ -227,9 +228,12 @@ def _texts(
     return ShapedPrompts(shapes, encoders, family, pixels, config.negative_prompt, bank_settings(config))
 
 
-def text_encoder_bytes(architecture: Architecture, dtype: torch.dtype) -> int | None:
-    """Bytes of the pipeline's text encoders in this type; None where their whole configurations are not known."""
-    total = 0
+def text_encoder_size(
+    architecture: Architecture, dtype: torch.dtype, scheme: str | None = None
+) -> tuple[int, int] | None:
+    """Parameters of the pipeline's text encoders, and their bytes in this type, or quantised; None where their whole
+    configurations are not known."""
+    count = total = 0
     for name in architecture.encoders:
         config = architecture.components.get(name, {})
         kind = getattr(transformers, str(config.get("_class_name")), None)
@@ -237,17 +241,22 @@ def text_encoder_bytes(architecture: Architecture, dtype: torch.dtype) -> int | 
             return None
         with quiet_libraries(), META:
             module = kind(kind.config_class.from_dict(config))
-        total += sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.itemsize) for p in module.parameters())
-    return total
+        module.to(dtype)
+        if scheme is not None:
+            quantize(module, scheme, "teacher.text_encoder_quantize")
+        count += parameter_count(module)
+        total += sum(p.nbytes for p in module.parameters())
+    return count, total
 
 
 class NoEncoders(NamedTuple):
-    """What is known of text encoders that are not here: the class of their pipeline, their type, and the tokens that
-    they read where they are CLIP's."""
+    """What is known of text encoders that are not here: the class of their pipeline, their type, the tokens that they
+    read where they are CLIP's, and that their weights are not of interest."""
 
     pipeline_class: str
     dtype: torch.dtype
     clip_tokens: int
+    scheme: str | None = None
 
 
 class ShapedPrompts(PromptConditions):

@@ -108,7 +108,7 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
         classes = classes.restricted(description["labels"])
     prompts, text = None, description.get("text")
     if text is not None:
-        encoders = TextEncoders(folder / "text", getattr(torch, text["dtype"]))
+        encoders = TextEncoders(folder / "text", getattr(torch, text["dtype"]), scheme=text.get("quantize"))
         shapes = family.known_shapes(backbone, encoders.pipeline_class, encoders.clip_tokens)
         prompts = PromptConditions(encoders, family, tuple(text["image_size"]), text["negative"],
                                    BankSettings(at_once=text.get("at_once", ENCODED_AT_ONCE)), shapes)
@@ -126,7 +126,8 @@ def _describe_prompts(prompts: PromptConditions) -> dict[str, Any]:
         "negative": prompts.negative,
         "prompts": None if prompts.prompts is None else list(prompts.prompts[:CARRIED]),
         "weights": list(prompts.weights[:CARRIED]),
-    } | ({} if prompts.settings.at_once == ENCODED_AT_ONCE else {"at_once": prompts.settings.at_once})
+    } | ({} if prompts.settings.at_once == ENCODED_AT_ONCE else {"at_once": prompts.settings.at_once}) | (
+        {} if prompts.text.scheme is None else {"quantize": prompts.text.scheme})
 
 
 def _read_vae(folder: Path) -> VaeCodec:

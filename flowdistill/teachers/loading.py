@@ -44,6 +44,7 @@ from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.logging import log_once, quiet_libraries
+from flowdistill.utils.quantized import check_gradients, check_scheme, quantize
 from flowdistill.utils.shipped import find_path
 from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
@@ -88,10 +89,13 @@ def load_teacher(
         if config.lora is not None:
             raise UserError("teacher.lora is for a pipeline folder or a hub id; a live pipeline, whose own weights are "
                             "used, takes it by load_lora_weights, fuse_lora and unload_lora_weights")
-        for key in ("text_encoder_dtype", "text_encoder_device"):
+        for key in ("text_encoder_dtype", "text_encoder_device", "text_encoder_quantize"):
             if getattr(config, key) is not None:
                 raise UserError(f"teacher.{key} is for a pipeline folder or a hub id; a live pipeline's text encoders "
                                 "stay as and where they are")
+        if config.quantize is not None:
+            raise UserError("teacher.quantize is for a pipeline folder or a hub id; the weights of a live pipeline, "
+                            "which is used after it as well, stay as they are")
         pipeline, scheduler = live, None
         name = pipeline.config.get("_name_or_path") or type(live).__name__
         recorded: JsonObject = {}
@@ -99,6 +103,8 @@ def load_teacher(
     else:
         name = config.source
         folder = pipeline_folder(name, config.variant)
+        for scheme in filter(None, (config.quantize, config.text_encoder_quantize)):
+            check_scheme(scheme)
         file = None if config.lora is None else find_lora(config.lora)  # the errors before the work
         if file is not None:
             check_takes_lora(read_json_object(folder / INDEX)["_class_name"], name)
@@ -109,7 +115,8 @@ def load_teacher(
             lora.fuse(*network)
 
     def texts(family: BackboneFamily, pixels: tuple[int, int]) -> PromptConditions:
-        encoders = TextEncoders(folder or pipeline, words, config.variant, None if lora is None else lora.of_texts())
+        encoders = TextEncoders(folder or pipeline, words, config.variant, None if lora is None else lora.of_texts(),
+                                config.text_encoder_quantize)
         return _prompts(pipeline, encoders, family, pixels, config)
 
     known = config.null_label is not None or "null_label" in recorded
@@ -118,7 +125,15 @@ def load_teacher(
     called = recorded.get("call", {})
     if config.image_size is None and {"height", "width"} <= called.keys():  # an export draws what it was trained at
         config = replace(config, image_size=[called["height"], called["width"]])
-    parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts)
+    def whole() -> Backbone:
+        assert folder is not None
+        component, loaded = _named_backbone(pipeline)
+        again = load_model(folder / component, type(loaded), weights, config.variant)
+        if lora is not None:
+            lora.fuse(component, again)
+        return again
+
+    parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts, whole)
     teacher = assemble(parts, config, name, device, prepare)
     if not known and teacher.classes is not None and teacher.classes.null_label is None:
         _say_assumed(name, teacher.classes.num_classes)
@@ -152,12 +167,14 @@ class LoadedPipeline(Protocol):
 
 
 class Parts(NamedTuple):
-    """What a teacher is made of; ``texts(family, (height, width))`` makes the prompts' side where there is one."""
+    """What a teacher is made of; ``texts(family, (height, width))`` makes the prompts' side where there is one, and
+    ``whole()`` a backbone with the weights before ``teacher.quantize``."""
 
     backbone: Backbone
     codec: PixelCodec | VaeCodec
     scheduler: Scheduler
     texts: Callable[[BackboneFamily, tuple[int, int]], PromptConditions]
+    whole: Callable[[], Backbone]
 
 
 def assemble(
@@ -169,7 +186,7 @@ def assemble(
     Args:
         name: of the pipeline, for messages.
     """
-    backbone, codec, scheduler, make_texts = parts
+    backbone, codec, scheduler, make_texts, whole = parts
     dtype, prompts = _dtype(config.dtype), config.prompts
     family = family_of(backbone)
     path = path_from_scheduler(scheduler)
@@ -177,7 +194,12 @@ def assemble(
     _check_agreement(backbone, family, scheduler, path, codec)
     backbone = backbone if backbone.dtype == dtype else backbone.to(dtype)
     kernel = choose_attention(config.attention, backbone, family.masked, torch.device(device or "cpu"))
+    check_gradients(backbone, dtype)
+    if config.quantize is not None:
+        quantize(backbone, config.quantize, "teacher.quantize")
     network = VelocityNetwork(backbone, path, family, attention=kernel)
+    if config.quantize is not None:
+        network.whole = whole
     classes = family.labels(backbone, config.null_label)
     shape, texts = family.shape(backbone), None
     if family.pipelines:
@@ -188,9 +210,12 @@ def assemble(
     elif prompts is not None or config.negative_prompt is not None or config.image_size is not None:
         raise UserError("teacher.prompts, teacher.negative_prompt and teacher.image_size are for text-to-image "
                         f"pipelines, and {name} is none")
-    elif (bank_settings(config), config.text_encoder_dtype) != (bank_settings(TeacherConfig("")), None):
-        raise UserError("teacher.prompt_cache, prompt_cache_gb, prompts_at_once, text_encoder_device and "
-                        f"text_encoder_dtype are for text-to-image pipelines, and {name} is none")
+    elif (bank_settings(config), config.text_encoder_dtype, config.text_encoder_quantize) != (
+        bank_settings(TeacherConfig("")), None, None
+    ):
+        raise UserError("teacher.prompt_cache, prompt_cache_gb, prompts_at_once, text_encoder_device, "
+                        "text_encoder_dtype and text_encoder_quantize are for text-to-image pipelines, and "
+                        f"{name} is none")
     family.check_size(backbone, shape)
     if path.kind == "flow" and path.scheduler_name in FLOW_SCHEDULERS and (family.pipelines or _placed(scheduler)):
         path = path.with_grid(lambda steps: _own_times(family, scheduler, steps, shape))

@@ -23,6 +23,7 @@ from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
 from flowdistill.teachers.solvers import integrate
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import parameter_count, quantized_layers
 from flowdistill.utils.randomness import Draw, generator_of
 
 
@@ -401,19 +402,25 @@ class Teacher:
                     f"prediction_type ({self.path.prediction}) and schedule")
         return None
 
+    @staticmethod
+    def _describe_codes(network: nn.Module) -> list[str]:
+        layers = quantized_layers(network)
+        return [f"quantised     {layers[0].scheme}, {len(layers)} linear layers"] if layers else []
+
     def describe(self) -> str:
         """What was detected, in words."""
         path, network = self.path, self.network
         network = network.backbone if isinstance(network, VelocityNetwork) else network
         kinds = {"vp": "variance-preserving (DDPM)", "edm": "variance-exploding (EDM)",
                  "ve": "variance-exploding (score)", "flow": "flow matching"}
-        parameters = sum(p.numel() for p in network.parameters())
+        parameters = parameter_count(network)
         sample = " x ".join(map(str, self.shape))
         latents = "latents of an autoencoder" if isinstance(self.codec, VaeCodec) else "pixels in [-1, 1]"
         lines = [
             f"source        {self.source or 'in memory'}",
             f"backbone      {type(network).__name__}, {parameters / 1e6:.2f} M parameters, "
             f"{next((p.dtype for p in network.parameters()), torch.float32)}".replace("torch.", ""),
+            *self._describe_codes(network),
             *([] if self.lora is None else [f"LoRA          {self.lora}, part of the weights"]),
             f"sample        {sample}, {latents}",
             f"path          {kinds.get(path.kind, path.kind)}, predicts {path.prediction}, from {path.scheduler_name}",

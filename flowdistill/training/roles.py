@@ -22,6 +22,7 @@ from flowdistill.training.precision import HalfPrecisionForward
 from flowdistill.training.state import assign, gather, network_tensors
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import quantized_layers
 from flowdistill.utils.randomness import Draw
 
 SUPPORTED = (
@@ -139,6 +140,9 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         check_shards(role.optimizer, name)
+        if quantized_layers(network):
+            raise UserError(f"the role '{name}' has adapters on quantised weights (teacher.quantize), which FSDP "
+                            "cannot cut; set it to null, or start several processes with whole networks (MULTI_GPU)")
         if config.ema_device is not None:
             raise UserError(f"train.ema_device is {config.ema_device}, but FSDP cuts the average as it does the "
                             "weights; set it to null")

@@ -15,6 +15,7 @@ from flowdistill.plan.simulation import Live
 from flowdistill.teachers import load_teacher
 from flowdistill.training import loop, run
 from flowdistill.training.run import distill, method_class
+from flowdistill.utils import quantized
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
@@ -95,6 +96,7 @@ RUNS = {
                      {"dtype": "bfloat16"}),
     "other optimisers": ("sd", {"name": "dmd2", "optimizer": {"name": "adamw8bit"},
                                 "critic_optimizer": {"name": "muon"}}, {}),
+    "quantised teacher": ("dit", {"name": "dmd2", "critic": "lora", "lora": {"rank": 2}}, {"quantize": "int8"}),
     "disback": ("dit", {"name": "disback", "degradation_steps": 1, "degradation_every": 1}, {"dtype": "float16"}),
     "disback, more nodes": ("edm", {"name": "disback", "degradation_steps": 2, "degradation_every": 1}, {}),
 }
@@ -102,6 +104,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_are_those_of_a_run(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(quantized, "SMALLEST", 64)
     family, method, teacher = RUNS[name]
     file = written(tmp_path, FAMILIES[family].make(), method, {"steps": 3}, **teacher)
     if FAMILIES[family].image_size:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flowdistill.networks.lora import LoraSettings, add_lora, layers_named, lora_tensors
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.quantized import weight_of
 
 KEY_VALUE = ("attn2.to_k", "attn2.to_v")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -28,10 +29,11 @@ class DeltaLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+        self.delta = nn.Parameter(torch.zeros_like(weight_of(base), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.base.weight + self.delta).to(self.base.weight.dtype), self.base.bias)
+        weight = weight_of(self.base)
+        return F.linear(x, (weight + self.delta).to(weight.dtype), self.base.bias)
 
 
 def adapted(velocity: VelocityNetwork, kind: str, rank: int) -> VelocityNetwork:
