@@ -246,14 +246,14 @@ class Consistency(SingleStudentMethod):
         """D u (B, *shape), within the phase of each row."""
         if self.forward_mode:
             try:
-                return cm.total_derivative_jvp(lambda x, time: student(x, time, condition), state, t, slope)
+                return fm.total_derivative_jvp(lambda x, time: student(x, time, condition), state, t, slope)
             except (NotImplementedError, RuntimeError) as error:
                 self.forward_mode = no_forward_mode(error, "method.derivative=jvp", "finite differences are used")
         both = None if condition is None else Condition.cat([condition, condition])
         h, top = self.config.finite_difference_step, self.aims[torch.searchsorted(self.aims, t)]
         # An aim's own time belongs to the phase below it, so no row looks back as far as that.
         back, ahead = ((t - self.aim(t)) / 2).clamp(max=h), (top - t).clamp(max=h)
-        return cm.total_derivative(lambda x, time: student(x, time, both), state, t, slope, back, ahead)
+        return fm.total_derivative(lambda x, time: student(x, time, both), state, t, slope, back, ahead)
 
     def aim(self, t: Tensor) -> Tensor:
         """r (B,) for times t (B,) above 0, both float64."""

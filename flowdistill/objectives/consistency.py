@@ -14,16 +14,10 @@ the residual of an average velocity with its end fixed (``flow_map.generating_re
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowdistill.objectives.flow_map import column
-
-Field = Callable[[Tensor, Tensor], Tensor]
-"""``(x (B, ...), t (B,)) -> velocity (B, ...)``."""
+from flowdistill.objectives.flow_map import Field, column
 
 
 def teacher_step(velocity: Field, x: Tensor, t: Tensor, s: Tensor, solver: str, lowest: float = 0.0) -> Tensor:
@@ -51,29 +45,6 @@ def pseudo_huber(difference: Tensor, c: float) -> Tensor:
 
 
 # --- the continuous form
-
-
-def total_derivative(network: Field, x: Tensor, t: Tensor, slope: Tensor, back: Tensor, ahead: Tensor) -> Tensor:
-    """D u = d/dt u(x + (time - t) slope, time) by a difference quotient between t - back and t + ahead, (B,) each.
-
-    Central where the two are equal, with an error of their square, else one-sided. ``network`` is called once, on the
-    rows at t - back and then those at t + ahead.
-    """
-    states = torch.cat([x - column(back, x) * slope, x + column(ahead, x) * slope])
-    before, after = network(states, torch.cat([t - back, t + ahead])).chunk(2)
-    return (after - before) / column(back + ahead, x)
-
-
-def total_derivative_jvp(network: Field, x: Tensor, t: Tensor, slope: Tensor) -> Tensor:
-    """The same by forward-mode differentiation; exact.
-
-    Attention by torch has a forward-mode rule in its math kernel only, so that is used here.
-
-    Raises:
-        NotImplementedError, RuntimeError: something in the network has no forward-mode rule.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(network, (x, t), (slope, torch.ones_like(t)))[1]
 
 
 def trigonometric(t: Tensor, data_std: float) -> tuple[Tensor, Tensor]:

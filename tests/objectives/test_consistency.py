@@ -94,7 +94,7 @@ def test_exact_maps_have_no_residual_and_others_have(aim):
 
     def residual(network, direction=slope):
         u = network(x, t)
-        return fm.generating_residual(u, cm.total_derivative_jvp(network, x, t, direction), t - r, slope).abs().max()
+        return fm.generating_residual(u, fm.total_derivative_jvp(network, x, t, direction), t - r, slope).abs().max()
 
     exact = velocity_to(gaussian_map, aim)
     assert residual(exact) < 1e-12
@@ -117,7 +117,7 @@ def test_difference_quotients_have_their_order(world):
     for sides, order in (((1.0, 1.0), 2), ((1.0, 0.0), 1), ((0.0, 1.0), 1)):
         sizes = []
         for h in (4e-3, 2e-3):
-            derivative = cm.total_derivative(network, x, t, slope, column(h * sides[0]), column(h * sides[1]))
+            derivative = fm.total_derivative(network, x, t, slope, column(h * sides[0]), column(h * sides[1]))
             sizes.append(fm.generating_residual(network(x, t), derivative, t - r, slope).abs().max().item())
         assert sizes[0] < 0.05 and 2**order * 0.8 < sizes[0] / sizes[1] < 2**order * 1.2
 
@@ -125,9 +125,9 @@ def test_difference_quotients_have_their_order(world):
 def test_both_derivatives_agree():
     x, t = noise(), column(0.6)
     slope = GAUSSIAN(x, t)
-    exact = cm.total_derivative_jvp(odd, x, t, slope)
+    exact = fm.total_derivative_jvp(odd, x, t, slope)
     h = column(1e-4)
-    assert torch.allclose(cm.total_derivative(odd, x, t, slope, h, h), exact, atol=1e-6)
+    assert torch.allclose(fm.total_derivative(odd, x, t, slope, h, h), exact, atol=1e-6)
 
 
 # --- the discrete form
@@ -150,7 +150,7 @@ def test_the_discrete_difference_is_minus_step_times_the_residual():
     of the earlier u; and over -h it tends to R with slope 1."""
     x, t, r = noise(), column(0.8), column(0.25)
     slope = GAUSSIAN(x, t)
-    residual = fm.generating_residual(odd(x, t), cm.total_derivative_jvp(odd, x, t, slope), t - r, slope)
+    residual = fm.generating_residual(odd(x, t), fm.total_derivative_jvp(odd, x, t, slope), t - r, slope)
     errors = []
     for h in (0.01, 0.005, 0.0025):
         s = t - h
@@ -213,7 +213,7 @@ def test_scm_in_its_own_coordinates_is_the_same(data_std, share):
     dF = torch.func.jvp(own_coordinates, (trig, angle), (motion, torch.ones_like(angle)))[1]
     # Lu and Song, Eq. 6 times cos, with the warm-up r: -cos^2 (sigma_d F - dx/dt) - r cos sin (x + sigma_d dF/dt)
     tangent = -(cos**2) * (data_std * F - motion) - share * cos * sin * (trig + data_std * dF)
-    derivative = cm.total_derivative_jvp(odd, x, t, GAUSSIAN(x, t))
+    derivative = fm.total_derivative_jvp(odd, x, t, GAUSSIAN(x, t))
     residual = cm.warmed_residual(odd(x, t), derivative, t, GAUSSIAN(x, t), t, data_std, share)
     scale, kappa = cm.trigonometric(t, data_std)
     assert torch.allclose(scale[:, None], m, atol=1e-14)
@@ -226,7 +226,7 @@ def test_scm_in_its_own_coordinates_is_the_same(data_std, share):
 def test_the_whole_residual_without_a_warm_up():
     x, t, r = noise(), column(0.6), column(0.2)
     slope = GAUSSIAN(x, t)
-    derivative = cm.total_derivative_jvp(odd, x, t, slope)
+    derivative = fm.total_derivative_jvp(odd, x, t, slope)
     whole = cm.warmed_residual(odd(x, t), derivative, t - r, slope, t, 0.5, 1.0)
     assert torch.allclose(whole, fm.generating_residual(odd(x, t), derivative, t - r, slope), atol=1e-14)
     start = cm.warmed_residual(slope, derivative, t - r, slope, t, 0.5, 0.0)
