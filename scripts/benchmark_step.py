@@ -79,6 +79,9 @@ def check(config: Any) -> None:
     if method.name == "consistency" and (method.derivative == "jvp" or method.target == "ema"):
         raise UserError("the benchmark counts plain passes of teacher and student; set method.derivative to discrete "
                         "or finite_difference, and method.target to online")
+    if method.name == "flow_map_matching" and (method.derivative == "jvp" or method.correction_strength):
+        raise UserError("the benchmark counts plain passes of teacher and student; set method.derivative to discrete "
+                        "or finite_difference, and method.correction_strength to 0")
     if hasattr(method, "guidance_max"):
         if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
@@ -163,6 +166,22 @@ def consistency_passes(method: Any, batch: int) -> list[Pass]:
     return [one for one in passes if one[4]]
 
 
+def flow_map_passes(method: Any, batch: int) -> list[Pass]:
+    """Of flow maps between any two times."""
+    still = min(round(method.velocity_fraction * batch), batch - 1)
+    later = batch - still
+    moved = batch - round(method.start_fraction * later) if method.states == "own" else 0
+    halves = method.objective == "semigroup"
+    differences = not halves and method.derivative == "finite_difference"
+    passes = [
+        ("student, own states", "student", moved, NONE, 1),
+        ("student, shorter jumps or derivative", "student", 2 * later if differences else later, NONE, 1 + halves),
+        ("teacher", "teacher", still if halves else batch, NONE, 1),
+        ("student, trained", "student", batch, WEIGHTS, 1),
+    ]
+    return [one for one in passes if one[2]]
+
+
 def freeflow_passes(method: Any, batch: int) -> list[Pass]:
     """Of FreeFlow."""
     predicted = round(method.prediction_fraction * batch)
@@ -183,7 +202,8 @@ def freeflow_passes(method: Any, batch: int) -> list[Pass]:
 
 
 PASSES: dict[str, Callable[[Any, int], list[Pass]]] = {
-    "freeflow": freeflow_passes, "boot": boot_passes, "consistency": consistency_passes, "dmd2": host_passes,
+    "freeflow": freeflow_passes, "boot": boot_passes, "consistency": consistency_passes,
+    "flow_map_matching": flow_map_passes, "dmd2": host_passes,
     "diff_instruct": host_passes, "sid": host_passes, "disback": host_passes,
 }
 

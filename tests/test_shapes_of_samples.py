@@ -110,7 +110,7 @@ def test_the_noises_share_of_an_export_is_exact(
 
 
 SHORT = {"disback": ["method.degradation_steps=1", "method.degradation_every=1", "train.steps=3"],
-         "consistency": ["method.pairs=4", "method.pairs_steps=1"]}
+         "consistency": ["method.pairs=4", "method.pairs_steps=1"], "flow_map_matching": ["method.steps=1"]}
 OTHERS = ("data_flow_map", "echodistill", "msd", "teacher_score_matching")  # of data, prompts, methods, another shape
 
 

@@ -318,7 +318,7 @@ def _export(args: argparse.Namespace) -> int:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        export(student, partial, guidance_scale=args.guidance_scale)
+        export(student, partial, guidance_scale=args.guidance_scale, steps=args.steps)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -527,11 +527,14 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         "export", _export, lambda args: args.out_dir, "write a stock diffusers pipeline",
         "Write a student as a pipeline folder that DiffusionPipeline.from_pretrained loads without flowdistill.",
-        ["runs/digits-freeflow exported/", "runs/my-run exported/ --guidance-scale 1.5 --overwrite"],
+        ["runs/digits-freeflow exported/", "runs/my-run exported/ --guidance-scale 1.5 --overwrite",
+         "runs/digits-flow-map-matching exported/ --steps 4"],
     )
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
     export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to fix (default: the student's own)")
+    export.add_argument("--steps", metavar="N", type=at_least(1),
+                        help="calls of the pipeline, of a flow map between any times (default: all that it has)")
     export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
 
     inspect = command(

@@ -46,7 +46,7 @@ def save_comparison(
     blocks = {}
     for steps in teacher_steps:
         blocks[f"teacher, {calls_in_words(steps)}"] = teacher.decode(teacher.sample(noise, condition, steps=steps))
-    for steps in range(1, student.num_steps + 1):
+    for steps in student.step_counts:
         blocks[f"student, {calls_in_words(steps)}"] = student_sampler(student, steps=steps)(noise, condition)
     save_picture(stacked({title: grid(images, columns) for title, images in blocks.items()}), path)
 
@@ -55,7 +55,7 @@ def save_by_calls(student: Student, path: str | os.PathLike[str], count: int, se
     """Write a PNG with a row of ``count`` images for each number of calls of a student, each row from the same noise
     and labels or prompts."""
     rows = {calls_in_words(steps): grid(student.generate(num_images=count, seed=seed, steps=steps), count)
-            for steps in range(1, student.num_steps + 1)}
+            for steps in student.step_counts}
     save_picture(stacked(rows), path)
 
 

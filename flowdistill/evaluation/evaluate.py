@@ -413,11 +413,11 @@ def student_sampler(student: Student, guidance_scale: float | None = None, steps
         UserError: more steps than the student was trained for.
     """
     student.checked_steps(steps)
-    arguments = () if steps is None or student.num_steps == 1 else (steps,)
+    several = {} if steps is None or student.num_steps == 1 else {"steps": steps}
 
     def sample(noise: Tensor, given: Tensor | Condition | None) -> Tensor:
         condition = _condition(student, given)
-        return student.decode(student(noise.to(student.device), condition, guidance_scale, *arguments))
+        return student.decode(student(noise.to(student.device), condition, guidance_scale, **several))
 
     return sample
 
@@ -494,7 +494,7 @@ def _models(subject: _Subject, settings: dict[str, Any]) -> list[tuple[str, int,
                    for count in own]
     if subject.student is not None:
         models += [("student", calls, student_sampler(subject.student, scale, calls))
-                   for calls in range(1, subject.student.num_steps + 1)]
+                   for calls in subject.student.step_counts]
     if not models:
         raise UserError(f"nothing to measure in {subject.name}: it has no student, and no teacher rows were asked for")
     return models

@@ -1,10 +1,10 @@
-"""The folder of a student of several calls: its network as it is, the scheduler that takes its steps, and its card."""
+"""The folder of a student of several calls: its network, the scheduler that takes its steps, and its card."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiTPipeline
@@ -24,33 +24,41 @@ from flowdistill.export.cards import (
 from flowdistill.export.few_step import StockSteps, native_times, rounded_times, stock_steps
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import assembled_pipeline, prompt_call, stock_pipeline
+from flowdistill.export.time_fold import fold_time, time_folds
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR
-from flowdistill.students.generator import Generator
 from flowdistill.students.steps import Steps
+from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.hashing import checksums
 
 
-def export_steps(student: Generator, target: Path, guidance_scale: float | None = None) -> None:
-    """Write a student of several calls, for which :func:`flowdistill.export.few_step.few_step_problem` finds none.
+def export_steps(student: Student, steps: Steps, target: Path, guidance_scale: float | None = None) -> None:
+    """Write a student of several calls, ``steps``, which have no :func:`flowdistill.export.few_step.few_step_problem`.
 
     Where the pipeline passes no class labels on, each class becomes a pipeline of its own, ``class-0`` ..., with the
     embedding of its label in the network's biases, and ``manifest.json`` says which is whose.
 
+    A generator's network stays as it is. What a flow map is told of the ends of its jumps, and of guidance, is folded
+    into its time embedding, exactly at the timesteps of these steps.
+
     Raises:
-        UserError: a guidance scale that is not the student's, or a latent pipeline without an autoencoder.
+        UserError: a guidance scale that is not the student's, a latent pipeline without an autoencoder, or a time
+            embedding that does not tell the timesteps apart.
     """
     student.scalars(guidance_scale)
-    found = stock_steps(student, student.network.velocity, student.steps)
+    found = stock_steps(student, student.network.velocity, steps)
     assert found is not None
-    backbone = plain_backbone(student)
+    backbone, folds = plain_backbone(student), time_folds(student, steps, guidance_scale)
+    fold_time(backbone, folds)
+    scale = student.info.guidance_scale if guidance_scale is None else guidance_scale
+    written = Written(student, steps, found, scale, max((fold.condition for fold in folds.values()), default=None))
     call = _call(student, found)
     if student.classes is None or found.takes_labels:
-        _write(student, found, backbone, call, target, class_record(student))
-        card = _card(student, found, code(call)) + (save_lora(student, target, guidance_scale, found) or "")
+        _write(written, backbone, call, target, class_record(student))
+        card = _card(written, code(call)) + (save_lora(student, target, folds, found) or "")
         (target / "README.md").write_text(card, encoding="utf-8")
         return
     labels = student.classes.shown
@@ -61,18 +69,29 @@ def export_steps(student: Generator, target: Path, guidance_scale: float | None 
     for label, name in zip(labels, names, strict=True):
         with torch.no_grad():
             layer.bias.copy_(bias + embedding[label])
-        _write(student, found, backbone, call, target / name, {"label": label})
-        card = _card(student, found, code(call), f" Images of class {label}.")
+        _write(written, backbone, call, target / name, {"label": label})
+        card = _card(written, code(call), f" Images of class {label}.")
         (target / name / "README.md").write_text(card, encoding="utf-8")
     pipelines = [{"folder": name, "label": label, "sha256": checksums(target / name)}
                  for label, name in zip(labels, names, strict=True)]
     (target / "manifest.json").write_text(json.dumps({"pipelines": pipelines}, indent=1) + "\n", encoding="utf-8")
-    card = _card(student, found, code(call, f"path/to/this/folder/{names[0]}"),
+    card = _card(written, code(call, f"path/to/this/folder/{names[0]}"),
                  f" Each class is a pipeline of its own, for a {found.loop.pipeline} passes no labels on.")
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def plain_backbone(student: Generator) -> Any:
+class Written(NamedTuple):
+    """What the files of a folder say: the student, its steps, what takes them, the guidance scale in the weights, and
+    the condition number of the fold; None without one."""
+
+    student: Student
+    steps: Steps
+    found: StockSteps
+    guidance_scale: float
+    condition: float | None
+
+
+def plain_backbone(student: Student) -> Any:
     """A copy of the network on the CPU, adapters merged, without flowdistill's hooks."""
     backbone = merged(student.network.velocity.backbone)
     for module in student.network.velocity.family.time_embeddings(backbone):
@@ -88,10 +107,9 @@ def _without_labels(backbone: Any) -> torch.Tensor:
     return embedding
 
 
-def _write(
-    student: Generator, found: StockSteps, backbone: nn.Module, call: str, folder: Path, about: dict[str, Any]
-) -> None:
+def _write(written: Written, backbone: nn.Module, call: str, folder: Path, about: dict[str, Any]) -> None:
     """The pipeline, and flowdistill.json: what makes a student of it again, beside the arguments of the call."""
+    student, found = written.student, written.found
     scheduler = found.scheduler()
     kind = found.loop.pipeline
     if student.prompts is not None:
@@ -106,16 +124,16 @@ def _write(
     info = student.info
     record = {
         "call": constant_arguments(call),
-        "student_steps": student.steps.to_json(),
-        "timesteps": native_times(student.network.velocity.path, student.steps),
+        "student_steps": written.steps.to_json(),
+        "timesteps": native_times(student.network.velocity.path, written.steps),
         "method": info.method,
         "base_model": info.base_model,
-        "guidance_scale": info.guidance_scale,
+        "guidance_scale": written.guidance_scale,
     }
     (folder / SIDECAR).write_text(json.dumps(record | about, indent=2) + "\n", encoding="utf-8")
 
 
-def _call(student: Generator, found: StockSteps) -> str:
+def _call(student: Student, found: StockSteps) -> str:
     steps = found.written_arguments
     if student.prompts is not None:
         velocity = student.network.velocity
@@ -131,8 +149,9 @@ def _call(student: Generator, found: StockSteps) -> str:
 # --- the card
 
 
-def _card(student: Generator, found: StockSteps, how: str, more: str = "") -> str:
-    steps, path, count = student.steps, student.network.velocity.path, student.num_steps
+def _card(written: Written, how: str, more: str = "") -> str:
+    student, steps, found = written.student, written.steps, written.found
+    path, count = student.network.velocity.path, len(steps)
     native = native_times(path, steps)
     kept = " and ".join(f"`{name}`" for name, value in found.arguments.items() if value is not None)
     rows = "".join(f"| {k} | {t:.6f} | {timestep:.6g} |\n"
@@ -141,12 +160,12 @@ def _card(student: Generator, found: StockSteps, how: str, more: str = "") -> st
     last = steps.times[-1] * (1 - steps.times[-1] * c.state.item())
     return (
         f"# A generator of {count} steps\n\n{origin(student)} {count} network calls an image; guidance scale "
-        f"{student.info.guidance_scale} is part of the weights.{more}\n\n{how}\n"
+        f"{written.guidance_scale} is part of the weights.{more}\n\n{how}\n"
         f"It is made for exactly these {count} steps: leave {kept} and the scheduler as they are. With other ones it "
         "makes other images, without a word.\n\n"
         f"| step | t | timestep |\n|---|---|---|\n{rows}\n"
         f"The first state is {steps.start_scale:.6f} times unit noise on x_t = (1 - t) x_0 + t n. "
-        f"{_between(found, steps)}\n"
+        f"{_between(found, steps)}\n{_about_fold(written)}"
         + _about_rounding(found, native) + about_labels(student) + about_size(student)
         + about_types(student, last, "its last step")
     )
@@ -161,6 +180,14 @@ def _between(found: StockSteps, steps: Steps) -> str:
     return told + (f"A {found.loop.pipeline} takes it from torch's global generator, not from its `generator`: call "
                    "`torch.manual_seed(0)` first to have the same images again, which then also depend on how many are "
                    "made at once.")
+
+
+def _about_fold(written: Written) -> str:
+    if written.condition is None:
+        return ""
+    return ("\nIts network is told the time it is called at and no other: where each jump ends is in the last layer of "
+            f"the time embedding, exactly at these {len(written.steps)} timesteps (condition number "
+            f"{written.condition:.3g}).\n")
 
 
 def _about_rounding(found: StockSteps, native: list[float]) -> str:

@@ -1,27 +1,27 @@
 """A low-rank student as the LoRA file of its teacher's own pipeline, which ``load_lora_weights`` takes.
 
-The student's one call is the teacher's network at one constant time, plus adapters, plus a constant vector e in the
-time embedding (duration, guidance). There the embedding's last layer always gets the same input a, so e is a low-rank
-weight as well: e a^T / |a|^2, of rank 1. A student of several calls has no such vector: its file is the adapters.
+The student's calls are the teacher's network at as many constant times, plus adapters, plus a constant vector in the
+time embedding (duration, guidance), which is a weight of low rank as well (:mod:`flowdistill.export.time_fold`): of one
+call with the vector e and the layer's input a it is e a^T / |a|^2. A generator of several calls has no such vector: its
+file is the adapters.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
 
 from flowdistill.conditioning.pipeline_lora import BaseLora
 from flowdistill.export.few_step import StockSteps
 from flowdistill.export.prompt_pipelines import size_arguments, stock_pipeline
-from flowdistill.networks.backbones import last_linear
-from flowdistill.networks.lora import lora_tensors, merged
-from flowdistill.networks.velocity import VelocityNetwork
+from flowdistill.export.time_fold import TimeFold
+from flowdistill.networks.lora import lora_tensors
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.students.student import Student
 from flowdistill.utils.files import portable_path
@@ -35,7 +35,7 @@ SCHEDULERS = {
 
 
 def save_lora(
-    student: Student, folder: Path, guidance_scale: float | None = None, found: StockSteps | None = None
+    student: Student, folder: Path, folds: Mapping[str, TimeFold], found: StockSteps | None = None
 ) -> str | None:
     """Write ``FILE`` into ``folder`` and return Markdown that says how to use it.
 
@@ -43,6 +43,7 @@ def save_lora(
     step of the pipeline with a stock scheduler (EDM, or a start after the scheduler's own).
 
     Args:
+        folds: what goes into the time embedding.
         found: what takes the steps of a student of several calls.
     """
     velocity = student.network.velocity
@@ -60,7 +61,7 @@ def save_lora(
         scheduler = found.code or f'{found.kind.__name__}.from_pretrained("path/to/this/folder", subfolder="scheduler")'
         steps = found.written_arguments
     tensors = lora_tensors(velocity.backbone)
-    for layer, (left, right) in _constant(student, guidance_scale).items():
+    for layer, (left, right, _) in folds.items():
         a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
         tensors[f"{layer}.lora_A.weight"] = right if a is None else torch.cat([a, right])
         tensors[f"{layer}.lora_B.weight"] = left if b is None else torch.cat([b, left], dim=1)
@@ -68,33 +69,6 @@ def save_lora(
     layers: Any = {f"{part}_lora_layers": {key: value.contiguous() for key, value in tensors.items()}}
     kind.save_lora_weights(folder, **layers)
     return _use(student, scheduler, steps)
-
-
-@torch.no_grad()
-def _constant(student: Student, guidance_scale: float | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Last layer of each time embedding: (e (D, 1), a^T / |a|^2 (1, D')); nothing for a student without extras."""
-    network = student.network
-    columns = {name: torch.full((1,), float(value), device=student.device)
-               for name, value in student.scalars(guidance_scale).items()}
-    extra = network.extra_embedding(**columns)
-    if extra is None:
-        return {}
-    velocity = network.velocity
-    backbone = merged(velocity.backbone)
-    layers: dict[nn.Module, None] = {}
-    inputs: dict[nn.Module, Tensor] = {}
-    for module in velocity.family.time_embeddings(backbone):
-        module._forward_hooks.clear()
-        layers[last_linear(module)] = None
-    names = {module: name for name, module in backbone.named_modules() if module in layers}
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module, args[0][0].float()))
-    time = torch.full((1,), student.t_start, dtype=torch.float64)
-    condition = student.examples([0])
-    assert condition is not None
-    noise = torch.zeros(1, *student.shape)
-    VelocityNetwork(backbone, velocity.path, velocity.family)(noise, time, condition.to("cpu"))
-    return {names[layer]: (extra.float().cpu().T, (a / a.square().sum())[None]) for layer, a in inputs.items()}
 
 
 def _use(student: Student, scheduler: str, steps: str) -> str:

@@ -45,10 +45,12 @@ from flowdistill.export.few_step_pipelines import export_steps
 from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
+from flowdistill.export.time_fold import time_folds
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR
 from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
+from flowdistill.students.flow_map import FlowMap
 from flowdistill.students.generator import Generator
 from flowdistill.students.steps import Steps
 from flowdistill.students.student import Student
@@ -63,13 +65,16 @@ SMALLEST_ALPHA = 3e-3
 
 
 @functools.singledispatch
-def export(student: Student, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
+def export(
+    student: Student, folder: str | os.PathLike[str], guidance_scale: float | None = None, steps: int | None = None
+) -> Path:
     """Write ``student`` as a pipeline folder that ``DiffusionPipeline.from_pretrained`` loads without flowdistill.
 
     ``UNet2DModel`` becomes a ``ConsistencyModelPipeline``, or a ``DDPMPipeline`` where it draws rectangles,
     ``DiTTransformer2DModel`` a ``DiTPipeline`` (call it with ``guidance_scale=1``), and a text-to-image student a
-    pipeline of its teacher's class. A student of one call samples with ``num_inference_steps=1``; one of several keeps
-    its network as it is, beside a scheduler that takes its steps (:mod:`flowdistill.export.few_step`). The folder's
+    pipeline of its teacher's class. A student of one call samples with ``num_inference_steps=1``; one of several is its
+    network beside a scheduler that takes its steps (:mod:`flowdistill.export.few_step`). A flow map between any two
+    times becomes a pipeline of as many calls as are asked for, of those alone. The folder's
     README.md says how to call it; its flowdistill.json has the arguments of that call, and says which class labels
     there are and which one means "no class". Adapters are merged into the weights; where the teacher's pipeline takes
     LoRA files, the folder has one too (:mod:`flowdistill.export.lora`). ``export.register`` adds what another kind of
@@ -79,6 +84,7 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         student: on a diffusers backbone.
         folder: where to write; must not exist or be empty.
         guidance_scale: the scale to freeze into the weights; None for the student's default.
+        steps: calls of the pipeline; None for all of the student's.
 
     Raises:
         UserError: the folder is not empty, or no stock pipeline makes this student's images (the message says why).
@@ -88,11 +94,11 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
-    steps = student.steps if isinstance(student, Generator) and student.num_steps > 1 else None
-    if (problem := export_problem(student, student.network.velocity, steps)) is not None:
+    chain = _chain(student, steps)
+    if (problem := export_problem(student, student.network.velocity, chain)) is not None:
         raise UserError(problem)
-    if isinstance(student, Generator) and steps is not None:
-        export_steps(student, target, guidance_scale)
+    if chain is not None:
+        export_steps(student, chain, target, guidance_scale)
         return target
     backbone = _with_constant_time(student, guidance_scale)
     c = student.network.velocity.path.coefficients(torch.tensor([student.t_start], dtype=torch.float64))
@@ -110,9 +116,20 @@ def export(student: Student, folder: str | os.PathLike[str], guidance_scale: flo
     pipeline.save_pretrained(target)
     record = {"call": constant_arguments(call)} | class_record(student)
     (target / SIDECAR).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    card = _card(student, call, guidance_scale, k_noise) + (save_lora(student, target, guidance_scale) or "")
+    folds = time_folds(student, Steps.single(student.t_start), guidance_scale) if student.network.velocity.lora else {}
+    card = _card(student, call, guidance_scale, k_noise) + (save_lora(student, target, folds) or "")
     (target / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _chain(student: Student, steps: int | None) -> Steps | None:
+    """The steps of a pipeline of several calls; None for one call."""
+    count = student.checked_steps(steps)
+    if isinstance(student, FlowMap) and student.chains:
+        return None if count == 1 else student.chains[count - 1]
+    if count != student.num_steps:
+        raise UserError(f"steps is {steps}; this student becomes a pipeline of its {student.num_steps} calls only")
+    return student.steps if isinstance(student, Generator) and count > 1 else None
 
 
 def check_exportable(teacher: Teacher, steps: Steps | None = None) -> None:

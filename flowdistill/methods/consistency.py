@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.export.pipelines import check_exportable
+from flowdistill.methods.states import NoisedSamples, draw_clean, noised_or_start
 from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
 from flowdistill.networks.lora import StudentKind
 from flowdistill.networks.velocity import per_sample
@@ -38,8 +39,6 @@ from flowdistill.students import START_UNITS, Generator, StudentInfo, given_time
 from flowdistill.students.steps import MOST_STEPS, Steps, rollout, start_scale
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
-from flowdistill.teachers.pairs import Pairs, teacher_pairs
-from flowdistill.teachers.real_data import RealData
 from flowdistill.teachers.start_states import check_guidance
 from flowdistill.training.average import follow
 from flowdistill.training.method import Method, Role, SingleStudentMethod, register_method
@@ -51,7 +50,7 @@ SAME_TIME = 1e-6
 
 
 @dataclass
-class ConsistencyConfig(StudentKind):
+class ConsistencyConfig(NoisedSamples, StudentKind):
     """Settings of consistency distillation. "(...: ...)" marks a published value; every other default is ours."""
 
     name: str = "consistency"
@@ -106,9 +105,6 @@ class ConsistencyConfig(StudentKind):
         "pairs", "what is noised: samples of the teacher, made once (no data); samples of the student, made anew; or "
         "real images of data", choices=("pairs", "student", "data"),
     )
-    pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1)
-    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1)
-    data: str | None = option(None, "states=data: named image set")
     guidance_min: float = option(1.0, "smallest guidance scale of the teacher", at_least=0)
     guidance_max: float = option(
         1.0, "largest; above the smallest, each row has one of the range, and the student, which is not told, learns "
@@ -130,9 +126,7 @@ class ConsistencyConfig(StudentKind):
         if self.target != "ema" and self.target_decay != ConsistencyConfig.target_decay:
             raise UserError(f"method.target_decay is {self.target_decay}, but method.target is {self.target}, which "
                             "has no average; set target to ema too")
-        if (self.states == "data") != (self.data is not None):
-            raise UserError(f"method.states is {self.states} and method.data {self.data or 'null'}; set states to data "
-                            "and data to an image set, such as digits, or data to null")
+        self.check_states(self.states)
 
 
 Networks = Mapping[str, Callable[..., Tensor]]
@@ -174,14 +168,7 @@ class Consistency(SingleStudentMethod):
                             "step of method.solver=euler from one to the next is the untrained student's own: there is "
                             "nothing to learn; raise points, to LCM's 50 for example, or set solver to heun")
         self.calls = torch.tensor(self.steps.times, dtype=torch.float64)
-        self.samples: Pairs | RealData | None = None
-        if config.states == "data":
-            assert config.data is not None
-            self.samples = RealData(teacher, config.data, images)
-        elif config.states == "pairs":
-            self.samples = teacher_pairs(teacher, config.pairs, config.pairs_steps, scale)
-            if teacher.classes is not None and teacher.classes.own is not None:
-                self.samples = self.samples.of(teacher.classes.own, "method.pairs")
+        self.samples = config.samples(config.states, teacher, scale, images)
 
     def to(self, device: torch.device | str) -> Method:
         self.grid, self.aims, self.calls = (times.to(device) for times in (self.grid, self.aims, self.calls))
@@ -270,19 +257,13 @@ class Consistency(SingleStudentMethod):
         """x_t (B, *shape) at times t (B,) and their conditions; at the time of the first call, what sampling starts
         from."""
         shape = self.teacher.shape
-        if isinstance(self.samples, Pairs):
-            index = draw.integers(len(self.samples.latents), on_cpu=True)
-            _, clean, condition = self.samples.rows(index, self.teacher)
-        elif self.samples is not None:
-            clean, condition = self.samples.draw(draw)
+        if self.samples is not None:
+            clean, condition = draw_clean(self.samples, self.teacher, draw)
         else:
             noise, condition = draw.normal(shape), self.teacher.draw_condition(draw)
             with torch.no_grad():
                 clean = rollout(networks["student"], noise, self.steps, condition, lambda k: draw.normal(shape))
-        noise, start = draw.normal(shape), t >= self.steps.times[0]
-        signal = torch.where(start, torch.zeros_like(t), 1 - t)
-        level = torch.where(start, torch.full_like(t, self.steps.start_scale), t)
-        return per_sample(signal, clean) * clean + per_sample(level, clean) * noise, condition
+        return noised_or_start(clean, draw.normal(shape), t, self.steps), condition
 
     def _at_calls(self, t: Tensor, draw: Draw) -> Tensor:
         """Times (B,), of which a share of ``call_fraction`` is replaced by the student's own."""

@@ -23,11 +23,11 @@ from flowdistill.utils.files import check_pointer, local_path
 from flowdistill.utils.quantized import plain_tensors
 from flowdistill.utils.text import JsonObject, read_json_object, without_marks
 
-FORMAT = 3
+FORMAT = 4
 """The newest known."""
-ADAPTERS, SEVERAL_STEPS = 2, 3
-"""The formats of networks with adapters, which need the file BASE, and of students of several calls. The oldest that
-has all of a student is written, so that earlier versions load what they can."""
+ADAPTERS, SEVERAL_STEPS, TWO_TIMES = 2, 3, 4
+"""The formats of networks with adapters, which need the file BASE, of generators of several calls, and of flow maps
+between any two times. The oldest that has all of a student is written, so that earlier versions load what they can."""
 SIDECAR = "flowdistill.json"
 WEIGHTS = "model.safetensors"
 BASE = "base.safetensors"

@@ -10,6 +10,9 @@ and, before the last, the state of the next step at t' = t_{k+1}:
     deterministic    x' = x + (t' - t_k) v(x, t_k)       an Euler step; DDIM on the native path of a VP teacher
 
 The two have different optima: a student that trains with one must be sampled with it.
+
+A flow map of two times is told what time r each call aims at, and its v(x, t, r) is an average from t to r: r = 0
+before a stochastic step and in the last one, and t' before a deterministic one, which then is a jump of the map itself.
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ class Steps:
 
     def __len__(self) -> int:
         return len(self.times)
+
+    @property
+    def aims(self) -> tuple[float, ...]:
+        """What time each call of a flow map of two times aims at."""
+        return (*self.times[1:], 0.0) if self.stepping == "deterministic" else (0.0,) * len(self)
 
     @classmethod
     def single(cls, t: float) -> Steps:
@@ -116,6 +124,20 @@ def rollout(
         for step in range(1, last):
             state = steps.after(step, state, network(state, _column(steps.times[step - 1], state), condition), between)
     return estimate(network, state, steps.times[last - 1], condition)
+
+
+def chained(velocity: Callable[[int, Tensor], Tensor], noise: Tensor, steps: Steps, between: Noise) -> Tensor:
+    """The sample (B, *shape) of all steps.
+
+    Args:
+        velocity: ``(k, state) -> velocity`` of step k, from 1 on.
+        noise: unit normal (B, *shape).
+        between: see :data:`Noise`; called for stochastic steps only.
+    """
+    state, last = steps.start(noise), len(steps)
+    for k in range(1, last):
+        state = steps.after(k, state, velocity(k, state), between)
+    return state - steps.times[-1] * velocity(last, state)
 
 
 def estimate(network: Network, state: Tensor, t: float, condition: Condition | None) -> Tensor:

@@ -108,6 +108,11 @@ class Student(nn.Module, ABC):
         """Network calls of an image."""
         return 1
 
+    @property
+    def step_counts(self) -> Sequence[int]:
+        """The numbers of calls that are shown and measured, rising; the last is :attr:`num_steps`."""
+        return range(1, self.num_steps + 1)
+
     def calls_in_words(self) -> str:
         """How often the network is called for an image, and at which times."""
         return f"one of the network for an image, from t = {self.t_start:.4f}"

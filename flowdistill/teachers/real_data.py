@@ -41,9 +41,10 @@ class RealData:
             raise UserError(f"method.data '{name}' has samples of shape {tuple(self.latents.shape[1:])}, but "
                             f"the teacher models {tuple(teacher.shape)}")
 
-    def draw(self, draw: Draw) -> tuple[Tensor, Condition | None]:
-        """Latents (B, *shape) of random images and their conditions, where the draws go."""
-        index = draw.integers(len(self.latents))
+    def draw(self, draw: Draw, count: int | None = None) -> tuple[Tensor, Condition | None]:
+        """Latents (B, *shape) of random images and their conditions, where the draws go; ``count`` over all processes,
+        None: all rows."""
+        index = draw.integers(len(self.latents), count)
         rows, classes = index.cpu(), self.teacher.classes
         condition = None if classes is None else classes.wrap(self.labels[rows].to(index.device))
         return self.latents[rows].to(index.device), condition

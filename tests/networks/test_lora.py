@@ -13,6 +13,7 @@ from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.consistency import Consistency, ConsistencyConfig
 from flowdistill.methods.data_flow_map import DataFlowMap, DataFlowMapConfig
 from flowdistill.methods.disback import DisBack, DisBackConfig
+from flowdistill.methods.flow_map_matching import FlowMapMatching, FlowMapMatchingConfig
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config, HostConfig, Sid, SidConfig
 from flowdistill.networks.lora import LoraSettings, merged, split
@@ -35,6 +36,8 @@ METHODS = {
     "boot": lambda teacher: Boot(BootConfig(student="lora", lora=LORA), teacher),
     "consistency": lambda teacher: Consistency(
         ConsistencyConfig(student="lora", lora=LORA, pairs=11, pairs_steps=1, target="ema"), teacher),
+    "flow_map_matching": lambda teacher: FlowMapMatching(
+        FlowMapMatchingConfig(**BOTH, correction_strength=1.0, guidance_max=2.0), teacher),
     "data": lambda teacher: DataFlowMap(DataFlowMapConfig(data="digits", student="lora", lora=LORA), teacher),
     "dmd2": lambda teacher: Dmd2(Dmd2Config(**BOTH), teacher),
     "sid": lambda teacher: Sid(SidConfig(**BOTH), teacher),

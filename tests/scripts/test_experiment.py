@@ -299,12 +299,15 @@ def test_passes_of_a_step_are_those_of_the_method():
     ("configs/digits/dmd2.yaml", ["method.critic_updates=2"]),
     ("configs/digits/consistency.yaml", ["method.pairs=16", "method.pairs_steps=1"]),
     ("configs/digits/consistency.yaml", ["method.derivative=finite_difference", "method.states=student"]),
+    ("configs/digits/flow_map_matching.yaml", []),
+    ("configs/digits/flow_map_matching.yaml", ["method.objective=eulerian", "method.derivative=discrete"]),
+    ("configs/digits/flow_map_matching.yaml", ["method.objective=semigroup"]),
     ("configs/digits/sid.yaml", []),
     ("configs/digits/disback.yaml", []),
     ("configs/digits/dmd2_4step.yaml", []),
     ("configs/digits/dmd2_4step.yaml", ["method.step_inputs=data", "method.data=digits"]),
-], ids=["freeflow", "boot", "boot heun without boundary", "dmd2", "consistency", "finite differences", "sid", "disback",
-        "dmd2 of four", "from data"])
+], ids=["freeflow", "boot", "boot heun without boundary", "dmd2", "consistency", "finite differences", "flow map",
+        "flow map, discrete", "semigroup", "sid", "disback", "dmd2 of four", "from data"])
 def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
     import benchmark_step
@@ -360,6 +363,6 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
     for overrides, part in ((["method.guidance_scale=2"], "without guidance"), (["method.metric=a:b"], "use l2"),
                             (["method.name=data_flow_map", "method.data=digits"],
-                             "passes of freeflow, boot, consistency, dmd2")):
+                             "passes of freeflow, boot, consistency, flow_map_matching, dmd2")):
         assert benchmark_step.main([boot, *overrides]) == 2
         assert part in capsys.readouterr().err

@@ -131,7 +131,8 @@ class RoutedStudent(Student):
         self, part: int, noise: Tensor, condition: Condition, scale: Tensor | float | None, steps: int | None
     ) -> Tensor:
         student = self.student(part)
-        return student(noise, condition, scale) if self.num_steps == 1 else student(noise, condition, scale, steps)
+        several = {} if self.num_steps == 1 else {"steps": steps}
+        return student(noise, condition, scale, **several)
 
     @torch.no_grad()
     def generate(
@@ -163,6 +164,10 @@ class RoutedStudent(Student):
     @property
     def num_steps(self) -> int:
         return self.students[0].num_steps
+
+    @property
+    def step_counts(self) -> Sequence[int]:
+        return self.students[0].step_counts
 
     def calls_in_words(self) -> str:
         return self.students[0].calls_in_words()
@@ -230,7 +235,10 @@ def _load_students(folder: Path, manifest: JsonObject) -> tuple[list[Student], P
 
 
 @export.register
-def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidance_scale: float | None = None) -> Path:
+def export_routed(
+    student: RoutedStudent, folder: str | os.PathLike[str], guidance_scale: float | None = None,
+    steps: int | None = None,
+) -> Path:
     """A stock pipeline each, ``student-0`` ..., with ``manifest.json`` that says which conditions each makes.
 
     Raises:
@@ -241,7 +249,7 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipelines")
     names = [f"student-{part}" for part in range(len(student.students))]
     for part, name in enumerate(names):
-        export(student.student(part), target / name, guidance_scale)
+        export(student.student(part), target / name, guidance_scale, steps)
     manifest = {"partition": student.partition.to_dict(),
                 "pipelines": [{"folder": name, "sha256": checksums(target / name)} for name in names]}
     (target / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -252,7 +260,8 @@ def export_routed(student: RoutedStudent, folder: str | os.PathLike[str], guidan
                "distance to `centres` plus `offsets` is smallest; with pca_quadrant the tree of `thresholds` is walked "
                "from its root, at depth d by the projection of (embedding - `mean`) on `axes` d, to the right above "
                "the threshold.")
-    kind = "one-step" if student.num_steps == 1 else f"{student.num_steps}-step"
+    count = steps or student.num_steps
+    kind = "one-step" if count == 1 else f"{count}-step"
     (target / "README.md").write_text(
         f"# {len(names)} {kind} generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
         f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
