@@ -1,19 +1,34 @@
 #!/usr/bin/env python
-"""Write the table of docs/memory.md: the plans of the shipped configurations. Nothing is loaded or downloaded.
+"""Write the tables of docs/memory.md: the plans of the shipped configurations. Nothing is loaded or downloaded.
 
-    python scripts/memory_table.py             plan, and write the table into docs/memory.md
-    python scripts/memory_table.py --print     plan, and print it
+    python scripts/memory_table.py             plan, and write the tables into docs/memory.md
+    python scripts/memory_table.py --print     plan, and print them
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowdistill.plan.advice import Card
+    from flowdistill.plan.memory import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
+BEGIN_CARDS, END_CARDS = "<!-- cards by scripts/memory_table.py -->", "<!-- end of the cards -->"
+CARDS = (12, 16, 24, 48, 80)
+SHORT = {"teacher.dtype=bfloat16": "teacher in bf16", "train.precision=bf16": "bf16",
+         "train.gradient_checkpointing=true": "recomputed", "teacher.offload=codec": "autoencoder away",
+         "teacher.offload=all": "teacher away", "train.ema_device=cpu": "average away",
+         "method.critic=lora": "LoRA critic",
+         "method.host.critic=lora": "LoRA critic", "method.student=lora": "LoRA student",
+         "method.host.student=lora": "LoRA student"}
+"""Overrides in the fewest words; ``train.gradient_accumulation=8`` is ``8 parts``."""
 CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora",
            "sd3/dmd2", "sd3/dmd2_4step", "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora",
            "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
@@ -22,13 +37,21 @@ HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its av
         "critic", "peak")
 
 
-def row(name: str) -> list[str]:
-    """One line of the table; GiB."""
+def planned(name: str) -> tuple[Plan, list[Card]]:
+    """The plan of a shipped configuration, and what makes it fit on each card."""
     from flowdistill.config import load_config
     from flowdistill.plan import make_plan
+    from flowdistill.plan.advice import on_cards
+
+    file = ROOT / "configs" / f"{name}.yaml"
+    plan = make_plan(load_config(file))
+    return plan, on_cards(file, [], plan, CARDS)
+
+
+def row(name: str, plan: Plan) -> list[str]:
+    """One line of the table; GiB."""
     from flowdistill.plan.advice import GIB
 
-    plan = make_plan(load_config(ROOT / "configs" / f"{name}.yaml"))
     parts = plan.parts
     student, critic, other = parts["student"], parts.get("critic"), parts.get("other networks")
     of_critic = [None] * 3 if critic is None else [critic.weights, critic.optimizer, critic.gradients]
@@ -40,9 +63,23 @@ def row(name: str) -> list[str]:
     return [f"`configs/{name}.yaml`", network, *("-" if size is None else f"{size / GIB:.2f}" for size in sizes)]
 
 
-def table(rows: list[list[str]]) -> str:
+def cell(card: Card) -> str:
+    """What makes a run fit on a card, in the fewest words."""
+    from flowdistill.plan.advice import GIB
+
+    if not card.fits:
+        return f"does not fit: {card.plan.peak / GIB:.1f}"
+    words = [f"FSDP2 on {card.gpus}"] * (card.gpus > 1)
+    for text in card.overrides:
+        key, _, value = text.partition("=")
+        short = f"{value} parts" if key == "train.gradient_accumulation" else SHORT.get(text, "8-bit moments")
+        words += [] if short in words else [short]
+    return f"{', '.join(words) or 'as it is'}: {card.plan.peak / GIB:.1f}"
+
+
+def table(rows: list[list[str]], head: Sequence[str] = HEAD) -> str:
     """The rows as Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in ([*HEAD], ["---"] * len(HEAD), *rows))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in ([*head], ["---"] * len(head), *rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,16 +88,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
-    made = table([row(name) for name in CONFIGS])
+    plans = {name: planned(name) for name in CONFIGS}
+    made = table([row(name, plan) for name, (plan, _) in plans.items()])
+    cards = table([[f"`configs/{name}.yaml`", *map(cell, found)] for name, (_, found) in plans.items()],
+                  ("configuration", *(f"{size} GB" for size in CARDS)))
     if options.print:
-        print(made)
+        print(f"{made}\n\n{cards}")
         return 0
+    write(made, BEGIN, END)
+    write(cards, BEGIN_CARDS, END_CARDS)
+    print(f"the tables of {len(CONFIGS)} configurations are in {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def write(made: str, begin: str, end: str) -> None:
+    """Put a table between its marks on the page."""
     from flowdistill.utils.text import read_text
 
-    before, _, rest = read_text(PAGE).partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(f"the table of {len(CONFIGS)} configurations is in {PAGE.relative_to(ROOT)}")
-    return 0
+    before, _, rest = read_text(PAGE).partition(begin)
+    PAGE.write_text(f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def positive(text: str) -> float:
     return number
 
 
+def positives(text: str) -> list[float]:
+    """Finite numbers above 0, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
 def guidance(text: str) -> float:
     """A guidance scale: a finite number of 0 or more."""
     try:

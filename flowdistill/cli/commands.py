@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, seed_number
+from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
 from flowdistill.utils.exit import exit_process
@@ -370,7 +370,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from flowdistill.plan.report import report
 
-    for part in report(args.config, args.overrides, args.gpu_memory):
+    for part in report(args.config, args.overrides, args.gpu_memory, args.cards or ()):
         print(part, flush=True)
     return 0
 
@@ -433,11 +433,15 @@ def _parser() -> argparse.ArgumentParser:
         "plan", _plan, lambda args: args.config, "say how much memory a run takes",
         "Count the memory of a run's weights, gradients, optimiser and average for one process, and estimate that of\n"
         "activations, from the pipeline's configurations alone. With --gpu-memory, say which settings make it fit.",
-        ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/digits/freeflow.yaml train.batch_size=256"],
+        ["configs/sd15/dmd2.yaml --gpu-memory 24", "configs/sdxl/dmd2_4step.yaml --cards 12,16,24,48,80",
+         "configs/digits/freeflow.yaml train.batch_size=256"],
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
     plan.add_argument("--gpu-memory", metavar="GIB", type=positive, help="memory of the GPU in GiB")
+    plan.add_argument("--cards", metavar="GIB,GIB,...", type=positives,
+                      help="memory of GPUs of several sizes, such as 12,16,24,48,80: for each what makes the run fit "
+                           "on one or, with FSDP2, on up to 8 of them")
 
     cache = command(
         "cache", _cache, lambda args: args.config, "encode the prompts of a run beforehand",

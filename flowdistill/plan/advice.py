@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowdistill.config import RunConfig, load_config
-from flowdistill.plan.memory import Plan, make_plan
+from flowdistill.plan.memory import Plan, make_plan, moved
 from flowdistill.training.optimizers import optimizers_by_key
 from flowdistill.utils.errors import UserError
 
@@ -55,28 +55,48 @@ def _small_moments(config: RunConfig) -> Sequence[str]:
     return [f"{key}.name=adamw8bit" for key, optimizer in found if optimizer.name == "adamw"]
 
 
+def _settings(config: RunConfig) -> Sequence[tuple[str, object]]:
+    """The sections that may say which networks are low-rank."""
+    return ("method", config.method), ("method.host", getattr(config.method, "host", None))
+
+
+def _at_rest(config: RunConfig) -> Sequence[str]:
+    # Adapters stand on the teacher's own weights, which then cannot go away.
+    low = any(getattr(settings, role, None) == "lora" for _, settings in _settings(config)
+              for role in ("student", "critic"))
+    wanted = "codec" if low else "all"
+    return [] if config.teacher.offload in (wanted, "all") else [f"teacher.offload={wanted}"]
+
+
 def _low_rank(role: str) -> Callable[[RunConfig], Sequence[str]]:
     def overrides(config: RunConfig) -> Sequence[str]:
-        for prefix, settings in (("method", config.method), ("method.host", getattr(config.method, "host", None))):
+        for prefix, settings in _settings(config):
             if getattr(settings, role, None) == "full":
-                return [f"{prefix}.{role}=lora"]
+                stays = ["teacher.offload=codec"] if config.teacher.offload == "all" else []
+                return [f"{prefix}.{role}=lora", *stays]
         return []
 
     return overrides
 
 
+AVERAGE, EIGHT_BITS = "its average in host memory", "moments of 8 bits"
 OPTIONS = (
     Option("a teacher in half precision", _half_teacher),
     Option("passes in half precision", _half_passes),
     Option("activations recomputed", _checkpointing),
     Option("smaller micro-batches", _smaller_batches),
-    Option("its average in host memory", _average_elsewhere),
-    Option("moments of 8 bits", _small_moments),
+    Option(AVERAGE, _average_elsewhere),
+    Option("frozen parts on the CPU", _at_rest),
+    Option(EIGHT_BITS, _small_moments),
     Option("a teacher in 8 bits", _codes),
     Option("a low-rank critic", _low_rank("critic")),
     Option("a low-rank student", _low_rank("student")),
 )
 """In the order in which they are tried: those that change what is learned come last, and go first."""
+LEARNED = ("a low-rank critic", "a low-rank student")
+"""Those that change what is learned."""
+GPUS = (2, 4, 8)
+"""Over how many GPUs of a machine FSDP2 may cut what trains."""
 
 
 @dataclass
@@ -94,23 +114,23 @@ def fits(plan: Plan, gpu_memory: float) -> bool:
 
 
 def advise(
-    path: str | os.PathLike[str], overrides: Sequence[str], plan: Plan, gpu_memory: float
+    path: str | os.PathLike[str], overrides: Sequence[str], plan: Plan, gpu_memory: float, plans: Plans | None = None
 ) -> list[Step]:
     """Options on top of each other until the run fits in ``gpu_memory`` GiB, or there are no more.
 
     An option that saves nothing is left out. Once the run fits, what the later options have made unnecessary is taken
     out again, or made weaker, beginning with those that change most.
+
+    Args:
+        plans: what was planned of this configuration before.
     """
-    plans = _Plans(path, overrides, plan)
+    plans = plans or Plans(path, overrides, plan)
     chosen: dict[str, list[str]] = {}
     weaker: dict[str, list[list[str]]] = {}
     for option in OPTIONS:
         while not fits(plan, gpu_memory) and (more := list(option.overrides(plan.config))):
-            try:
-                tried = plans.with_(chosen | {option.words: more})
-            except UserError:  # nothing that this network could have so
-                break
-            if tried.peak >= plan.peak:
+            tried = plans.possible(chosen | {option.words: more})
+            if tried is None or tried.peak >= plan.peak:
                 break
             if option.words in chosen:
                 weaker.setdefault(option.words, []).append(chosen[option.words])
@@ -119,7 +139,7 @@ def advise(
         for words in reversed(list(chosen)):
             others = {name: given for name, given in chosen.items() if name != words}
             for less in (others, *({**chosen, words: given} for given in weaker.get(words, ()))):
-                if fits(plans.with_(less), gpu_memory):
+                if (enough := plans.possible(less)) is not None and fits(enough, gpu_memory):
                     chosen = less
                     break
     names = list(chosen)
@@ -127,16 +147,86 @@ def advise(
             for number, name in enumerate(names)]
 
 
-class _Plans:
+@dataclass
+class Card:
+    """What makes a run fit on cards of one size.
+
+    Attributes:
+        memory: of a card, GiB.
+        plan: of one process, with everything that helps; ``fits`` says whether that is enough.
+        overrides: settings to add.
+        gpus: cards over which FSDP2 (configs/accelerate/fsdp2.yaml) cuts what trains; 1: it is not used.
+    """
+
+    memory: float
+    plan: Plan
+    overrides: list[str]
+    gpus: int = 1
+
+    @property
+    def fits(self) -> bool:
+        return fits(self.plan, self.memory)
+
+
+def on_cards(
+    path: str | os.PathLike[str], overrides: Sequence[str], plan: Plan, memories: Sequence[float]
+) -> list[Card]:
+    """What makes a run fit on cards of each size: options on one card, then, of a method that can be cut, FSDP2 over
+    the fewest cards of a machine, without the options that change what is learned before with them."""
+    plans, found = Plans(path, overrides, plan), []
+    for memory in memories:
+        steps = advise(path, overrides, plan, memory, plans)
+        chosen = {step.words: step.overrides for step in steps}
+        card = Card(memory, steps[-1].plan if steps else plan, _joined(chosen))
+        # Moments of 8 bits need whole weights, and an average is cut as its weights are.
+        whole = {words: given for words, given in chosen.items() if words not in (AVERAGE, EIGHT_BITS)}
+        kept = {words: given for words, given in whole.items() if words not in LEARNED}
+        several = (_cut(plans, given, memory, gpus) for given in (kept, whole) for gpus in GPUS)
+        found.append(card if card.fits else next((other for other in several if other is not None), card))
+    return found
+
+
+def _cut(plans: Plans, chosen: Mapping[str, Sequence[str]], memory: float, gpus: int) -> Card | None:
+    """The card, where the run fits on so many with FSDP2; the batch stays what it is."""
+    plan = plans.possible(chosen)
+    if plan is None:
+        return None
+    train = plan.config.train
+    parts = train.gradient_accumulation
+    share = parts // gpus if parts % gpus == 0 else parts
+    if not plan.can_be_cut or train.batch_size // share % gpus:
+        return None
+    plan = replace(plan, gpus=gpus)
+    given = [text for text in _joined(chosen) if not text.startswith("train.gradient_accumulation=")]
+    given += [] if share == parts and given == _joined(chosen) else [f"train.gradient_accumulation={share}"]
+    return Card(memory, plan, given, gpus) if fits(plan, memory) else None
+
+
+def _joined(chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """All overrides, of each setting the last one."""
+    last = {text.partition("=")[0]: text for given in chosen.values() for text in given}
+    return list(last.values())
+
+
+class Plans:
     """The plans of a configuration with some options on top, each made once."""
 
     def __init__(self, path: str | os.PathLike[str], overrides: Sequence[str], plan: Plan) -> None:
         self.path, self.overrides, self.known = path, list(overrides), {frozenset[str](): plan}
 
+    def possible(self, chosen: Mapping[str, Sequence[str]]) -> Plan | None:
+        """The same; None where a run would refuse these options together."""
+        try:
+            return self.with_(chosen)
+        except UserError:
+            return None
+
     def with_(self, chosen: Mapping[str, Sequence[str]]) -> Plan:
-        added = [text for more in chosen.values() for text in more]
+        added = _joined(chosen)
         if frozenset(added) not in self.known:
             keys = {text.partition("=")[0] for text in added}
             kept = [text for text in self.overrides if text.partition("=")[0] not in keys]
-            self.known[frozenset(added)] = make_plan(load_config(self.path, [*kept, *added]))
+            config = load_config(self.path, [*kept, *added])
+            alike = (moved(plan, config) for plan in self.known.values())
+            self.known[frozenset(added)] = next(filter(None, alike), None) or make_plan(config)
         return self.known[frozenset(added)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -20,18 +21,24 @@ from flowdistill.plan.meta_teacher import (
 )
 from flowdistill.plan.simulation import Live, simulated, teacher_like_a_gpu
 from flowdistill.teachers import Teacher
+from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import DTYPES
 from flowdistill.training.average import MovingAverage
+from flowdistill.training.fsdp import units
 from flowdistill.training.method import Method, NetworkCall
-from flowdistill.training.optimizers import KINDS
+from flowdistill.training.optimizers import KINDS, optimizers_by_key
 from flowdistill.training.precision import resolve_precision
+from flowdistill.training.roles import check_not_shared
 from flowdistill.training.run import method_class
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.quantized import parameter_count
 from flowdistill.utils.randomness import Draw, seed_torch
+from flowdistill.utils.text import JsonObject
 
 LISTED_BYTES = 24
 """Of a prompt in a list that is not in memory: its place in a file, its weight, and the running sum of the weights."""
+UNIT = 1_000_000
+"""Parameters above which configs/accelerate/fsdp2.yaml cuts a module by itself."""
 
 
 @dataclass
@@ -42,6 +49,10 @@ class Part:
         parameters: its numbers, those that it shares with an earlier part included.
         weights: its own weights and buffers: none that an earlier part has.
         average_elsewhere: of an average that rests on ``train.ema_device``, and so takes no memory of the device.
+        cut: of a role, what FSDP2 would cut into one part a process: network and average with all that they share.
+        gathered: what of it would be whole at a time (an estimate): the outermost module, and of the largest inner one
+            the weights, those of the next one, which come early, and the gradients.
+        moments: of a role, what each optimiser by its name would keep.
     """
 
     parameters: int
@@ -50,6 +61,9 @@ class Part:
     optimizer: int = 0
     average: int = 0
     average_elsewhere: int = 0
+    cut: int = 0
+    gathered: int = 0
+    moments: dict[str, int] = field(default_factory=dict)
 
     @property
     def lasting(self) -> int:
@@ -101,6 +115,12 @@ class Plan:
         config, architecture: what was planned.
         parts: ``teacher``, ``autoencoder`` (where there is one), every role, and ``other networks`` of the method.
         activations: by role, what its update takes beyond its gradients at the worst moment (estimated).
+        forward: by role, what it takes before the backward pass, in which a teacher that rests on the CPU is away.
+        decodes: whether a loss calls the autoencoder.
+        shards: whether the method can be trained with FSDP2.
+        settings: by role, the key of its optimiser's settings.
+        adapters: whether networks that train stand on the teacher's own weights.
+        gpus: over how many processes FSDP2 cuts the weights that train; 1: nothing is cut.
         rows: of a micro-batch.
         updates: how often each role is updated in a step, at the end of the training.
         calls: by role, how often an update calls the student without a gradient besides.
@@ -117,12 +137,46 @@ class Plan:
     activations: dict[str, int] = field(default_factory=dict)
     unknown: str | None = None
     prompts: PromptStore | None = None
+    forward: dict[str, int] = field(default_factory=dict)
+    decodes: bool = True
+    shards: bool = True
+    gpus: int = 1
+    settings: dict[str, str] = field(default_factory=dict)
+    adapters: bool = False
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether FSDP2 takes the method, its optimisers, its averages, which must be beside their weights, and adapters,
+        which must not be on codes."""
+        config, optimizers = self.config, optimizers_by_key(self.config.method, "method.")
+        whole = any(not KINDS[optimizer.name].shards for _, optimizer in optimizers)
+        on_codes = self.adapters and config.teacher.quantize is not None
+        return self.shards and not whole and not on_codes and config.train.ema_device is None
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment: what lasts, and one update's gradients and activations."""
-        updates = [part.gradients + self.activations.get(name, 0) for name, part in self.parts.items()]
-        return sum(part.lasting for part in self.parts.values()) + max(updates)
+        """Bytes of a process at the worst moment: what lasts, and one update's gradients and activations.
+
+        What rests on the CPU (``teacher.offload``) counts where a loss asks it: the autoencoder during the whole of it,
+        the teacher's network during the forward pass alone.
+        """
+        offload, n = self.config.teacher.offload, self.gpus
+        lasting = {name: part.lasting for name, part in self.parts.items()}
+        if n > 1:
+            lasting |= {name: (part.cut + part.optimizer) // n for name, part in self.parts.items() if part.cut}
+        if offload != "none" and not self.decodes and "autoencoder" in lasting:
+            lasting["autoencoder"] = 0
+        whole = max(part.gathered for part in self.parts.values()) if n > 1 else 0
+        stays, teacher = sum(lasting.values()) + whole, lasting["teacher"]
+        moments = []
+        for name, part in self.parts.items():
+            gradients, activations = part.gradients // n, self.activations.get(name, 0)
+            if offload != "all" or self.unknown is not None:
+                moments.append(stays + gradients + activations)
+                continue
+            kept = gradients if self.config.train.gradient_accumulation > 1 else 0  # of the micro-batches before
+            moments += [stays - teacher + gradients + activations, stays + kept + self.forward.get(name, 0)]
+        return max(moments)
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -142,6 +196,9 @@ def make_plan(config: RunConfig) -> Plan:
         raise UserError(f"the method {config.method.name} needs the teacher's weights to be built with these settings, "
                         f"for its latents of data, so it cannot be planned ({reason})") from error
     roles = method.roles()
+    teacher.offload = config.teacher.offload  # only now: nothing of it moves here
+    check_not_shared(teacher, [role.network for role in roles.values()])
+    own = {id(p) for p in teacher.network.parameters()}
     seen: set[int] = set()
     parts = {"teacher": _part(teacher.network, seen)}
     if any(True for _ in teacher.codec.parameters()):
@@ -159,20 +216,29 @@ def make_plan(config: RunConfig) -> Plan:
             parts[name].average = size
         else:
             parts[name].average_elsewhere = size
+    for name, role in roles.items():
+        parts[name].cut = _bytes(_tensors(role.network)) + (
+            _bytes(_tensors(averages[name].network)) if name in averages else 0)
+        parts[name].gathered = _gathered(role.network)
     others = [module for module in _modules(method) if _bytes(_tensors(module), set(seen))]
     if others:
         parts["other networks"] = _part(nn.ModuleList(others), seen)
     rows = config.train.batch_size // config.train.gradient_accumulation
     plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))),
-                prompts=store)
+                prompts=store, decodes=False, shards=method.shards)
     networks = {name: role.network for name, role in roles.items()}
+    plan.adapters = any(id(p) in own for network in networks.values() for p in network.parameters())
+    keys = {id(settings): key for key, settings in optimizers_by_key(config.method, "method.")}
+    plan.settings = {name: keys[id(role.optimizer)] for name, role in roles.items() if id(role.optimizer) in keys}
     plan.calls = {name: method.calls_without_gradient(name) for name in networks}
     calls = simulated(networks, precision, config.train.gradient_checkpointing)
     for name, network in networks.items():
         if name not in plan.updates and name not in method.schedule(0):  # it follows another one
             continue
         try:
-            plan.activations[name] = _update(method, name, calls, config, plan.rows)
+            with _watched(teacher.codec) as asked:
+                plan.activations[name], plan.forward[name] = _update(method, name, calls, config, plan.rows)
+            plan.decodes |= bool(asked)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):  # how torch words that a value was asked for
                 raise
@@ -180,10 +246,42 @@ def make_plan(config: RunConfig) -> Plan:
         # Gradients and moments are made for the weights that the loss reaches.
         reached = [p for p in network.parameters() if p.requires_grad and (p.grad is not None or plan.unknown)]
         parts[name].gradients = _bytes(reached)
-        parts[name].optimizer = KINDS[roles[name].optimizer.name].state_bytes(network, reached)
+        parts[name].moments = {each: kind.state_bytes(network, reached) for each, kind in KINDS.items()}
+        parts[name].optimizer = parts[name].moments[roles[name].optimizer.name]
         for other in networks.values():
             other.zero_grad(set_to_none=True)
     return plan
+
+
+def moved(plan: Plan, config: RunConfig) -> Plan | None:
+    """The plan of a configuration that differs from a plan's in its optimisers, and in where frozen parts and averages
+    rest, which no update sees; None for any other, which must be counted anew."""
+    if _of_updates(plan.config) != _of_updates(config) or plan.adapters and config.teacher.offload == "all":
+        return None
+    optimizers = dict(optimizers_by_key(config.method, "method."))
+    roles = {name: part for name, part in plan.parts.items() if part.moments}
+    if roles.keys() - plan.settings.keys():
+        return None
+    names = {name: optimizers[plan.settings[name]].name for name in roles}
+    parts = {}
+    for name, part in plan.parts.items():
+        average, here = part.average + part.average_elsewhere, config.train.ema_device is None
+        parts[name] = replace(part, optimizer=part.moments[names[name]] if name in names else part.optimizer,
+                              average=average if here else 0, average_elsewhere=0 if here else average)
+    return replace(plan, config=config, parts=parts)
+
+
+def _of_updates(config: RunConfig) -> JsonObject:
+    """The settings that updates depend on."""
+    values = asdict(config)
+    del values["teacher"]["offload"], values["train"]["ema_device"]
+    for key, _ in optimizers_by_key(config.method, "method."):
+        section = values
+        *path, last = key.split(".")
+        for name in path:
+            section = section[name]
+        del section[last]
+    return values
 
 
 def words(config: RunConfig) -> str:
@@ -205,19 +303,54 @@ def _prompt_store(config: RunConfig, teacher: Teacher, architecture: Architectur
     return store
 
 
-def _update(method: Method, role: str, calls: dict[str, NetworkCall], config: RunConfig, rows: int) -> int:
-    """Bytes that an update of ``role`` takes at its worst moment beyond its gradients."""
+@contextlib.contextmanager
+def _watched(codec: PixelCodec | VaeCodec) -> Iterator[list[str]]:
+    """A block in which the list gets a name for each call of the autoencoder."""
+    asked: list[str] = []
+    if not isinstance(codec, VaeCodec):
+        yield asked
+        return
+
+    def noting(name: str) -> Callable[..., object]:
+        call = getattr(codec.vae, name)
+
+        def noted(*args: object, **kwargs: object) -> object:
+            asked.append(name)
+            return call(*args, **kwargs)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        setattr(codec.vae, name, noting(name))
+    try:
+        yield asked
+    finally:
+        del codec.vae.encode, codec.vae.decode
+
+
+def _gathered(network: nn.Module) -> int:
+    """See :class:`Part`."""
+    inside: set[int] = set()
+    sizes = [_bytes(module.parameters(), inside) for module in units(network, UNIT)]
+    return _bytes(network.parameters(), inside) + 3 * max(sizes, default=0)
+
+
+def _update(
+    method: Method, role: str, calls: dict[str, NetworkCall], config: RunConfig, rows: int
+) -> tuple[int, int]:
+    """Bytes that an update of ``role`` takes at its worst moment beyond its gradients, and before its backward pass."""
     draw = Draw(config.seed, 0, rows=rows, device=META)
     with teacher_like_a_gpu(method.teacher.network), Live() as live:
         loss, _ = method.loss(role, calls, draw)
+        forward = live.peak()
         loss.backward()
         trained = [p for role in method.roles().values() for p in role.network.parameters() if p.grad is not None]
         numbers = frozenset(live.number(p.grad) for p in trained)
     if config.train.gradient_accumulation > 1:  # from the second micro-batch on, all gradients are there all the time
-        return live.peak(without=numbers)
+        return live.peak(without=numbers), forward
     # Gradients come while the rest goes: the two never have their full sizes at once.
     own = [p for p in method.roles()[role].network.parameters() if p.grad is not None]
-    return max(0, live.peak() - _bytes(p.grad for p in own if p.grad is not None))
+    return max(0, live.peak() - _bytes(p.grad for p in own if p.grad is not None)), forward
 
 
 def _part(module: nn.Module, seen: set[int]) -> Part:

@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 
 from flowdistill.conditioning.pipeline_lora import teacher_in_words
 from flowdistill.conditioning.prompts import in_bytes
 from flowdistill.config import load_config
-from flowdistill.plan.advice import GIB, RESERVED, Step, advise, fits
+from flowdistill.plan.advice import GIB, RESERVED, Card, Step, advise, fits, on_cards
 from flowdistill.plan.memory import Plan, PromptStore, make_plan
 
 COLUMNS = ("parameters", "weights", "gradients", "optimiser", "average")
 
 
-def report(path: str | os.PathLike[str], overrides: Sequence[str], gpu_memory: float | None) -> Iterator[str]:
-    """The plan of a configuration, and with ``gpu_memory`` (GiB) what makes it fit, which takes several more plans."""
+def report(
+    path: str | os.PathLike[str], overrides: Sequence[str], gpu_memory: float | None = None,
+    cards: Sequence[float] = (),
+) -> Iterator[str]:
+    """The plan of a configuration, and what makes it fit, which takes several more plans.
+
+    Args:
+        gpu_memory: of one GPU, GiB: said option by option.
+        cards: of several sizes, GiB: said in a line each.
+    """
     plan = make_plan(load_config(path, overrides))
     yield describe(plan)
     if gpu_memory is not None:
         yield "\n" + verdict(plan, advise(path, overrides, plan, gpu_memory), gpu_memory)
+
+
+    if cards:
+        yield "\n" + table(on_cards(path, overrides, plan, cards))
+
+
+def table(cards: Sequence[Card]) -> str:
+    """What makes a run fit, a line for each size of a card."""
+    lines = [f"what makes it fit; GiB of a card, {RESERVED:g} of them for the driver and the allocator",
+             f"{'card':>8}{'cards':>8}{'peak':>10}  add"]
+    for card in cards:
+        count = f"{card.gpus}" if card.fits else "-"
+        lines.append(f"{card.memory:>8g}{count:>8}{_gib(card.plan.peak):>10}  {in_words(card)}")
+    if any(card.gpus > 1 for card in cards):
+        lines.append("several cards: weights that train, their averages and moments in one part each, "
+                     "configs/accelerate/fsdp2.yaml")
+    return "\n".join(lines)
+
+
+def in_words(card: Card) -> str:
+    """The settings of a card, or that there are none."""
+    if not card.fits:
+        return "does not fit"
+    return shlex.join(card.overrides) or ("as it is" if card.gpus == 1 else "nothing else")
 
 
 def describe(plan: Plan) -> str:

@@ -23,16 +23,20 @@ def cut(network: nn.Module, accelerator: Accelerator) -> None:
     if (policy.func if isinstance(policy, functools.partial) else policy) is not size_based_auto_wrap_policy:
         fsdp2_prepare_model(accelerator, network)
         return
-    for module in get_module_children_bottom_up(network)[:-1]:
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict, FSDPModule)):
-            continue
-        if sum(p.numel() for p in module.parameters()) > plugin.min_num_params:
-            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
+    for module in units(network, plugin.min_num_params):
+        fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
     plugin.auto_wrap_policy = None
     try:
         fsdp2_prepare_model(accelerator, network)
     finally:
         plugin.auto_wrap_policy = policy
+
+
+def units(network: nn.Module, least: int) -> list[nn.Module]:
+    """The modules of more than ``least`` parameters that are cut each by itself, inner ones first; not ``network``."""
+    return [module for module in get_module_children_bottom_up(network)[:-1]
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict, FSDPModule))
+            and sum(p.numel() for p in module.parameters()) > least]
 
 
 def reshard(network: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The plan against real runs: bytes of weights, gradients and optimiser exactly, activations within a factor."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 import yaml
 
 from flowdistill.config import load_config
-from flowdistill.plan import advice, make_plan
+from flowdistill.plan import advice, make_plan, memory
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
+from flowdistill.plan.memory import Part, Plan
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
 from flowdistill.plan.report import _gib, passes
 from flowdistill.plan.simulation import Live
 from flowdistill.teachers import load_teacher
+from flowdistill.teachers.codec import VaeCodec
 from flowdistill.training import loop, run
 from flowdistill.training.run import distill, method_class
 from flowdistill.utils import quantized
@@ -20,7 +23,8 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
 from tests.measured_memory import real_peak
-from tests.tiny import tiny_dit_pipeline
+from tests.processes import ROOT
+from tests.tiny import tiny_dit_pipeline, vae
 
 TEXT = [name for name, family in FAMILIES.items() if family.prompts]
 WITHIN = 1.35
@@ -191,6 +195,8 @@ def test_activations_are_near_a_measurement(tmp_path, case, method):
         update()  # what is made once
         for network in roles.values():
             network.zero_grad()
+        ahead = real_peak(lambda: built.loss(role, calls, Draw(0, 0, rows=16)))  # noqa: B023
+        assert ahead / WITHIN < plan.forward[role] < ahead * WITHIN, (role, plan.forward[role] / ahead)
         measured, planned = real_peak(update), plan.activations[role] + plan.parts[role].gradients
         print(f"{method}, {case}, {role}: measured {measured / 2**20:.2f} MiB, planned {planned / 2**20:.2f}")
         assert measured / WITHIN < planned < measured * WITHIN, (role, planned / measured)
@@ -288,6 +294,7 @@ def test_advice_has_nothing_that_is_not_needed(tmp_path, monkeypatch, memory):
 
     file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"}, {"batch_size": 16})
     monkeypatch.setattr(advice, "make_plan", plan)
+    monkeypatch.setattr(advice, "moved", lambda plan, config: None)
     steps = advise(file, [], plan(load_config(file)), memory)
     given = [text for step in steps for text in step.overrides]
     assert [step.plan.peak for step in steps] == sorted((step.plan.peak for step in steps), reverse=True)
@@ -298,6 +305,116 @@ def test_advice_has_nothing_that_is_not_needed(tmp_path, monkeypatch, memory):
         fewer = [[*others, f"{key}={int(value) // 2}"]] if key == "train.gradient_accumulation" else []
         for less in (others, *fewer):
             assert not fits(plan(load_config(file, less)), memory), (given, less)
+
+
+def test_what_rests_on_the_cpu_counts_when_it_is_asked(tmp_path):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    plan = make_plan(load_config(file))
+    codec, away = (make_plan(load_config(file, [f"teacher.offload={name}"])) for name in ("codec", "all"))
+    assert plan.parts == codec.parts == away.parts and plan.activations == codec.activations == away.activations
+    assert codec.peak == plan.peak - plan.parts["autoencoder"].weights  # no loss decodes
+    assert replace(codec, decodes=True).peak == plan.peak
+    assert codec.peak - plan.parts["teacher"].weights <= away.peak <= codec.peak
+    short = replace(away, forward=dict.fromkeys(away.forward, 0))
+    assert short.peak == codec.peak - plan.parts["teacher"].weights
+    long = replace(away, forward=dict.fromkeys(away.forward, 10**9))
+    last = max(plan.parts[role].gradients + size for role, size in plan.activations.items())
+    assert long.peak == codec.peak - last + 10**9
+    codec = VaeCodec(vae())
+    with memory._watched(codec) as asked:
+        codec.pixels(torch.zeros(1, 4, 2, 2))
+        codec.encode(torch.zeros(1, 3, 4, 4))
+    codec.decode(torch.zeros(1, 4, 2, 2))
+    assert asked == ["decode", "encode"]
+
+
+MOVED = ["teacher.offload=codec", "teacher.offload=all", "train.ema_device=cpu", "method.optimizer.name=adamw8bit",
+         "method.critic_optimizer.name=lion"]
+
+
+def test_a_plan_of_things_at_another_place_is_the_same_without_counting(tmp_path):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    plan = make_plan(load_config(file))
+    for given in (*([one] for one in MOVED), MOVED[1:]):
+        config = load_config(file, given)
+        made = memory.moved(plan, config)
+        assert made == make_plan(config) != plan and memory.moved(made, plan.config) == plan
+        assert made.can_be_cut == (given[0].startswith("teacher") and len(given) == 1 or given == MOVED[-1:])
+    for other in ("train.gradient_accumulation=2", "method.critic=lora", "seed=1", "method.guidance_scale=3"):
+        assert memory.moved(plan, load_config(file, [other])) is None
+    low = make_plan(load_config(file, ["method.critic=lora"]))
+    assert memory.moved(low, load_config(file, ["method.critic=lora", "teacher.offload=all"])) is None
+
+
+def test_adapters_and_a_teacher_that_goes_away_are_refused_as_in_a_run(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2", "critic": "lora"})
+    out = cli("plan", file, "teacher.offload=all")
+    assert out.code == 2 and "set teacher.offload to codec" in out.err and out.err.count("\n") == 1
+
+
+def test_what_fsdp_cuts_and_gathers():
+    file = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+    assert yaml.safe_load(file.read_text())["fsdp_config"]["fsdp_min_num_params"] == memory.UNIT
+    layers = [torch.nn.Linear(1100, 1100, device="meta") for _ in range(3)]
+    network = torch.nn.Sequential(torch.nn.Linear(8, 1100, device="meta"), torch.nn.ModuleList(layers[:1]),
+                                  torch.nn.Sequential(*layers[1:]))
+    large, small = 4 * (1100 * 1100 + 1100), 4 * (8 * 1100 + 1100)
+    assert memory._gathered(network) == small + 3 * large
+    parts = {"teacher": Part(1, 1000), "student": Part(1, 400, 40, 80, 400, cut=800, gathered=50)}
+    config = SimpleNamespace(teacher=SimpleNamespace(offload="none"))
+    plan = Plan(config, None, parts, 1, activations={"student": 7})
+    assert plan.peak == 1000 + 400 + 80 + 400 + 40 + 7
+    assert replace(plan, gpus=8).peak == 1000 + (800 + 80) // 8 + 50 + 40 // 8 + 7
+
+
+CARDS = {
+    100: (1, []),
+    74: (1, ["train.gradient_checkpointing=true"]),
+    70: (1, ["train.gradient_checkpointing=true", "teacher.offload=all"]),
+    40: (1, ["method.critic=lora", "method.student=lora"]),
+    19.5: (8, ["train.gradient_checkpointing=true", "teacher.offload=all", "train.gradient_accumulation=2"]),
+    8: None,
+}
+
+
+@pytest.mark.parametrize("memory_of_a_card", CARDS)
+def test_a_card_gets_the_first_remedies_that_are_enough(tmp_path, monkeypatch, memory_of_a_card):
+    """Settings that leave what is learned, then adapters, then FSDP2 over as few cards as will do; made-up sizes."""
+    def made(config):
+        settings, n = config.method, GIB
+        parts = {"teacher": Part(1, 10 * n)}
+        for role in ("student", "critic"):
+            low = getattr(settings, role) == "lora"
+            parts[role] = Part(1, n if low else 8 * n, n if low else 8 * n, n if low else 16 * n,
+                               cut=10 * n if low else 8 * n, gathered=n)
+        held = (4 if config.train.gradient_checkpointing else 20) * n
+        return Plan(config, None, parts, 1, activations=dict.fromkeys(("student", "critic"), held), decodes=False,
+                    forward=dict.fromkeys(("student", "critic"), 0))
+
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"}, {"batch_size": 16, "gradient_accumulation": 16},
+                   dtype="bfloat16")
+    monkeypatch.setattr(advice, "make_plan", made)
+    base = ["train.precision=bf16"]
+    card, = advice.on_cards(file, base, made(load_config(file, base)), [memory_of_a_card])
+    wanted = CARDS[memory_of_a_card]
+    assert card.fits == (wanted is not None)
+    if wanted is not None:
+        assert (card.gpus, [text for text in card.overrides if text != "teacher.offload=codec"]) == wanted
+
+
+def test_the_command_says_what_fits_on_cards(tmp_path, cli):
+    file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"})
+    plan = make_plan(load_config(file))
+    sizes = [RESERVED + plan.peak * share / GIB for share in (1.01, 0.94, 0.01)]
+    out = cli("plan", file, "--cards", ",".join(map(str, sizes)))
+    assert out.code == 0 and out.out.startswith("dmd2 of ")
+    lines = [line.split() for line in out.out.split("  add\n")[1].splitlines()]
+    assert [line[1] for line in lines[:3]] == ["1", "1", "-"]
+    assert lines[0][3:] == ["as", "it", "is"] and lines[2][3:] == ["does", "not", "fit"]
+    assert fits(make_plan(load_config(file, lines[1][3:])), sizes[1])
+    for bad in ("12,x", "12,,24", "0"):
+        out = cli("plan", file, "--cards", bad)
+        assert out.code == 2 and "argument --cards: must be a number greater than 0" in out.err
 
 
 def test_a_plan_says_what_a_step_does(tmp_path, cli):
