@@ -127,8 +127,11 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
         floor = ["two random halves of the real images", "", _fid([lines[0]["fid_floor"]])]
         text.append(_cells(floor + [""] * (len(head) - len(floor))))
     seeds = sorted({line["seed"] for line in lines})
-    text += ["", f"{lines[0]['num_images']:,} images a row; seeds {', '.join(map(str, seeds))}: mean ± standard "
-             f"deviation. Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}."]  # fmt: skip
+    said = f"seeds {', '.join(map(str, seeds))}"
+    of_label = {label: sorted(line["seed"] for line in lines if line["label"] == label) for label in labels}
+    fewer = [f"{label} {', '.join(map(str, own))} only" for label, own in of_label.items() if own and own != seeds]
+    text += ["", f"{lines[0]['num_images']:,} images a row; {'; '.join([said, *fewer])}: mean ± standard deviation. "
+             f"Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}."]
     return "\n".join(text) + "\n"
 
 

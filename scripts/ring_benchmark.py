@@ -277,10 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = read_results(experiment, out, left="checkpoints")
         benchmark = Benchmark(experiment, out)
         rows = benchmark.teacher_rows()
-        for seed in (seed for seed in experiment.seeds if options.seed in (None, seed)):
-            for label in options.only or experiment.runs:
-                if (label, seed) in found:
-                    continue
+        for label, seed in experiment.all_runs():
+            wanted = label in (options.only or experiment.runs) and options.seed in (None, seed)
+            if wanted and (label, seed) not in found:
                 found[label, seed] = benchmark.run(label, seed)
                 append_line(out / RESULTS, found[label, seed])
         lines = [found[label, seed] for label in experiment.runs for seed in experiment.seeds if (label, seed) in found]

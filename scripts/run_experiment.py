@@ -10,6 +10,7 @@ experiment file has the keys:
     name         of the experiment
     base         configuration file of all runs
     seeds        list of integers
+    fewer_seeds  label: those of the seeds with which that label runs, in place of all (optional)
     overrides    key=value texts for all runs (optional)
     runs         label: list of key=value texts; without it one run with the experiment's name
     bases        label: configuration file of that label's runs in place of base (optional)
@@ -57,11 +58,17 @@ class Experiment:
     overrides: list[str] = field(default_factory=list)
     runs: dict[str, list[str]] = field(default_factory=dict)
     bases: dict[str, str] = field(default_factory=dict)
+    fewer_seeds: dict[str, list[int]] = field(default_factory=dict)
     curve: dict[str, int] | None = None
 
     def base_of(self, label: str) -> str:
         """The configuration file of a label's runs."""
         return self.bases.get(label, self.base)
+
+    def all_runs(self) -> list[tuple[str, int]]:
+        """Label and seed of every run; seeds outside, so that an experiment that is stopped early has all labels."""
+        return [(label, seed) for seed in self.seeds for label in self.runs
+                if seed in self.fewer_seeds.get(label, self.seeds)]
 
     def settings(self, label: str, seed: int) -> list[str]:
         """The overrides of one run, without its output_dir; later ones win."""
@@ -89,7 +96,7 @@ def read_experiment(path: Path) -> Experiment:
     if not isinstance(values, dict) or set(values) - set(known) or {"name", "base", "seeds"} - set(values):
         raise UserError(f"{path} must have the keys name, base and seeds, and no others than {', '.join(known)}")
     # What is a text stays as it is written, whatever YAML would make of it.
-    experiment = Experiment(**texts | {key: values[key] for key in ("seeds", "curve") if key in values})
+    experiment = Experiment(**texts | {key: values[key] for key in ("seeds", "fewer_seeds", "curve") if key in values})
     experiment.runs = experiment.runs or {experiment.name: []}
     seeds, curve = experiment.seeds, experiment.curve
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
@@ -105,6 +112,12 @@ def read_experiment(path: Path) -> Experiment:
             raise UserError(f"{path}: {label} must be a list of key=value texts")
     if not isinstance(experiment.bases, dict) or set(experiment.bases) - set(experiment.runs):
         raise UserError(f"{path}: bases must be {{label: FILE.yaml}}; the runs are {', '.join(experiment.runs)}")
+    fewer = experiment.fewer_seeds
+    if not isinstance(fewer, dict) or set(fewer) - set(experiment.runs) or not all(
+        isinstance(some, list) and some and all(seed in seeds for seed in some) for some in fewer.values()
+    ):
+        raise UserError(f"{path}: fewer_seeds must be {{label: [SEED, ...]}} with some of the seeds {seeds}; the runs "
+                        f"are {', '.join(experiment.runs)}")
     if curve is not None and (set(curve) != {"num_images", "every"} or any(value < 1 for value in curve.values())):
         raise UserError(f"{path}: curve must be {{num_images: N, every: STEPS}} with positive numbers")
     for label in experiment.runs:
@@ -118,6 +131,7 @@ def read_results(experiment: Experiment, out: Path, left: str = "report.json") -
     ``left`` is what a finished run leaves in its folder.
     """
     found: dict[tuple[str, int], Line] = {}
+    asked = set(experiment.all_runs())
     file = out / RESULTS
     for text in read_lines(file, strict=False) if file.is_file() else ():
         try:
@@ -125,7 +139,7 @@ def read_results(experiment: Experiment, out: Path, left: str = "report.json") -
         except ValueError:  # cut short by a crash: that run is measured again
             continue
         label, seed = line["label"], line["seed"]
-        if label not in experiment.runs or seed not in experiment.seeds:
+        if (label, seed) not in asked:
             continue
         same = all(line.get(key) == value for key, value in experiment.asked(label, seed).items())
         if same and (out / label / f"seed-{seed}" / left).exists():
@@ -224,11 +238,13 @@ def run_all(options: argparse.Namespace) -> int:
     if options.seed is not None and options.seed not in experiment.seeds:
         raise UserError(f"--seed {options.seed}: the seeds are {', '.join(map(str, experiment.seeds))}")
     out = options.out or Path("runs/experiments") / experiment.name
-    found, failures, total = read_results(experiment, out), [], len(experiment.runs) * len(experiment.seeds)
-    labels = [label for label in experiment.runs if options.only in (None, label)]
-    # Seeds outside, labels inside: an experiment that is stopped early has all labels.
-    seeds = [seed for seed in experiment.seeds if options.seed in (None, seed)]
-    missing = [(label, seed) for seed in seeds for label in labels if (label, seed) not in found]
+    runs = experiment.all_runs()
+    if options.only is not None and options.seed is not None and (options.only, options.seed) not in runs:
+        raise UserError(f"--only {options.only} --seed {options.seed}: the seeds of {options.only} are "
+                        f"{', '.join(map(str, experiment.fewer_seeds[options.only]))}")
+    found, failures, total = read_results(experiment, out), [], len(runs)
+    missing = [(label, seed) for label, seed in runs if (label, seed) not in found
+               and options.only in (None, label) and options.seed in (None, seed)]
     runner = Runner(experiment, out, options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(runner.run, label, seed): (label, seed) for label, seed in missing}

@@ -81,6 +81,10 @@ def test_names_and_labels_are_texts(tmp_path):
         ("seeds: [0]\nruns: {one: [train.stepz=3]}\n", "train.steps"),
         ("seeds: [0]\ncurve: {every: 0, num_images: 5}\n", "curve must be"),
         ("seeds: [0]\nruns: {one: []}\nbases: {tow: configs/digits/boot.yaml}\n", "the runs are one"),
+        ("seeds: [0]\nruns: {one: []}\nfewer_seeds: {one: [1]}\n", "some of the seeds [0]; the runs are one"),
+        ("seeds: [0]\nruns: {one: []}\nfewer_seeds: {two: [0]}\n", "some of the seeds [0]; the runs are one"),
+        ("seeds: [0]\nruns: {one: []}\nfewer_seeds: {one: 0}\n", "must be {label: [SEED, ...]}"),
+        ("seeds: [0]\nruns: {one: []}\nfewer_seeds: {one: []}\n", "must be {label: [SEED, ...]}"),
         ("seeds: [0]\nruns: {one: [method.solver=heun]}\nbases: {}\n", "method.solver"),  # BOOT's, and the base is not
         ("seeds: [0]\nruns: [\n", "is not valid YAML: line"),
     ],
@@ -119,6 +123,28 @@ def test_precision_and_recall_have_columns_where_they_were_measured():
     assert "| one | 1 | 11.00 ± 1.41 | 0.900 ± 0.000 | 0.550 ± 0.071 | 91.00 ± 1.41 % | 0.1000 ± 0.0000 |" in text
     assert "| two | 1 | 20.00 | | | 90.00 % | 0.1000 | 2.0 min |" in text
     assert "| two random halves of the real images | | 1.50 | | | | | |" in text
+
+
+def test_a_label_may_run_with_fewer_seeds_than_others(tmp_path, capsys):
+    from experiment_results import table
+    from run_experiment import main, read_experiment, read_results
+
+    text = "seeds: [0, 1, 2]\nruns: {one: [], two: [], three: []}\nfewer_seeds: {two: [1], three: [2, 0]}\n"
+    file = write(tmp_path / "a.yaml", text)
+    experiment = read_experiment(file)
+    assert experiment.all_runs() == [("one", 0), ("three", 0), ("one", 1), ("two", 1), ("one", 2), ("three", 2)]
+
+    (tmp_path / "two" / "seed-0").mkdir(parents=True)  # as it was run when two had all seeds
+    (tmp_path / "two" / "seed-0" / "report.json").write_text("{}")
+    (tmp_path / "results.jsonl").write_text(json.dumps(line("two", 0, 9.0, **experiment.asked("two", 0))) + "\n")
+    assert read_results(experiment, tmp_path) == {}
+    assert main([str(file), "--out", str(tmp_path), "--only", "two", "--seed", "0"]) == 2
+    assert "--only two --seed 0: the seeds of two are 1" in capsys.readouterr().err
+
+    lines = [line(label, seed, 10.0 + seed) for label, seed in experiment.all_runs()]
+    text = table(list(experiment.runs), lines)
+    assert "seeds 0, 1, 2; two 1 only; three 0, 2 only: mean ± standard deviation." in text
+    assert "| two | 1 | 11.00 | 92.00 % |" in text and "| three | 1 | 11.00 ± 1.41 |" in text
 
 
 def test_several_students_have_their_sizes_and_all_their_training_time(tmp_path):
