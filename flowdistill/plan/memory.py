@@ -146,8 +146,8 @@ class Plan:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether FSDP2 takes the method, its optimisers, its averages, which must be beside their weights, and adapters,
-        which must not be on codes."""
+        """Whether FSDP2 takes the method, its optimisers, its averages, which must be beside their weights, and its
+        adapters, which must not be on codes."""
         config, optimizers = self.config, optimizers_by_key(self.config.method, "method.")
         whole = any(not KINDS[optimizer.name].shards for _, optimizer in optimizers)
         on_codes = self.adapters and config.teacher.quantize is not None
