@@ -34,7 +34,8 @@ def cut(network: nn.Module, accelerator: Accelerator) -> None:
 
 def units(network: nn.Module, least: int) -> list[nn.Module]:
     """The modules of more than ``least`` parameters that are cut each by itself, inner ones first; not ``network``."""
-    return [module for module in get_module_children_bottom_up(network)[:-1]
+    found = dict.fromkeys(get_module_children_bottom_up(network)[:-1])  # each once, however many have it
+    return [module for module in found
             if not isinstance(module, (nn.ModuleList, nn.ModuleDict, FSDPModule))
             and sum(p.numel() for p in module.parameters()) > least]
 
