@@ -6,6 +6,7 @@ The names below load on first use, so that ``import flowdistill`` costs neither 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from flowdistill.utils.errors import UserError
@@ -29,6 +30,10 @@ _HOMES = {
     "load_teacher": "flowdistill.teachers",
 }
 _PARTS = frozenset("config data evaluation export features methods objectives paths students teachers training".split())
+
+
+# Where it is installed, diffusers imports bitsandbytes, which says on some CPUs that it has not downloaded a kernel.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

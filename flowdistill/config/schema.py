@@ -68,6 +68,9 @@ def size_rule(value: Any) -> str:
     return "the side of a square in pixels, such as 1024, or [height, width], such as [832, 1216]"
 
 
+ATTENTION = ("auto", "sdpa", "xformers", "math", "native", "_native_cudnn", "_native_efficient", "_native_flash",
+             "_native_math", "flash", "flash_varlen", "_flash_3", "_flash_varlen_3", "flex", "sage", "sage_varlen")
+"""Kernels of attention: ours, and those of diffusers' names that download nothing."""
 QUANTIZED = ("int8", "fp8", "nf4")
 """Schemes of :mod:`flowdistill.utils.quantized`."""
 
@@ -110,8 +113,9 @@ class TeacherConfig:
                                         "dtype; null: in dtype. Full students and critics start from the weights "
                                         "before, adapters stand on those after it", choices=QUANTIZED)
     attention: str = option("auto", "kernels of its attention and of the networks copied from it; auto: xformers where "
-                                    "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp)",
-                            choices=("auto", "sdpa", "xformers", "math"))
+                                    "it is installed and runs, else sdpa; math alone has a forward-mode rule (jvp); "
+                                    "native, flash, _flash_3, sage, flex and so on are diffusers' own names",
+                            choices=ATTENTION)
     offload: str = option("none", "frozen parts kept in CPU memory while they are not called: none, codec (the "
                                   "autoencoder) or all (the network too)", choices=("none", "codec", "all"))
     labels: list[int] | None = option(None, "class labels to draw from in training; null: all", at_least=0)
@@ -227,6 +231,10 @@ class TrainConfig:
                                           "the trained one", pattern=r"cpu|xpu|cuda(:\d+)?")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the trained networks")
+    compile_scope: str = option("network", "what is compiled: each trained network; or blocks, those that repeat, the "
+                                           "teacher's too, which takes far less time", choices=("network", "blocks"))
+    tf32: bool | None = option(None, "CUDA: products of float32 with 10 bits of mantissa, in matrix products and "
+                                     "convolutions; null: torch's own choice, convolutions only")
     log_every: int = option(20, "steps between lines of metrics.jsonl", at_least=1)
     sample_every: int = option(0, "steps between sample grids, the first before the first step; 0: at the end only",
                                at_least=0)
@@ -251,6 +259,9 @@ class TrainConfig:
                 f"'train.batch_size' ({self.batch_size}) must be a multiple of 'train.gradient_accumulation' "
                 f"({self.gradient_accumulation}), because it is the batch of a whole optimiser step"
             )
+        if self.compile_scope != "network" and not self.compile:
+            raise UserError(f"'train.compile_scope' is {self.compile_scope}, but 'train.compile' is false, so nothing "
+                            "is compiled; set it to true")
         if self.stop_when is not None and not self.evaluate_every:
             raise UserError("'train.stop_when' goes by what is measured during training; set 'train.evaluate_every' to "
                             "the steps between measurements")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.networks.attention import attention_kernels, only_math, use_attention
+from flowdistill.networks.attention import FORWARD_ONLY, attention_kernels, only_math, use_attention
 from flowdistill.networks.backbones import Backbone, BackboneFamily
 from flowdistill.networks.lora import LoraSettings, add_lora, lora_layers
 from flowdistill.paths.native_path import Coefficients, NativePath
@@ -40,7 +40,7 @@ class VelocityNetwork(nn.Module):
     gets adapters that train.
 
     Attributes:
-        attention: the kernels it is called with: sdpa, xformers or math.
+        attention: the kernels it is called with, of :mod:`flowdistill.networks.attention`.
         whole: makes the backbone anew with the weights it had before they were quantised; None where they are not.
     """
 
@@ -88,6 +88,9 @@ class VelocityNetwork(nn.Module):
         return self.with_coefficients(x, self.coefficients(t, asked_at), condition)
 
     def _predict(self, native: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        if self.attention in FORWARD_ONLY and native.requires_grad and torch.is_grad_enabled():
+            raise UserError(f"teacher.attention is {self.attention}, which has no backward pass, and this loss needs "
+                            "the gradient through the teacher; set it to auto")
         with attention_kernels(self.attention):
             return self.family.call(self.backbone, native.to(self.dtype), timestep.float(), condition)
 
@@ -120,21 +123,23 @@ class VelocityNetwork(nn.Module):
         if self.lora is None and next(lora_layers(self.backbone), None) is not None:
             raise UserError("the pipeline's network has an adapter in it, which a student could not be told from; call "
                             "fuse_lora() and unload_lora_weights() first")
+        kernel = "sdpa" if self.attention in FORWARD_ONLY else self.attention
         if lora is not None:
             tree = self.frozen_copy().backbone
-            return VelocityNetwork(tree, path or self.path, self.family, self.attention, lora).eval()
+            use_attention(tree, kernel)
+            return VelocityNetwork(tree, path or self.path, self.family, kernel, lora).eval()
         if self.whole is not None:
             backbone = self.whole()
-            use_attention(backbone, self.attention)
         elif foreign_layers(self.backbone):
             raise UserError(f"the weights of the pipeline's {type(self.backbone).__name__} are quantised, and a copy "
                             "that trains needs whole ones; load it without, and set teacher.quantize, or train "
                             "adapters (method.student and method.critic: lora)")
         else:
             backbone = copy.deepcopy(self.backbone)
+        use_attention(backbone, kernel)
         if self.dtype != torch.float32:
             backbone = backbone.float()
-        copied = VelocityNetwork(backbone, path or self.path, self.family, attention=self.attention)
+        copied = VelocityNetwork(backbone, path or self.path, self.family, attention=kernel)
         copied.requires_grad_(True).eval()
         for module in copied.modules():
             if isinstance(module, GaussianFourierProjection):  # its frequencies are drawn once and never trained

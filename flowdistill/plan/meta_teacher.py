@@ -166,7 +166,7 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture, listed: bool
     settings = replace(
         config,
         null_label=architecture.null_label if config.null_label is None else config.null_label,
-        attention="math" if config.attention == "math" else "sdpa",  # xformers keeps what torch's fused kernels keep
+        attention="math" if "math" in config.attention else "sdpa",  # other kernels keep what torch's fused ones keep
         prompts=None,
     )
     made = Parts(backbone, codec, _scheduler(parts["scheduler"]), texts, lambda: _on_meta(parts[name], dtype))

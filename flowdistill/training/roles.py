@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig, TrainConfig
+from flowdistill.networks.compilation import HOW, check_blocks, compile_blocks
 from flowdistill.teachers import Teacher
 from flowdistill.training.average import MovingAverage
 from flowdistill.training.fsdp import cut
@@ -80,9 +81,9 @@ def prepare_roles(
 
     Raises:
         UserError: a launcher that is not supported, or not by this method, weights that are not float32, nothing to
-            train, an optimiser that is not installed or cannot train shares of weights, gradient checkpointing for a
-            network that has none, adapters on a teacher that is away at times, or an average on a device that this
-            machine does not have, or apart from weights that are cut.
+            train, no blocks to compile, an optimiser that is not installed or cannot train shares of weights, gradient
+            checkpointing for a network that has none, adapters on a teacher that is away at times or on codes that are
+            to be cut, or an average on a device that this machine does not have, or apart from weights that are cut.
     """
     kind = accelerator.distributed_type
     if kind not in SUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -96,6 +97,8 @@ def prepare_roles(
     roles = method.roles()
     check_not_shared(method.teacher, [role.network for role in roles.values()])
     method.to(accelerator.device)
+    if config.compile and config.compile_scope == "blocks":
+        compile_blocks(method.teacher.network)
     return {name: _prepare(name, role, config, precision, accelerator) for name, role in roles.items()}
 
 
@@ -154,8 +157,10 @@ def _prepare(name: str, role: Role, config: TrainConfig, precision: str, acceler
         for whole in [network] if average is None else [network, average.network]:
             cut(whole, accelerator)  # alike: the average follows its network without communication
     optimizer = make_optimizer(network, role.optimizer)
+    if config.compile and config.compile_scope == "blocks":
+        check_blocks(compile_blocks(network), name, network)
     prepared = network if sharded else _wrap(network, accelerator)
-    call = torch.compile(prepared) if config.compile else prepared
+    call = torch.compile(prepared, **HOW) if config.compile and config.compile_scope == "network" else prepared
     return TrainedRole(
         network=network,
         prepared=prepared,

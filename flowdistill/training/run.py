@@ -42,7 +42,7 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
 from flowdistill.training.optimizers import check_package, optimizers_by_key
-from flowdistill.training.precision import resolve_precision
+from flowdistill.training.precision import resolve_precision, tf32
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import disk_errors, local_path
@@ -58,7 +58,7 @@ FREE = frozenset(
     f"train.{name}"
     for name in (
         "steps log_every sample_every num_samples checkpoint_every keep_checkpoints evaluate_every max_nonfinite_steps "
-        "trackers device gradient_checkpointing compile keep_freed_memory stop_when ema_device"
+        "trackers device gradient_checkpointing compile compile_scope keep_freed_memory stop_when ema_device"
     ).split()
 ) | {f"teacher.{name}" for name in "attention offload prompt_cache prompt_cache_gb text_encoder_device".split()}
 """Settings, and sections, that may change between a run and its resume: they do not decide what is learned, except the
@@ -109,8 +109,9 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         ranking_metric(config.train.stop_when.metric, KEY)
     for _, optimizer in optimizers_by_key(config.method, "method."):
         check_package(optimizer)
-    several = method_class(config.method.name).distill(config)
-    return distill_one(config) if several is None else several
+    with tf32(config.train.tf32):
+        several = method_class(config.method.name).distill(config)
+        return distill_one(config) if several is None else several
 
 
 def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Run:

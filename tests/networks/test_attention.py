@@ -10,6 +10,7 @@ from diffusers.models import attention_dispatch, attention_processor
 
 from flowdistill.config import load_config
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.networks.lora import LoraSettings
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.start_states import StartStates
@@ -142,9 +143,9 @@ def test_a_network_without_attention_layers(xformers, caplog):
 
 
 def test_other_names_are_refused(tmp_path):
-    with pytest.raises(UserError, match="teacher.attention is 'flash'; allowed are auto, sdpa, xformers, math"):
-        load_teacher(tiny_unet_pipeline(), attention="flash")
-    (tmp_path / "a.yaml").write_text("output_dir: r\nteacher: {source: s, attention: flash}\nmethod: {name: boot}\n")
+    with pytest.raises(UserError, match="teacher.attention is 'flash_hub'; allowed are auto, sdpa, xformers, math"):
+        load_teacher(tiny_unet_pipeline(), attention="flash_hub")
+    (tmp_path / "a.yaml").write_text("output_dir: r\nteacher: {source: s, attention: flash_hub}\nmethod: {name: boot}\n")
     with pytest.raises(UserError, match="'teacher.attention' must be one of auto, sdpa, xformers, math"):
         load_config(tmp_path / "a.yaml")
 
@@ -258,3 +259,63 @@ def test_the_log_is_the_first_processs(monkeypatch, caplog):
     monkeypatch.setenv("RANK", "0")
     log_once("this")
     assert [record.message for record in caplog.records] == ["this"] and caplog.records[0].levelno == logging.WARNING
+
+
+# --- diffusers' own names
+
+DISPATCHED = ("flux-dev", "qwen-image")
+
+
+@pytest.mark.parametrize("name", DISPATCHED)
+@pytest.mark.parametrize("kernel", ["native", "_native_math"])
+def test_backends_of_diffusers_are_set_by_their_names(name, kernel, caplog):
+    _, expected = velocity_of(name, attention="sdpa")
+    teacher, velocity = velocity_of(name, attention=kernel)
+    assert teacher.network.attention == kernel and not caplog.records
+    assert torch.allclose(velocity, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    backends = {str(module.processor._attention_backend) for module in teacher.student_copy().backbone.modules()
+                if hasattr(getattr(module, "processor", None), "_attention_backend")}
+    assert len(backends) == 1 and backends.pop().endswith(kernel.upper())
+    active = attention_dispatch._AttentionBackendRegistry._active_backend  # the choice of every other model
+    assert not str(active).endswith("MATH")
+
+
+@pytest.mark.parametrize(("name", "kernel", "reason"), [
+    ("sd", "flash", "diffusers does not dispatch the attention of the UNet2DConditionModel"),
+    ("flux-dev", "flash", "it does not run on cpu in float32 ("),
+    ("qwen-image", "_flash_3", "it does not run on cpu in float32, with a mask over its prompts ("),
+    ("flux-dev", "sage", "it does not run on cpu in float32 ("),
+])
+def test_backends_that_cannot_be_are_said_in_one_line(name, kernel, reason, caplog):
+    teacher, _ = velocity_of(name, attention=kernel)
+    assert teacher.network.attention == "sdpa" and len(caplog.records) == 1
+    said = caplog.records[0].message
+    assert said.startswith(f"teacher.attention is '{kernel}', but {reason}") and said.endswith("(sdpa) is used")
+
+
+def test_a_backend_without_a_backward_pass_is_the_teachers_alone(monkeypatch, caplog):
+    """A stand-in for one that is not installed."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    sage = attention_dispatch.AttentionBackendName.SAGE
+    calls = []
+
+    def forward_only(query, key, value, **settings):
+        calls.append(query.shape)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.detach().transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+    monkeypatch.setitem(registry._backends, sage, forward_only)
+    monkeypatch.setitem(registry._constraints, sage, [])
+    monkeypatch.setitem(registry._supported_arg_names, sage, {"query", "key", "value"})
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: None)
+    _, expected = velocity_of("flux-dev", attention="sdpa")
+    teacher, velocity = velocity_of("flux-dev", attention="sage")
+    assert teacher.network.attention == "sage" and calls and not caplog.records
+    assert torch.allclose(velocity, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    condition, before = teacher.encode(prompts=PROMPTS[:2]), len(calls)
+    for copied in (teacher.student_copy(), teacher.student_copy(LoraSettings(rank=2))):
+        assert copied.attention == "sdpa"
+        copied(noise(teacher), torch.full((2,), 0.6), condition).sum().backward()
+        assert len(calls) == before and any(p.grad is not None for p in copied.parameters())
+    with pytest.raises(UserError, match="attention is sage, which has no backward pass, and this loss needs the grad"):
+        teacher.velocity(noise(teacher).requires_grad_(True), 0.6, condition)
