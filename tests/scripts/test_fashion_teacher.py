@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from flowdistill import load_teacher
 from tests.data.fashion import FOLDER_VARIABLE, write_fashion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,8 @@ def test_a_killed_training_comes_to_the_bits_of_a_whole_one(script, monkeypatch,
     assert pipeline.unet.config.num_class_embeds == 11 and record["null_label"] == 10
     assert record["steps"] == 4 and record["parameters"] == sum(p.numel() for p in pipeline.unet.parameters())
     assert Path("whole/samples.png").stat().st_size > 1000
+    teacher = load_teacher("whole")
+    assert teacher.shape == (1, 28, 28) and teacher.num_classes == 10
 
 
 def test_a_training_made_longer_comes_to_the_bits_of_a_long_one(script):
