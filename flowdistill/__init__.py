@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from flowdistill.teachers import load_teacher
     from flowdistill.training.run import distill
 
+# peft imports bitsandbytes where it is installed, which then says on every start of some processors that an optional
+# kernel is missing. Setting a level imports nothing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 __version__ = "0.1.0"
 
 __all__ = ["Condition", "UserError", "__version__", "distill", "evaluate", "load_student", "load_teacher"]

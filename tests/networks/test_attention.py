@@ -145,7 +145,8 @@ def test_a_network_without_attention_layers(xformers, caplog):
 def test_other_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="teacher.attention is 'flash_hub'; allowed are auto, sdpa, xformers, math"):
         load_teacher(tiny_unet_pipeline(), attention="flash_hub")
-    (tmp_path / "a.yaml").write_text("output_dir: r\nteacher: {source: s, attention: flash_hub}\nmethod: {name: boot}\n")
+    teacher = "teacher: {source: s, attention: flash_hub}"
+    (tmp_path / "a.yaml").write_text(f"output_dir: r\n{teacher}\nmethod: {{name: boot}}\n")
     with pytest.raises(UserError, match="'teacher.attention' must be one of auto, sdpa, xformers, math"):
         load_config(tmp_path / "a.yaml")
 
