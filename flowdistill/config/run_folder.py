@@ -51,14 +51,14 @@ def found_again(path: str, folder: str | os.PathLike[str]) -> str:
     ``distill`` has recorded (``started_in``), so that a run may move alone; else the present one.
 
     Args:
-        path: absolute, beginning with ``~``, or relative; a name or a hub id stays as it is.
+        path: absolute, beginning with ``~``, or relative, maybe with ``*``; a name or a hub id stays as it is.
         folder: the run folder, or the student's in it.
     """
     place = local_path(path)
     if place.is_absolute():
         return path
     for start in _starts(local_path(folder)):
-        if (start / place).exists():
+        if (start / place).exists() or "*" in path and any(start.glob(path)):
             return path if start == Path.cwd() else str(start / place)
     return path
 

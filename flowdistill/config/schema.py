@@ -84,8 +84,10 @@ class TeacherConfig:
     t_max: float | None = option(None, "start of the path; null: the scheduler's last time, or the last that works "
                                         "for an epsilon teacher (said)", above=0, at_most=1)
     prompts: str | None = option(None, "text to image: file of prompts, one a line, or .jsonl, .csv or .parquet with a "
-                                       "column prompt, and maybe weight")
-    prompt_column: str | None = option(None, "column of the prompts in a .jsonl, .csv or .parquet; null: prompt")
+                                       "column prompt, and maybe weight; or a folder, or tars, of pictures with "
+                                       "captions")
+    prompt_column: str | None = option(None, "column of the prompts in a .jsonl, .csv or .parquet; null: prompt; of "
+                                             "captions as data_options.captions")
     prompt_cache: str = option(
         "auto", "where encoded prompts come from: memory; disk, of which a draw reads its rows; live, encoded when "
         "drawn, by text encoders that stay loaded; auto: memory up to prompt_cache_gb, else disk",
@@ -141,6 +143,29 @@ class TeacherConfig:
         if self.lora is None and self.lora_scale != 1:
             raise UserError(f"teacher.lora_scale is {self.lora_scale:g}, but teacher.lora is null; set the LoRA's file "
                             "too")
+
+
+@dataclass
+class DataOptions:
+    """How a method reads the images that its ``data`` names; see ``flowdistill.data.sources``."""
+
+    captions: str | None = option(None, "teachers that take prompts: column or key of the captions; sidecar: of "
+                                        "1.png in 1.txt; null: found")
+    label: str | None = option(None, "teachers of classes: column or key of the labels; folder: names of the "
+                                     "subfolders; null: found")
+    classes: list[str] | None = option(None, "names of the labels 0, 1, ...; null: names that are numbers are labels, "
+                                             "others stand in the order of the alphabet")
+    image: str | None = option(None, "column of the pictures in a table; null: found")
+    split: str = option("train", "of a table with several splits")
+    on_error: str = option("error", "pictures that cannot be read, or have no caption or label: error ends the run "
+                                    "before it begins, skip leaves them out and says how many",
+                           choices=("error", "skip"))
+    cache_latents: str = option(
+        "auto", "what an autoencoder makes of the images: memory, from files that are made once; disk, of which a draw "
+        "reads its rows; none, made when drawn; auto: memory up to memory_gb, else disk. Of a teacher of pixels, whose "
+        "pictures are in memory or read when drawn: memory, none or auto", choices=("auto", "memory", "disk", "none"),
+    )
+    memory_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0)
 
 
 OPTIMIZERS = {

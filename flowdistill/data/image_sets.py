@@ -143,19 +143,26 @@ class FolderImages:
             except UserError as error:
                 raise UserError(f"{self.paths[index]}: {error}") from error
 
-        with ThreadPoolExecutor(max_workers=min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
-            begun: deque[tuple[range, list[Future[Tensor]]]] = deque()
-            try:
-                for indices in batches_of(span, batch_size):
-                    begun.append((indices, [pool.submit(one, index) for index in indices]))
-                    if len(begun) > 1:
-                        yield _finished(begun.popleft())
-                while begun:
+        return read_batches(one, span, batch_size)
+
+
+def read_batches(
+    one: Callable[[int], Tensor], span: range, batch_size: int
+) -> Iterator[tuple[range, list[Tensor]]]:
+    """What ``one`` makes of each index of ``span``, in lists, by several threads, which are a batch ahead."""
+    with ThreadPoolExecutor(max_workers=min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+        begun: deque[tuple[range, list[Future[Tensor]]]] = deque()
+        try:
+            for indices in batches_of(span, batch_size):
+                begun.append((indices, [pool.submit(one, index) for index in indices]))
+                if len(begun) > 1:
                     yield _finished(begun.popleft())
-            finally:
-                for _, images in begun:  # of a reader that was closed, or of a picture that cannot be read
-                    for image in images:
-                        image.cancel()
+            while begun:
+                yield _finished(begun.popleft())
+        finally:
+            for _, images in begun:  # of a reader that was closed, or of a picture that cannot be read
+                for image in images:
+                    image.cancel()
 
 
 def _finished(batch: tuple[range, list[Future[Tensor]]]) -> tuple[range, list[Tensor]]:

@@ -10,13 +10,15 @@ from torch import Tensor
 from flowdistill.data.digits import load_digits
 from flowdistill.data.fashion import load_fashion, load_fashion_test
 from flowdistill.data.mnist import load_mnist5k
-from flowdistill.data.shapes import load_shapes
+from flowdistill.data.shapes import caption, load_shapes
 from flowdistill.utils.errors import UserError, listed, shown
 
 IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "digits": load_digits, "fashion": load_fashion, "fashion-test": load_fashion_test, "mnist5k": load_mnist5k,
     "shapes": load_shapes,
 }
+CAPTIONS: dict[str, Callable[[int], str]] = {"shapes": caption}
+"""What describes an image of a label, of the sets that have such words."""
 
 
 def load_images(name: str) -> tuple[Tensor, Tensor]:
@@ -36,3 +38,13 @@ def load_images(name: str) -> tuple[Tensor, Tensor]:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"unknown image set {shown(name)}{hint}; the named sets are {listed(sorted(IMAGE_SETS))}")
     return IMAGE_SETS[name]()
+
+
+def load_captions(name: str) -> list[str] | None:
+    """A caption of each image of a named set; None where the set has none.
+
+    Raises:
+        UserError: see :func:`load_images`.
+    """
+    labels = load_images(name)[1]
+    return [CAPTIONS[name](label) for label in labels.tolist()] if name in CAPTIONS else None

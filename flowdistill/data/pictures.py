@@ -6,13 +6,14 @@ and to a concept.
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -33,6 +34,8 @@ _NOT_READ = frozenset(
 )
 _LFS_POINTER = b"version https://git-lfs"
 
+ENDINGS = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2 .qoi".split())
+"""Endings of the pictures in an archive, whose members are not looked into to find out."""
 _MODES = {1: "L", 3: "RGB"}
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _GREY = ("1", "L", "LA", "La")
@@ -147,7 +150,11 @@ def read_picture(path: str | os.PathLike[str], channels: int | None = None) -> T
     Raises:
         UserError: see :func:`open_picture`.
     """
-    picture = open_picture(path)
+    return to_tensor(open_picture(path), channels)
+
+
+def to_tensor(picture: Image.Image, channels: int | None = None) -> Tensor:
+    """The pixels of a picture that is grey or RGB; see :func:`read_picture`."""
     return pil_to_tensor(picture.convert(_MODES.get(channels or 0, picture.mode)))
 
 
@@ -162,13 +169,52 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """
     path = local_path(path)
     try:
-        with Image.open(path) as image:
-            stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
-            image.load()
-            picture = to_eight_bits(image, stored if isinstance(stored, str) else "")
-            turn = _UPRIGHT.get(_orientation(image))
+        return _decoded(path)
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise UserError(f"{path} cannot be read as a picture ({_reason(path, error)}); replace or remove it") from error
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """The same for what an image file has in it.
+
+    Args:
+        name: words for the place it stands in, for errors.
+
+    Raises:
+        UserError: see :func:`open_picture`.
+    """
+    try:
+        return _decoded(io.BytesIO(content))
+    except Exception as error:
+        # What Pillow calls the file is the address of an object.
+        reason = "it is empty" if not content else "it is no picture" if isinstance(
+            error, UnidentifiedImageError) else " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
+    """A picture at another size: the largest part of these proportions around its middle, resized with Lanczos' filter
+    and antialiasing; one of the same size stays as it is.
+
+    Args:
+        size: (height, width) in pixels.
+        channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        uint8 (C, H, W).
+    """
+    picture = picture.convert(_MODES[channels])
+    if picture.size != (size[1], size[0]):
+        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return pil_to_tensor(picture)
+
+
+def _decoded(file: Path | io.BytesIO) -> Image.Image:
+    with Image.open(file) as image:
+        stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
+        image.load()
+        picture = to_eight_bits(image, stored if isinstance(stored, str) else "")
+        turn = _UPRIGHT.get(_orientation(image))
     return picture if turn is None else picture.transpose(turn)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from flowdistill.data import IMAGE_SETS, split_halves
 from flowdistill.data.array_images import ArrayImages
 from flowdistill.data.image_sets import FolderImages, ImageSet, NamedImages
+from flowdistill.data.sources import SourceImages, names_more_than_a_folder, open_pictures
 from flowdistill.evaluation.collect import collect, stored_batches
 from flowdistill.evaluation.moments import frechet_distance, moments_of
 from flowdistill.features.extractor import LEGACY, FeatureExtractor
@@ -155,7 +156,8 @@ def load_reference(
     """Statistics of a reference set under an extractor. All processes of an evaluation must call it together.
 
     Args:
-        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, a file of ``Reference.save``, or
+        reference: a named set (``flowdistill.data.IMAGE_SETS``), a folder of images, tars, .parquet files or a table
+            that datasets has saved (:func:`flowdistill.data.sources.open_pictures`), a file of ``Reference.save``, or
             an .npz file with images as ``arr_0``, uint8 (N, H, W, 3).
             ADM's references (``mu_s`` and ``sigma_s`` beside ``mu`` and ``sigma``) are of the features
             ``"inception-legacy"`` and go with no others; their ``arr_0`` is what KID, precision and recall see.
@@ -220,20 +222,22 @@ def _measured(
 
 
 def open_images(source: str | os.PathLike) -> ImageSet:
-    """A named set, or the images of a folder.
+    """A named set, or the images of a folder, of tars or of a table.
 
     Raises:
-        UserError: neither a known name nor a folder.
+        UserError: none of these.
     """
     if source in IMAGE_SETS:
         return NamedImages(str(source))
+    if names_more_than_a_folder(source):
+        return SourceImages(open_pictures(source))
     if local_path(source).is_dir():
         return FolderImages(source)
     near = difflib.get_close_matches(str(source), IMAGE_SETS, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise UserError(
         f"the reference {shown(str(source), WORD)} is neither a named set ({listed(sorted(IMAGE_SETS))}) nor a folder "
-        f"of images nor an .npz file{hint}"
+        f"of images nor an .npz file nor tars nor a table of datasets{hint}"
     )
 
 
@@ -241,7 +245,7 @@ def _statistics_file(reference: str | os.PathLike, extractor: FeatureExtractor) 
     """The file that ``reference`` names and the mode before its colon; None for a named set or a folder."""
     text = os.fspath(reference)
     whole = local_path(text)
-    if text in IMAGE_SETS or whole.is_dir():
+    if text in IMAGE_SETS or whole.is_dir() or names_more_than_a_folder(text):
         return None
     mode, colon, rest = text.partition(":")
     if colon and not whole.exists():

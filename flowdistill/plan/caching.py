@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import diffusers
 
 from flowdistill.conditioning.pipeline_lora import find_lora, read_lora
-from flowdistill.conditioning.prompt_lists import read_prompts
 from flowdistill.conditioning.prompts import PromptConditions, in_bytes
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.config import TeacherConfig, load_config
+from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.plan.meta_teacher import meta_teacher, read_architecture
 from flowdistill.teachers.loading import DTYPES, bank_settings, pipeline_folder
 from flowdistill.training.run import make_accelerator, prepare_prompts
@@ -37,7 +37,7 @@ def cache_prompts(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     accelerator = make_accelerator(config.train, config.output_dir)
     prompts = prompts_alone(config.teacher)
     prompts.device = accelerator.device
-    prompts.use(read_prompts(config.teacher.prompts, config.teacher.prompt_column))
+    prompts.use(read_prompts_or_captions(config.teacher.prompts, config.teacher.prompt_column))
     if prompts.mode == "live":
         raise UserError("there is nothing to encode beforehand: teacher.prompt_cache is live, which encodes when rows "
                         "are drawn; set it to disk")

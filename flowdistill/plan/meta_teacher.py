@@ -18,10 +18,11 @@ from flowdistill.conditioning.components import check_variant, chosen_variant, w
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.pipeline_lora import check_takes_lora, find_lora, read_lora
 from flowdistill.conditioning.prompt_bank import MemoryBank
-from flowdistill.conditioning.prompt_lists import PromptList, read_prompts
+from flowdistill.conditioning.prompt_lists import PromptList
 from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import CLIP_TOKENS, INDEX
 from flowdistill.config import TeacherConfig
+from flowdistill.data.captions import has_captions, read_prompts_or_captions
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
@@ -207,13 +208,13 @@ def _listed(config: TeacherConfig) -> PromptList:
     """The file's prompts; one that stands for any where there is no such file."""
     if has_prompts(config):
         assert config.prompts is not None
-        return read_prompts(config.prompts, config.prompt_column)
+        return read_prompts_or_captions(config.prompts, config.prompt_column)
     return PromptList([""], [1.0])
 
 
 def has_prompts(config: TeacherConfig) -> bool:
-    """Whether the file of prompts is here."""
-    return config.prompts is not None and find_path(config.prompts).is_file()
+    """Whether the prompts are here."""
+    return config.prompts is not None and (has_captions(config.prompts) or find_path(config.prompts).is_file())
 
 
 def _texts(

@@ -23,10 +23,11 @@ from flowdistill.conditioning.components import (
     weight_files,
 )
 from flowdistill.conditioning.pipeline_lora import PipelineLora, base_lora, check_takes_lora, find_lora, read_lora
-from flowdistill.conditioning.prompt_lists import equal_prompts, read_prompts
+from flowdistill.conditioning.prompt_lists import equal_prompts
 from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig
+from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.networks.attention import choose_attention
 from flowdistill.networks.backbones import Backbone, BackboneFamily, family_of
 from flowdistill.networks.lora import merged
@@ -222,7 +223,7 @@ def assemble(
     if texts is not None and prompts is not None:
         texts.device = torch.device(device or "cpu")
         listed = isinstance(prompts, (str, os.PathLike))
-        texts.use(read_prompts(prompts, config.prompt_column) if listed else equal_prompts(prompts))
+        texts.use(read_prompts_or_captions(prompts, config.prompt_column) if listed else equal_prompts(prompts))
         prepare(texts)
     teacher = Teacher(network, path, shape, codec, classes, name, scheduler, texts)
     teacher.guidance_norm = _norm_kept(config.guidance_norm, teacher)

@@ -73,6 +73,8 @@ def test_a_project_may_move_as_a_whole(project: Path, trained: Path) -> None:
     settings = run_settings(project / "runs" / "a")
     assert settings["started_in"] == str(trained) != str(project)
     assert found_again(settings["teacher"]["source"], project / "runs" / "a") == str(project / "models" / "teacher")
+    assert found_again("images/*", project / "runs" / "a") == str(project / "images/*")
+    assert found_again("images/*.tar", project / "runs" / "a") == "images/*.tar"
 
 
 def test_a_run_may_lie_or_move_alone(project: Path, trained: Path, tmp_path: Path) -> None:

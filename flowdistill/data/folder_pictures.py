@@ -1,0 +1,185 @@
+"""Pictures in a folder, with captions and labels in a table beside them, in text files, or by subfolder."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flowdistill.conditioning.prompt_lists import Texts
+from flowdistill.data.picture_sources import (
+    CAPTION_COLUMNS,
+    FOLDER,
+    LABEL_COLUMNS,
+    SIDECAR,
+    Label,
+    Labels,
+    captions_of,
+    chosen_column,
+    label_of,
+)
+from flowdistill.data.pictures import find_pictures, open_picture
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
+from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import iter_csv_rows, iter_json_lines, read_text
+
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+FILE = "file_name"
+AT_ONCE = 1 << 12
+"""Rows of a .parquet file that are read at once."""
+
+
+class FolderPictures:
+    """All pictures below a folder, in the order of their relative paths.
+
+    A table ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` in the folder has a column ``file_name``, of
+    paths below it, and columns of captions and labels. Without one, the caption of ``1.png`` is in ``1.txt``, and the
+    label of ``cat/1.png`` is cat.
+
+    Raises:
+        UserError: no folder, no picture in it, or two tables.
+    """
+
+    options = frozenset({"captions", "label", "classes"})
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder, self.name = find_path(folder), str(folder)
+        found = find_pictures(self.folder)
+        self.left_out = found.summary()
+        self.place = str(self.folder.resolve())
+        if not found.pictures:
+            tars = sorted(path.name for path in found.others if path.suffix == ".tar")
+            hint = (f"; its tars are named as {self.name}/*.tar" if tars else
+                    f"; left out: {self.left_out}" if self.left_out else "")
+            raise UserError(f"the folder {self.folder} holds no images that can be read{hint}")
+        root = len(self.folder.parts)
+        self.names = Texts("/".join(path.parts[root:]) for path in found.pictures)
+        stats = [path.stat() for path in found.pictures]
+        self._stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
+        self._texts = any(path.suffix == ".txt" for path in found.others)
+        tables = [self.folder / name for name in TABLES if (self.folder / name).is_file()]
+        if len(tables) > 1:
+            raise UserError(f"the folder {self.folder} has {' and '.join(path.name for path in tables)}; keep one")
+        self.table = tables[0] if tables else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def title(self, index: int) -> str:
+        return str(self._path(index))
+
+    def facts(self, index: int) -> str:
+        return "\0".join((self.names[index], *map(str, self._stamps[index].tolist())))
+
+    def open(self, index: int) -> Image.Image:
+        return open_picture(self._path(index))
+
+    def captions(self, column: str | None) -> list[list[str]] | None:
+        if column != SIDECAR:
+            found = self._column(column, CAPTION_COLUMNS, "captions")
+            if found is not None:
+                return [captions_of(*found.get(name, (None, ""))) for name in self.names]
+            if not self._texts:
+                return None
+        return [self._sidecar(self._path(index)) for index in range(len(self))]
+
+    def labels(self, column: str | None) -> Labels | None:
+        if column != FOLDER:
+            found = self._column(column, LABEL_COLUMNS, "label")
+            if found is not None:
+                return Labels([label_of(*found.get(name, (None, ""))) for name in self.names])
+        folders: list[Label | None] = [name.partition("/")[0] if "/" in name else None for name in self.names]
+        return Labels(folders) if column == FOLDER or any(folder is not None for folder in folders) else None
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+    @staticmethod
+    def _sidecar(picture: Path) -> list[str]:
+        file = picture.with_suffix(".txt")
+        return captions_of(read_text(file).strip(), str(file)) if file.is_file() else []
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    def _column(
+        self, column: str | None, usual: tuple[str, ...], key: str
+    ) -> dict[str, tuple[Any, str]] | None:
+        """A picture's value in a column of the table, and the words for its place; None without such a column.
+
+        Raises:
+            UserError: no such column, or a row that names no picture of the folder, or one that another row names.
+        """
+        if self.table is None:
+            if column is not None:
+                instead = "sidecar or null" if key == "captions" else "folder or null"
+                raise UserError(f"data_options.{key} is {column}, but {self.folder} has no table with columns "
+                                f"({', '.join(TABLES)}); add one, or set it to {instead}")
+            return None
+        found: dict[str, tuple[Any, str]] = {}
+        chosen: str | None = None
+        for where, row in _rows(self.table):
+            if not found:
+                if FILE not in row:
+                    raise UserError(f"{self.table} has no column {FILE}, which says whose row it is")
+                chosen = chosen_column((name for name in row if name != FILE), column, usual, str(self.table), key)
+                if chosen is None:
+                    return None
+            name = row.get(FILE)
+            if not isinstance(name, str) or (name := posixpath.normpath(name)) not in self._known:
+                raise UserError(f"{where} names {row.get(FILE)}, which is no picture in {self.folder}")
+            if name in found:
+                raise UserError(f"{where} names {name}, which {found[name][1]} has named already")
+            assert chosen is not None
+            found[name] = row.get(chosen), where
+        if not found:
+            raise UserError(f"{self.table} has no rows")
+        return found
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table, with the words for where each stands.
+
+    Raises:
+        UserError: a table that is damaged, or a .parquet file without pyarrow.
+    """
+    if table.suffix == ".jsonl":
+        form = f'{{"{FILE}": "1.png", "text": "a red cat"}}'
+        for line, record in iter_json_lines(table, lambda record: dict(record.items()), form):
+            yield f"line {line} of {table}", record
+    elif table.suffix == ".csv":
+        rows = iter_csv_rows(table)
+        _, header = next(rows, (0, []))
+        for line, row in rows:
+            if len(row) != len(header):
+                raise UserError(f"line {line} of {table} has {len(row)} columns, and its first line has {len(header)}; "
+                                "texts with commas need quotes")
+            yield f"line {line} of {table}", dict(zip(header, row, strict=True))
+    else:
+        yield from _parquet_rows(table)
+
+
+def _parquet_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{table} is a table that pyarrow reads, which is not installed; install flowdistill[parquet], "
+                        "or write a metadata.jsonl or metadata.csv") from None
+    try:
+        with parquet.ParquetFile(local_path(table)) as opened:
+            number = 0
+            for batch in opened.iter_batches(AT_ONCE, columns=opened.schema_arrow.names):
+                columns = batch.to_pydict()
+                for values in zip(*columns.values(), strict=True):
+                    number += 1
+                    yield f"row {number} of {table}", dict(zip(columns, values, strict=True))
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{table} is damaged or no .parquet file: {' '.join(str(error).split())[:200]}") from error

@@ -1,0 +1,221 @@
+"""Pictures in tar files as webdataset writes them, read at their places without unpacking or passing through."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load, save
+
+from flowdistill.conditioning.prompt_lists import Texts
+from flowdistill.data.picture_sources import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    Labels,
+    captions_of,
+    chosen_column,
+    label_of,
+)
+from flowdistill.data.pictures import ENDINGS, decode_picture
+from flowdistill.utils.errors import UserError, listed
+from flowdistill.utils.files import cache_folder, in_cache, local_path, write_cache
+from flowdistill.utils.hashing import json_sha256
+
+VERSION = 1
+"""Part of every index's name: raise it when what is in one changes."""
+TEXT, CLASS, JSON = ".txt", ".cls", ".json"
+
+
+class _Member(NamedTuple):
+    """Where a file lies: the number of its tar, its first byte there, and its size."""
+
+    tar: int
+    start: int
+    size: int
+
+
+class TarPictures:
+    """The pictures of tar files, in the order of the files' names and of their places in them.
+
+    Members of one tar whose names are the same up to the first dot of their last part belong together: a picture, and
+    beside it ``.txt`` (its caption), ``.cls`` (its label), or a ``.json`` object with keys for either. Where they lie
+    is found once for each tar, and kept by its path, size and time of change.
+
+    Args:
+        pattern: a file, or a pattern of files such as ``shards/*.tar``.
+
+    Raises:
+        UserError: no such file, one that is damaged or compressed, two pictures of one name, or no picture.
+    """
+
+    options = frozenset({"captions", "label", "classes"})
+    left_out: str | None = None
+
+    def __init__(self, pattern: str) -> None:
+        self.name, path = pattern, local_path(pattern)
+        self.tars = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(str(path)))]
+        if not self.tars:
+            raise UserError(f"there is no tar file {pattern}")
+        self.place = "\n".join(str(tar.resolve()) for tar in self.tars)
+        self._stamps = [_stamp(tar) for tar in self.tars]
+        pictures: list[_Member] = []
+        beside: dict[str, list[_Member]] = {ending: [] for ending in (TEXT, CLASS, JSON)}
+        nothing = _Member(-1, 0, 0)
+
+        def titles() -> Any:
+            for number, (tar, stamp) in enumerate(zip(self.tars, self._stamps, strict=True)):
+                for key, members in _samples(tar, stamp).items():
+                    shown = [ending for ending in members if ending in ENDINGS]
+                    if len(shown) > 1:
+                        raise UserError(f"{tar} has {listed(key + ending for ending in shown)}, two pictures of one "
+                                        "name; each needs a name of its own")
+                    if not shown:
+                        continue
+                    pictures.append(_Member(number, *members[shown[0]]))
+                    for ending, found in beside.items():
+                        found.append(_Member(number, *members[ending]) if ending in members else nothing)
+                    yield key + shown[0]
+
+        self.names = Texts(titles())
+        if not pictures:
+            raise UserError(f"{pattern} holds no pictures ({', '.join(sorted(ENDINGS))})")
+        self._pictures = np.array(pictures, dtype=np.int64)
+        self._beside = {ending: np.array(members, dtype=np.int64) for ending, members in beside.items()}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def title(self, index: int) -> str:
+        return f"{self.names[index]} in {self.tars[self._pictures[index, 0]]}"
+
+    def facts(self, index: int) -> str:
+        tar, start, size = self._pictures[index].tolist()
+        return "\0".join((self.tars[tar].name, *map(str, self._stamps[tar]), self.names[index], str(start), str(size)))
+
+    def open(self, index: int) -> Image.Image:
+        return decode_picture(self._read(self._pictures[index], index), self.title(index))
+
+    def captions(self, column: str | None) -> list[list[str]] | None:
+        plain = self._beside[TEXT]
+        if column is None and (plain[:, 0] >= 0).any():
+            return [captions_of(self._text(plain[i], i), f"the {TEXT} of {self.title(i)}") for i in range(len(self))]
+        values = self._values(column, CAPTION_COLUMNS, "captions")
+        return None if values is None else [
+            captions_of(value, f"the {JSON} of {self.title(i)}") for i, value in enumerate(values)]
+
+    def labels(self, column: str | None) -> Labels | None:
+        plain = self._beside[CLASS]
+        if column is None and (plain[:, 0] >= 0).any():
+            return Labels([label_of(self._text(plain[i], i), self.title(i)) for i in range(len(self))])
+        values = self._values(column, LABEL_COLUMNS, "label")
+        return None if values is None else Labels([
+            label_of(value, f"the {JSON} of {self.title(i)}") for i, value in enumerate(values)])
+
+    def _values(self, column: str | None, usual: Sequence[str], key: str) -> list[object] | None:
+        """What the objects have for a key; None without one of the usual keys, or without objects."""
+        members = self._beside[JSON]
+        first = next(iter(np.flatnonzero(members[:, 0] >= 0).tolist()), None)
+        if first is None:
+            if column is not None:
+                raise UserError(f"data_options.{key} is {column}, but {self.name} has no {JSON} beside its pictures; "
+                                f"set it to null for {TEXT if key == 'captions' else CLASS} files")
+            return None
+        chosen = chosen_column(self._object(first), column, usual, f"the {JSON} of {self.title(first)}", key)
+        if chosen is None:
+            return None
+        return [self._object(i).get(chosen) if members[i, 0] >= 0 else None for i in range(len(self))]
+
+    def _object(self, index: int) -> dict[str, object]:
+        try:
+            value = json.loads(self._text(self._beside[JSON][index], index) or "")
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"the {JSON} of {self.title(index)} is no JSON object")
+        return value
+
+    def _text(self, member: NDArray[np.int64], index: int) -> str | None:
+        if member[0] < 0:
+            return None
+        try:
+            return self._read(member, index).decode().removeprefix("\ufeff").strip()
+        except UnicodeDecodeError:
+            raise UserError(f"a text beside {self.title(index)} is not UTF-8") from None
+
+    def _read(self, member: NDArray[np.int64], index: int) -> bytes:
+        tar, start, size = member.tolist()
+        try:
+            handle = os.open(self.tars[tar], os.O_RDONLY)
+            try:
+                content = os.pread(handle, size, start)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise UserError(f"{self.title(index)} cannot be read: {error.strerror}") from error
+        if len(content) != size:
+            raise UserError(f"{self.tars[tar]} is cut short; replace it")
+        return content
+
+
+def _stamp(tar: Path) -> tuple[int, int]:
+    try:
+        stat = tar.stat()
+    except OSError as error:
+        raise UserError(f"the tar file {tar} cannot be read: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _samples(tar: Path, stamp: tuple[int, int]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> ending -> (first byte, size) of the members of a tar, in their order.
+
+    Raises:
+        UserError: it is damaged, compressed, or has one name twice.
+    """
+    names, places = _members(tar, stamp)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, (start, size) in zip(names, places.tolist(), strict=True):
+        folder, slash, last = name.rpartition("/")
+        stem, dot, ending = last.partition(".")
+        if not stem:  # hidden
+            continue
+        endings = samples.setdefault(folder + slash + stem, {})
+        if dot + ending.lower() in endings:
+            raise UserError(f"{tar} has {name} twice; each needs a name of its own")
+        endings[dot + ending.lower()] = start, size
+    return samples
+
+
+def _members(tar: Path, stamp: tuple[int, int]) -> tuple[list[str], NDArray[np.int64]]:
+    """Names of the files in a tar, and the first byte and size of each (N, 2)."""
+    facts = [VERSION, str(tar.resolve()), *stamp]
+    file = cache_folder("images") / f"tar-{json_sha256(facts)[:32]}.safetensors"
+    if in_cache(file):
+        try:
+            found = load(file.read_bytes())
+            return found["names"].tobytes().decode().split("\0")[:-1], found["places"]
+        except Exception:  # a damaged index is made again
+            pass
+    names, places = [], []
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            for member in opened:
+                if member.isreg():
+                    names.append(member.name)
+                    places.append((member.offset_data, member.size))
+                opened.members = []  # type: ignore[attr-defined]  # it would keep them all
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{tar} is damaged, compressed or no tar file ({error}); give plain tars") from error
+    made = np.array(places, dtype=np.int64).reshape(-1, 2)
+    if len(made) and made.sum(axis=1).max() > stamp[0]:
+        raise UserError(f"{tar} is cut short: {names[int(made.sum(axis=1).argmax())]} would end behind it; replace it")
+    text = "".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")
+    write_cache(file, save({"names": np.frombuffer(text, dtype=np.uint8), "places": made}), "places in the tars")
+    return names, made

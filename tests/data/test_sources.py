@@ -1,0 +1,338 @@
+"""Pictures of one's own: what names them, their captions and labels, and the look at each before a run."""
+
+import gzip
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from flowdistill.config import DataOptions
+from flowdistill.data import picture_index
+from flowdistill.data.captions import read_prompts_or_captions
+from flowdistill.data.folder_pictures import FolderPictures
+from flowdistill.data.picture_sources import Labels, class_numbers
+from flowdistill.data.pictures import fitted, open_picture
+from flowdistill.data.sources import SourceImages, UsablePictures, open_pictures
+from flowdistill.data.tar_pictures import TarPictures
+from flowdistill.evaluation.reference import open_images
+from flowdistill.utils.errors import UserError
+from tests.data import stored
+from tests.processes import TIMEOUT, Child, environment
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", stored.fake_datasets())
+
+
+@pytest.fixture
+def made(tmp_path):
+    return lambda kind, count=7: stored.write(kind, tmp_path / kind, *stored.few(count=count))
+
+
+# --- what is in a source
+
+
+@pytest.mark.parametrize("kind", stored.SOURCES)
+def test_every_source_has_the_pictures_captions_and_labels(made, datasets, kind):
+    images, labels = stored.few()
+    found = open_pictures(made(kind))
+    order = torch.arange(7)
+    if kind == "sidecar":  # folders of classes come one after the other
+        order = torch.cat([torch.arange(7)[labels == label] for label in range(4)])
+    usable = UsablePictures(found)
+    read = usable.read(list(range(7)), (8, 8), 1)
+    assert torch.equal(read, (images[order] * 255).round().to(torch.uint8))
+    assert found.captions(None) == [[stored.caption(label)] for label in labels[order].tolist()]
+    assert class_numbers(found.labels(None), None, 4, "it") == labels[order].tolist()
+    # The same set for the FID.
+    indices, first = next(iter(SourceImages(found).batches(range(7), 5, 1)))
+    assert indices == range(5) and torch.equal(torch.stack(first), read[:5])
+    assert len({found.facts(i) for i in range(7)}) == len({found.title(i) for i in range(7)}) == 7
+
+
+@pytest.mark.parametrize("kind", ["tar", "table", "jsonl"])
+def test_references_take_the_same_sources(made, datasets, kind):
+    images = open_images(source := made(kind))
+    assert len(images) == 7 and len(list(images.batches(range(7), 7, 1))[0][1]) == 7
+    assert images.hash() == open_images(source).hash()
+
+
+def test_named_columns_lists_and_keys(tmp_path, made):
+    folder = made("jsonl", 3)
+    rows = [{"file_name": f"00{i}.png", "short": ["a", " b "][: i], "kind": name}
+            for i, name in enumerate(["dog", "cat", "dog"])]
+    (tmp_path / "jsonl/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = open_pictures(folder)
+    assert found.captions("short") == [[], ["a"], ["a", "b"]] and found.captions(None) is None
+    assert found.labels("kind").values == ["dog", "cat", "dog"] and found.labels(None) is None
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            stored.add(tar, f"{i}.a.png", stored.png(stored.few()[0][i]))  # the key ends at the first dot
+            stored.add(tar, f"{i}.json", json.dumps(row).encode())
+    assert len(_refused(lambda: TarPictures(str(tmp_path / "x.tar")))) > 0
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            stored.add(tar, f"{i}.PNG", stored.png(stored.few()[0][i]))
+            stored.add(tar, f"{i}.json", json.dumps(row).encode())
+    found = TarPictures(str(tmp_path / "y.tar"))
+    assert found.captions("short") == [[], ["a"], ["a", "b"]] and found.labels("kind").values == ["dog", "cat", "dog"]
+
+
+def _refused(call):
+    with pytest.raises(UserError) as error:
+        call()
+    return str(error.value)
+
+
+def test_pictures_are_cut_around_the_middle_and_smoothed(tmp_path):
+    """A stripe of one pixel is still seen at a quarter of the size, and what is cut off is the same on both sides."""
+    picture = torch.zeros(1, 32, 64, dtype=torch.uint8)
+    picture[:, :, 31:33] = 255
+    picture[:, :, :16] = picture[:, :, 48:] = 100
+    path = tmp_path / "a.png"
+    path.write_bytes(stored.png(picture.float() / 255))
+    small = fitted(open_picture(path), (8, 8), 3)
+    assert small.shape == (3, 8, 8) and torch.equal(small, small.flip(-1))
+    assert 10 < small.float().mean() < 25 and small[0, 0, 3] > 50 and small[0, 0, 0] < 10
+    assert torch.equal(fitted(open_picture(path), (32, 64), 1), picture)
+    assert fitted(open_picture(path), (16, 8), 1).shape == (1, 16, 8)
+
+
+@pytest.mark.parametrize("values,names,classes,count,expected", [
+    ([2, 0, None], None, None, 3, [2, 0, -1]),
+    (["2", "0"], None, None, 3, [2, 0]),
+    (["dog", "cat", "dog"], None, None, 2, [1, 0, 1]),
+    (["dog", "cat"], None, ["dog", "cat", "cow"], 3, [0, 1]),
+    ([1, 0], ["cat", "dog"], None, 2, [1, 0]),
+    ([1, 0], ["cat", "dog"], ["dog", "cat"], 2, [0, 1]),
+    ([3], None, None, 3, "it has the label 3, and the teacher has the labels 0 to 2"),
+    (["dog"], None, ["cat"], 1, "it has the labels dog, which data_options.classes does not name"),
+    (["dog", "cat"], None, None, 3, r"it has 2 classes \(cat, dog\), and the teacher 3; name all of them in"),
+    ([-1], None, None, 3, "has the label -1"),
+    ([0], ["cat", "dog"], None, 3, r"it has 2 classes \(cat, dog\), and the teacher 3; name all of the teacher's"),
+])
+def test_labels_become_those_of_the_teacher(values, names, classes, count, expected):
+    if isinstance(expected, list):
+        assert class_numbers(Labels(values, names), classes, count, "it") == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            class_numbers(Labels(values, names), classes, count, "it")
+
+
+# --- the look at each picture
+
+
+def test_a_second_start_opens_nothing_and_a_change_is_seen(made, monkeypatch):
+    folder, opened = made("jsonl"), []
+    real = FolderPictures.open
+    monkeypatch.setattr(FolderPictures, "open", lambda self, i: opened.append(i) or real(self, i))
+    UsablePictures(open_pictures(folder))
+    assert sorted(opened) == list(range(7))
+    opened.clear()
+    assert len(UsablePictures(open_pictures(folder))) == 7 and not opened
+    images, _ = stored.few()
+    path = os.path.join(folder, "002.png")
+    with open(path, "wb") as file:
+        file.write(stored.png(images[5]))
+    os.utime(path, ns=(1, 1))
+    UsablePictures(open_pictures(folder))
+    assert opened == [2]
+    for name in os.listdir(index := os.path.join(os.environ["XDG_CACHE_HOME"], "flowdistill/images")):
+        with open(os.path.join(index, name), "wb") as file:
+            file.write(b"\x93NUMPY")
+    opened.clear()
+    UsablePictures(open_pictures(folder))
+    assert len(opened) == 7
+
+
+def test_tars_are_gone_through_once(made, monkeypatch):
+    pattern = made("tar")
+    assert len(TarPictures(pattern)) == 7
+    monkeypatch.setattr(tarfile, "open", None)
+    assert TarPictures(pattern).captions(None)[6] == [stored.caption(2)]
+
+
+def look_slowly(folder):
+    real = FolderPictures.open
+
+    def slow(self, index):
+        time.sleep(0.02)
+        return real(self, index)
+
+    FolderPictures.open = slow
+    picture_index.AT_ONCE, picture_index.SAVED_EVERY = 4, 0.0
+    UsablePictures(open_pictures(folder))
+
+
+def test_a_killed_look_goes_on(made, monkeypatch, tmp_path):
+    folder = made("jsonl", 200)
+    index = tmp_path / "cache/flowdistill/images"
+    with Child(look_slowly, folder, env=environment(XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"])) as child:
+        end = time.monotonic() + TIMEOUT
+        while not list(index.glob("index-*.npy")) and time.monotonic() < end:
+            time.sleep(0.005)
+        child.kill()
+    opened = []
+    real = FolderPictures.open
+    monkeypatch.setattr(FolderPictures, "open", lambda self, i: opened.append(i) or real(self, i))
+    assert len(UsablePictures(open_pictures(folder))) == 200
+    assert 0 < len(opened) < 200
+
+
+def test_damaged_pictures_are_named_or_left_out(made, caplog):
+    folder = made("jsonl")
+    for name in ("001.png", "004.png"):
+        path = os.path.join(folder, name)
+        with open(path, "r+b") as file:
+            file.truncate(60)
+    message = _refused(lambda: UsablePictures(open_pictures(folder)))
+    assert "2 of 7 pictures" in message and "001.png cannot be read" in message and "004.png cannot be read" in message
+    assert "data_options.on_error=skip" in message and "\n" not in message
+    usable = UsablePictures(open_pictures(folder), skip=True)
+    assert usable.places.tolist() == [0, 2, 3, 5, 6]
+    assert "left out of the 7 pictures" in caplog.text and "2 that cannot be read" in caplog.text
+
+
+# --- bad input
+
+
+def broken(name):
+    """A folder, tar or table with one thing wrong, and how it is opened."""
+
+    def jsonl(folder, rows):
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def make(tmp_path):
+        folder = tmp_path / "jsonl"
+        source = stored.write("jsonl", folder, *stored.few(count=3))
+        rows = [{"file_name": f"00{i}.png", "text": "a"} for i in range(3)]
+        options = {}
+        if name == "empty":
+            source = str(tmp_path / "nothing")
+            (tmp_path / "nothing").mkdir()
+        elif name == "tars":
+            (tmp_path / "tars").mkdir()
+            (tmp_path / "tars/a.tar").write_bytes(b"x" * 600)
+            source = str(tmp_path / "tars")
+        elif name == "twice":
+            jsonl(folder, [*rows, rows[1]])
+        elif name == "dot":
+            jsonl(folder, [*rows, {"file_name": "./001.png", "text": "b"}])
+        elif name == "stranger":
+            jsonl(folder, [*rows, {"file_name": "9.png", "text": "b"}])
+        elif name == "nameless":
+            jsonl(folder, [{"text": "a"}])
+        elif name == "number":
+            jsonl(folder, [*rows[:2], {"file_name": "002.png", "text": 3}])
+        elif name == "two tables":
+            (folder / "metadata.csv").write_text("file_name,text\n")
+        elif name == "rowless":
+            (folder / "metadata.jsonl").write_text("\n")
+        elif name == "column":
+            options["captions"] = "words"
+        elif name == "no table":
+            (folder / "metadata.jsonl").unlink()
+            options["captions"] = "words"
+        elif name == "short row":
+            (folder / "metadata.jsonl").unlink()
+            (folder / "metadata.csv").write_text("file_name,text\n000.png,a,b\n")
+        elif name == "missing":
+            jsonl(folder, rows[:2])
+        elif name == "blank":
+            jsonl(folder, [*rows[:2], {"file_name": "002.png", "text": "  "}])
+        elif name == "split":
+            options["split"] = "test"
+        elif name == "unknown":
+            source = "fewer"
+        elif name == "hub":
+            source = "owner/name"
+        elif name == "parquet":
+            source = str(tmp_path / "none-*.parquet")
+        elif name == "no tar":
+            source = str(tmp_path / "none-*.tar")
+        elif name in ("gzip", "cut", "text", "same"):
+            source = str(tmp_path / "a.tar")
+            with tarfile.open(source, "w") as tar:
+                stored.add(tar, "1.png", stored.png(stored.few()[0][0]))
+                stored.add(tar, "1.png" if name == "same" else "1.txt", b"\xff" if name == "text" else b"a")
+                stored.add(tar, "2.png", bytes(3000))
+            content = (tmp_path / "a.tar").read_bytes()
+            (tmp_path / "a.tar").write_bytes(gzip.compress(content) if name == "gzip" else
+                                             content[:3500] if name == "cut" else content)
+        return source, options
+
+    return make
+
+
+@pytest.mark.parametrize("name,message", [
+    ("empty", "holds no images that can be read"),
+    ("tars", r"holds no images that can be read; its tars are named as .*/tars/\*.tar"),
+    ("twice", "line 4 of .*metadata.jsonl names 001.png, which line 2 of .* has named already"),
+    ("dot", "line 4 of .* names 001.png, which line 2 of .* has named already"),
+    ("stranger", "line 4 of .*metadata.jsonl names 9.png, which is no picture in "),
+    ("nameless", "has no column file_name, which says whose row it is"),
+    ("number", "line 3 of .* has 3 for a caption; it must be a text, or a list of texts"),
+    ("two tables", "has metadata.jsonl and metadata.csv; keep one"),
+    ("rowless", "metadata.jsonl has no rows"),
+    ("column", "has no column 'words', but text, label; name one in data_options.captions"),
+    ("no table", "data_options.captions is words, but .* has no table with columns"),
+    ("short row", "line 2 of .*metadata.csv has 3 columns, and its first line has 2"),
+    ("missing", "1 of 3 pictures of .* have no caption: .*002.png; add what is missing, or leave such pictures out"),
+    ("blank", "1 of 3 pictures of .* have no caption: .*002.png"),
+    ("split", "data_options.split is test, which means nothing to .*; leave it out"),
+    ("unknown", r"there are no images 'fewer' \(did you mean 'few'\?\); what can be named is a named set"),
+    ("hub", "owner/name is no set of images here and could not be fetched from the hub: no network for owner/name"),
+    ("parquet", "there is no file .*none"),
+    ("no tar", "there is no tar file .*none"),
+    ("gzip", "a.tar is damaged, compressed or no tar file"),
+    ("cut", "a.tar is (cut short|damaged)"),
+    ("text", "a text beside 1.png in .*a.tar is not UTF-8"),
+    ("same", "a.tar has 1.png twice; each needs a name of its own"),
+])
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, datasets, name, message):
+    stored.name_set(monkeypatch, *stored.few())
+    source, options = broken(name)(tmp_path)
+
+    def use():
+        found = open_pictures(source, DataOptions(**options))
+        captions = found.captions(options.get("captions"))
+        UsablePictures(found, (np.array([bool(texts) for texts in captions]), "caption"))
+
+    text = _refused(use)
+    assert re.search(message, text), text
+    assert "\n" not in text
+
+
+def test_without_the_package_a_table_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"is a table that the package datasets reads, .* install flowdistill\[data\]"):
+        open_pictures(str(tmp_path / "x.parquet"))
+    with pytest.raises(UserError, match=r"there is no folder own/photoz here, and a hub id is what the package datase"):
+        open_pictures("own/photoz")
+
+
+# --- captions as a list of prompts
+
+
+def test_captions_are_a_list_of_prompts(made, datasets, tmp_path):
+    for kind in stored.SOURCES:
+        found = read_prompts_or_captions(made(kind))
+        assert sorted(found.prompts) == sorted(stored.TEXTS) and sum(found.weights) == pytest.approx(1)
+        assert dict(zip(found.prompts, found.weights, strict=True))[stored.TEXTS[0]] == pytest.approx(3 / 7)
+    (tmp_path / "p.txt").write_text("a\nb")
+    assert read_prompts_or_captions(tmp_path / "p.txt").prompts == ["a", "b"]
+    (tmp_path / "jsonl/metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="teacher.prompts is .*, whose pictures have no captions"):
+        read_prompts_or_captions(tmp_path / "jsonl")
