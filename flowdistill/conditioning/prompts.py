@@ -110,6 +110,24 @@ class PromptConditions:
         for name in ("_bank", "_cumulative"):
             vars(self).pop(name, None)
 
+    def beside(self, prompts: PromptList) -> PromptConditions:
+        """The same text encoders and settings with another list."""
+        other = copy.copy(self)
+        other.use(prompts)
+        return other
+
+    def shared(self) -> PromptConditions:
+        """The same with its list encoded, which all processes do together: for memory one of them does, and the others
+        find what it has written."""
+        if self.prompts is not None:
+            if self.mode == "memory":
+                Processes.current().on_main(self._fill)
+            self._fill()
+        return self
+
+    def _fill(self) -> None:
+        _ = self._bank
+
     @contextlib.contextmanager
     def using(self, prompts: PromptList) -> Iterator[None]:
         """A block in which the list is another one."""

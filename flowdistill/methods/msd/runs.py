@@ -159,6 +159,8 @@ def _write(config: RunConfig, folder: Path, partition: Partition) -> None:
                 lines = [json.dumps({"prompt": prompt, "weight": weight}) for prompt, weight in partition.listed(k)]
                 with atomic_write(prompts_file(folder, k)) as output:
                     output.write(("\n".join(lines) + "\n").encode())
+            with atomic_write(folder / ALL_PROMPTS) as output:
+                output.write("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in partition.prompts).encode())
         with atomic_write(folder / PARTITION) as output:
             output.write((json.dumps(partition.to_dict(), indent=1) + "\n").encode())
 
@@ -219,9 +221,6 @@ def make_partition(config: MsdConfig, teacher: Teacher) -> Partition:
         if rule not in PROMPT_RULES:
             raise UserError(f"method.partition is '{rule}', which splits classes, and the teacher takes prompts; "
                             f"choose {' or '.join(PROMPT_RULES)}")
-        if getattr(config.host, "regression_weight", 0) and config.num_students > 1:
-            raise UserError("method.host.regression_weight is above 0, but pairs of all prompts are not at hand in a "
-                            "run that knows its own ones only; set it to 0")
         prompts = teacher.prompts.prompts or []
         # Not all at once: the list may be on disk because it is larger than memory.
         embeddings = torch.cat([pooled(teacher.prompts.examples(part)) for part in in_parts(len(prompts), AT_ONCE)])
@@ -257,7 +256,7 @@ def host_run(config: RunConfig) -> RunConfig:
 def student_runs(config: RunConfig, partition: Partition, part: int) -> list[RunConfig]:
     """The runs of one student in their order; the last one is in ``student-<part>/``."""
     method, folder = config.method, Path(config.output_dir)
-    teacher = config.teacher
+    teacher, host = config.teacher, method.host
     if method.score_matching is not None:
         teacher = replace(teacher, start=str(folder / "tsm"))
     if partition.count > 1:  # otherwise nothing differs from the host's own run
@@ -265,16 +264,23 @@ def student_runs(config: RunConfig, partition: Partition, part: int) -> list[Run
             teacher = replace(teacher, labels=partition.labels(part))
         else:
             teacher = replace(teacher, prompts=str(prompts_file(folder, part)), prompt_column=None)
+            if getattr(host, "regression_weight", 0) and not host.regression_own:
+                host = replace(host, regression_prompts=host.regression_prompts or str(folder / ALL_PROMPTS))
     if not method.adversarial.steps:
-        return [_run(config, f"student-{part}", teacher, method.host, config.train, part)]
-    first = _run(config, f"matching-{part}", teacher, method.host, config.train, part)
-    stage, host = method.adversarial, method.host
+        return [_run(config, f"student-{part}", teacher, host, config.train, part)]
+    first = _run(config, f"matching-{part}", teacher, host, config.train, part)
+    stage = method.adversarial
     host = replace(host, adversarial_weight=stage.weight, adversarial_critic_weight=stage.critic_weight,
-                   data=stage.data, regression_weight=0.0, optimizer=replace(host.optimizer, lr=stage.lr),
+                   data=stage.data, regression_weight=0.0, regression_prompts=None,
+                   optimizer=replace(host.optimizer, lr=stage.lr),
                    critic_optimizer=replace(host.critic_optimizer, lr=stage.lr))
     train = replace(config.train, steps=stage.steps)
     teacher = replace(teacher, start=first.output_dir)
     return [first, _run(config, f"student-{part}", teacher, host, train, part)]
+
+
+ALL_PROMPTS = "prompts.jsonl"
+"""Each prompt once, for pairs of all of them."""
 
 
 def prompts_file(folder: Path, part: int) -> Path:

@@ -19,7 +19,7 @@ from flowdistill.methods.msd.partition import Partition
 from flowdistill.methods.msd.runs import student_runs
 from flowdistill.methods.msd.settings import AdversarialStage, MsdConfig
 from flowdistill.methods.msd.student import RoutedStudent
-from flowdistill.methods.score_distillation import Dmd2Config
+from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
 from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
 from flowdistill.students import is_student_folder
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
@@ -194,7 +194,7 @@ def test_pairs_are_shared_and_real_images_are_not(source):
     own = pairs.of(teacher.classes.shown)
     assert own.labels.tolist() == [3, 8, 3, 8] and torch.equal(own.latents[0], pairs.latents[3])
     data = RealData(teacher, "digits")
-    assert data.labels.unique().tolist() == [3, 8] and len(data.latents) == len(data.labels) == 183 + 174
+    assert data.labels.unique().tolist() == [3, 8] and len(data) == len(data.labels) == 183 + 174
     with pytest.raises(UserError, match="none of the 3 pairs has one of the labels"):
         teacher_pairs(teacher, 3, 1).of([7])
     with pytest.raises(UserError, match="has no image of the labels"):
@@ -397,7 +397,8 @@ def prompt_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     stable_diffusion().save_pretrained(folder / "teacher")
     (folder / "prompts.csv").write_text("\n".join(["caption", *PROMPTS, "a cat"]))
-    config = msd(str(folder / "teacher"), folder / "run", partition="balanced_kmeans", num_students=3)
+    host = Dmd2Config(regression_weight=0.5, regression_pairs=8, regression_steps=1)
+    config = msd(str(folder / "teacher"), folder / "run", partition="balanced_kmeans", num_students=3, host=host)
     config.teacher.prompts, config.teacher.prompt_column = str(folder / "prompts.csv"), "caption"
     config.teacher.prompt_cache = "disk"
     assert distill(config).completed
@@ -420,6 +421,27 @@ def test_prompts_are_split_and_routed(prompt_run):
     unseen = ["a cat at sea", "a red bird"]
     alone = [int(routed.route(routed.encode(prompts=[prompt]))) for prompt in unseen]
     assert routed.route(routed.encode(prompts=[*PROMPTS, *unseen])).tolist() == [*partition.owner, *alone]
+
+
+def test_pairs_are_of_all_prompts_or_of_the_students_own(prompt_run):
+    """Each student has the same pairs, whatever prompts it draws; its own ones only where that is asked for."""
+    every = None
+    for part in range(3):
+        config = load_config(prompt_run / f"student-{part}" / "config.yaml")
+        teacher = load_teacher(config.teacher)
+        pairs = Dmd2(config.method, teacher).pairs
+        assert pairs.labels.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+        every = every or pairs
+        noise, latents, condition = pairs.rows(torch.arange(6), teacher)
+        assert torch.equal(noise, every.noise[:6]) and torch.equal(latents, every.latents[:6])
+        whole = teacher.prompts.encode(PROMPTS).tensors
+        assert all(torch.equal(value, whole[name]) for name, value in condition.tensors.items())
+    partition = load_student(prompt_run).partition
+    config = load_config(prompt_run / "config.yaml")
+    config.method.host.regression_own = True
+    run = student_runs(config, partition, 1)[0]
+    assert run.method.regression_prompts is None and run.teacher.prompts.endswith("prompts-1.jsonl")
+    assert Dmd2(run.method, load_teacher(run.teacher)).pairs.labels.tolist() == [0, 1] * 4
 
 
 def test_images_of_prompts_come_from_their_students(prompt_run, tmp_path, cli):

@@ -72,8 +72,6 @@ def test_prompts_cannot_be_split_like_classes(tmp_path):
         make_partition(MsdConfig(host=Dmd2Config()), teacher)
     with pytest.raises(UserError, match="num_students is 7, but there are only 6 different prompts"):
         make_partition(MsdConfig(num_students=7, partition="balanced_kmeans", host=Dmd2Config()), teacher)
-    with pytest.raises(UserError, match="regression_weight is above 0, but pairs of all prompts"):
-        make_partition(MsdConfig(partition="balanced_kmeans", host=Dmd2Config(regression_weight=1)), teacher)
 
 
 def test_a_run_that_saved_nothing_may_be_set_right(tmp_path, source, cli):
