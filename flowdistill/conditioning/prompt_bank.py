@@ -83,6 +83,22 @@ class Groups(NamedTuple):
         return self.size * max(1, min(SHARD_BYTES // max(1, self.row_bytes), SHARD_ROWS) // self.size)
 
 
+class Words(NamedTuple):
+    """What the messages of a bank call its content.
+
+    Attributes:
+        what: rows, in the plural; ``unit``: one of them; ``making``: what is done to make them.
+        remedy: what needs no disk.
+        again: what makes them again.
+    """
+
+    what: str = "encoded prompts"
+    unit: str = "prompt"
+    making: str = "encoding"
+    remedy: str = "teacher.prompt_cache: live"
+    again: str = "the same command, or flowdistill cache, encodes"
+
+
 class DiskBank:
     """Rows in files of many rows each, read one by one.
 
@@ -93,7 +109,10 @@ class DiskBank:
 
     Args:
         folder: of everything that these text encoders have encoded in this way.
+        texts: what the rows are made of; of rows that are not made of texts, what tells them apart.
     """
+
+    words = Words()
 
     def __init__(self, folder: Path, texts: Texts, groups: Groups) -> None:
         self.folder, self.texts, self.groups = folder, texts, groups
@@ -128,15 +147,15 @@ class DiskBank:
         rows = sum(len(self.parts[number]) for number in missing)
         needed = rows * self.groups.row_bytes
         if needed > free and not self.groups.ragged:  # ragged rows may be far shorter
-            raise UserError(f"{rows:,} encoded prompts take {needed / 1e9:,.1f} GB, and the disk of {self.folder} has "
-                            f"{free / 1e9:,.1f} GB left; XDG_CACHE_HOME moves them, and teacher.prompt_cache: live "
+            raise UserError(f"{rows:,} {self.words.what} take {needed / 1e9:,.1f} GB, and the disk of {self.folder} "
+                            f"has {free / 1e9:,.1f} GB left; XDG_CACHE_HOME moves them, and {self.words.remedy} "
                             "needs no disk")
         if processes.is_main and not on_terminal():
-            say(f"encoding {rows:,} of {len(self.texts):,} prompts into {self.folder}")
+            say(f"{self.words.making} {rows:,} of {len(self.texts):,} {self.words.unit}s into {self.folder}")
         # First its own share; then what others, who may be none or slower, have not done yet.
         own = missing[processes.rank :: processes.world]
         others = set(missing).difference(own)
-        bar = tqdm(total=rows, desc="encoding prompts", unit="prompt", leave=False,
+        bar = tqdm(total=rows, desc=f"{self.words.making} {self.words.unit}s", unit=self.words.unit, leave=False,
                    disable=None if processes.is_main else True)
         with encoder as encode, bar:
             for number in [*own, *sorted(others)]:
@@ -171,19 +190,22 @@ class DiskBank:
                           for name, form in self._form.items()})
 
     def _shard(self, number: int) -> _Shard:
-        return self._open.get(number, lambda: _Shard(self.files[number], len(self.parts[number])))
+        return self._open.get(number, lambda: _Shard(self.files[number], len(self.parts[number]), self.words))
+
+    def _group(self, encode: Encode, rows: range) -> Tensors:
+        return encode(self.texts[rows.start : rows.stop])
 
     def _write(self, number: int, encode: Encode, bar: Any) -> None:
         part = self.parts[number]
         forms: dict[str, _Form] = {}
         trimmed: dict[str, list[_Trimmed]] = {}
         for group in in_parts(len(part), self.groups.size):
-            prompts = self.texts[part.start + group.start : part.start + group.stop]
-            for name, values in encode(prompts).items():
+            rows = range(part.start + group.start, part.start + group.stop)
+            for name, values in self._group(encode, rows).items():
                 form = _form_of(values)
                 forms[name] = _longer(forms.get(name, form), form)
                 trimmed.setdefault(name, []).append(_trimmed(values))
-            bar.update(len(prompts))
+            bar.update(len(rows))
         content: Tensors = {}
         checksums = [0] * len(part)
         for name in sorted(forms):
@@ -301,8 +323,8 @@ class _Shard:
         UserError: it is missing or damaged.
     """
 
-    def __init__(self, file: Path, rows: int) -> None:
-        self.file = file
+    def __init__(self, file: Path, rows: int, words: Words) -> None:
+        self.file, self.words = file, words
         self._handle = -1
         try:
             self._handle = os.open(file, os.O_RDONLY)
@@ -323,10 +345,9 @@ class _Shard:
             if {self._size("checksums")} | {self._size(f"{name}/starts") - 8 for name in self.forms} != {8 * rows}:
                 raise ValueError("it has another number of rows")
         except FileNotFoundError:
-            raise UserError(f"the encoded prompts {file} are gone; the same command, or flowdistill cache, encodes "
-                            "them again") from None
+            raise UserError(f"the {words.what} {file} are gone; {words.again} them again") from None
         except OSError as error:
-            raise UserError(f"the encoded prompts {file} cannot be read: {error.strerror}") from error
+            raise UserError(f"the {words.what} {file} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise self.damaged(str(error) if type(error) is ValueError else "it has another form") from error
 
@@ -351,13 +372,13 @@ class _Shard:
                 raise ValueError(f"row {row} of it is not what was written")
             return found
         except OSError as error:
-            raise UserError(f"the encoded prompts {self.file} cannot be read: {error.strerror}") from error
+            raise UserError(f"the {self.words.what} {self.file} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise self.damaged(str(error)) from None
 
     def damaged(self, reason: str) -> UserError:
-        return UserError(f"the encoded prompts {self.file} are damaged: {reason}; delete this file, and the same "
-                         "command, or flowdistill cache, encodes its prompts again")
+        return UserError(f"the {self.words.what} {self.file} are damaged: {reason}; delete this file, and "
+                         f"{self.words.again} its {self.words.unit}s again")
 
     def _size(self, name: str) -> int:
         first, end = self._places[name]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import MISSING, OptimizerConfig, option, validate
+from flowdistill.config import MISSING, DataOptions, OptimizerConfig, option, validate
 from flowdistill.networks.lora import StudentKind
 from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import distribution_matching as dm
@@ -35,7 +35,8 @@ class DataFlowMapConfig(StudentKind):
     """Settings of the data-based baseline; all defaults are ours."""
 
     name: str = "data_flow_map"
-    data: str = option(MISSING, "named image set to distil on")
+    data: str = option(MISSING, "images to distil on: a named set, a folder, tars, a table or a hub id")
+    data_options: DataOptions = option(DataOptions, "how they are read")
     shift_pixels: int = option(0, "random translation of the data by up to so many pixels, each way", at_least=0)
     damping: float = option(1.0, "power of the damping (MeanFlow's adaptive weight)", at_least=0)
     damping_epsilon: float = option(1e-3, "added to the squared size that damps", above=0)
@@ -57,7 +58,7 @@ class DataFlowMap(SingleStudentMethod):
         """``images``: latents-to-be (N, C, H, W) in [0, 1] and labels (N,) instead of a named set."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
-        self.data = RealData(teacher, config.data, images)
+        self.data = RealData(teacher, config.data, images, config.data_options)
         info = StudentInfo(method=self.name, base_model=teacher.source)
         self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import DataOptions, OptimizerConfig, option, validate
 from flowdistill.export.pipelines import check_exportable
 from flowdistill.methods.regression import Regression, regression_error
 from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
@@ -116,12 +116,15 @@ class HostConfig(Regression, CriticKind):
     r1_scale: float = option(
         0.1, "standard deviation of the noise that measures the slope (NVIDIA's Model Optimizer: 0.1)", above=0,
     )
-    data: str | None = option(None, "named image set of the adversarial term or of step_inputs, which need one")
+    data: str | None = option(None, "images of the adversarial term or of step_inputs, which need them: a named set, a "
+                                    "folder, tars, a table or a hub id")
+    data_options: DataOptions = option(DataOptions, "how they are read")
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the generator")
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
 
     def validate(self) -> None:
         """UserError for real images that are needed and not named, or for several steps where there is one."""
+        self.check_regression_prompts()
         if self.adversarial_weight and self.data is None:
             raise UserError(f"method.adversarial_weight is {self.adversarial_weight}, but method.data is null; name an "
                             "image set, such as digits, or set the weight to 0")
@@ -206,7 +209,7 @@ class ScoreDistillation(SingleStudentMethod):
         self.inputs_from_data = len(self.steps) > 1 and config.step_inputs == "data"
         if self.adversarial or self.inputs_from_data:
             assert config.data is not None
-            self.data = RealData(teacher, config.data)
+            self.data = RealData(teacher, config.data, options=config.data_options)
         if self.adversarial:
             self.critic = Discriminator(score)
         self.pairs = config.make_pairs(teacher, config.guidance_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import option
+from flowdistill.config import DataOptions, option
 from flowdistill.networks.velocity import per_sample
 from flowdistill.students.steps import Steps
 from flowdistill.teachers import Teacher
@@ -24,7 +24,8 @@ class NoisedSamples:
 
     pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1)
     pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1)
-    data: str | None = option(None, "states=data: named image set")
+    data: str | None = option(None, "states=data: images: a named set, a folder, tars, a table or a hub id")
+    data_options: DataOptions = option(DataOptions, "how they are read")
 
     def check_states(self, states: str) -> None:
         """UserError for real images without a set, or a set that nothing looks at."""
@@ -43,7 +44,7 @@ class NoisedSamples:
         """
         if states == "data":
             assert self.data is not None
-            return RealData(teacher, self.data, images)
+            return RealData(teacher, self.data, images, self.data_options)
         if states != "pairs":
             return None
         pairs = teacher_pairs(teacher, self.pairs, self.pairs_steps, guidance_scale)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import DataOptions, OptimizerConfig, option, validate
 from flowdistill.networks.resizing import reshaped, smaller
 from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.paths.native_path import NativePath
@@ -39,7 +39,9 @@ class ScoreMatchingConfig:
     name: str = "teacher_score_matching"
     student_size: float | None = option(None, "the student's parameters, as a share of the teacher's", above=0, below=1)
     student_shape: dict[str, Any] | None = option(None, "settings of its network that differ from the teacher's")
-    data: str | None = option(None, "named image set; null: the teacher's own samples")
+    data: str | None = option(None, "images: a named set, a folder, tars, a table or a hub id; null: the teacher's own "
+                                    "samples")
+    data_options: DataOptions = option(DataOptions, "how they are read")
     samples: int = option(2000, "samples of the teacher, made once", at_least=1)
     sample_steps: int = option(20, "the teacher's steps to make them", at_least=1)
     time: NoiseLevels = option(NoiseLevels, "noise levels of the loss")
@@ -68,7 +70,7 @@ class TeacherScoreMatching(SingleStudentMethod):
         network = student_network or ExtendedVelocity(student_velocity(teacher, config.student_size,
                                                                        config.student_shape))
         self._student = Generator.from_teacher(teacher, StudentInfo(self.name, teacher.source), network=network)
-        self.data = None if config.data is None else RealData(teacher, config.data)
+        self.data = None if config.data is None else RealData(teacher, config.data, options=config.data_options)
         self.pairs: Pairs | None = None
 
     def loss(

@@ -194,7 +194,7 @@ def make_plan(config: RunConfig) -> Plan:
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
         raise UserError(f"the method {config.method.name} needs the teacher's weights to be built with these settings, "
-                        f"for its latents of data, so it cannot be planned ({reason})") from error
+                        f"so it cannot be planned ({reason})") from error
     roles = method.roles()
     teacher.offload = config.teacher.offload  # only now: nothing of it moves here
     check_not_shared(teacher, [role.network for role in roles.values()])

@@ -63,6 +63,8 @@ FREE = frozenset(
 ) | {f"teacher.{name}" for name in "attention offload prompt_cache prompt_cache_gb text_encoder_device".split()}
 """Settings, and sections, that may change between a run and its resume: they do not decide what is learned, except the
 number of steps and the patience with it, which a user may well raise."""
+FREE_ANYWHERE = (".data_options.cache_latents", ".data_options.memory_gb")
+"""The same of settings that methods have, by their ends."""
 
 
 @dataclass
@@ -282,6 +284,8 @@ def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str
     for key, value in sorted(_leaves(saved), key=lambda leaf: leaf[0] != "method.name"):
         section = key.split(".")[0]
         if section in ("output_dir", "evaluation", "started_in") or not FREE.isdisjoint((key, key.rpartition(".")[0])):
+            continue
+        if key.endswith(FREE_ANYWHERE):
             continue
         if key not in here or here[key] != value:
             return key, value, here.get(key)

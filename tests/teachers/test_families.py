@@ -356,12 +356,6 @@ def test_pairs_of_a_prompt_teacher_go_through_its_prompts(tmp_path, capsys):
     assert method.loss("student", networks, Draw(0, 0, rows=2))[0].isfinite()
 
 
-def test_terms_that_know_labels_only_refuse_prompts():
-    teacher = teacher_of("sd", prompts=PROMPTS)[1]
-    with pytest.raises(UserError, match="method.data 'digits' has class labels"):
-        Dmd2(Dmd2Config(adversarial_weight=1.0, data="digits"), teacher)
-
-
 def test_a_generator_of_a_prompt_teacher_is_kept_and_exported(tmp_path):
     _, teacher = teacher_of("sd-v", prompts=PROMPTS)
     student = Dmd2(Dmd2Config(), teacher).student()

@@ -31,7 +31,8 @@ class AdversarialStage:
     lr: float = option(
         1e-5, "learning rate of student and critic; the authors of DMD2 divide theirs by 4 to 20", above=0,
     )
-    data: str | None = option(None, "named image set; such a stage needs one")
+    data: str | None = option(None, "images, which such a stage needs: as the host's data, and read as its "
+                                    "data_options say")
 
 
 @dataclass
