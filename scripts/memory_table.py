@@ -25,7 +25,7 @@ CARDS = (12, 16, 24, 48, 80)
 SHORT = {"teacher.dtype=bfloat16": "teacher in bf16", "train.precision=bf16": "bf16",
          "train.gradient_checkpointing=true": "recomputed", "teacher.offload=codec": "autoencoder away",
          "teacher.offload=all": "teacher away", "train.ema_device=cpu": "average away",
-         "method.critic=lora": "LoRA critic",
+         "teacher.quantize=int8": "teacher in int8", "method.critic=lora": "LoRA critic",
          "method.host.critic=lora": "LoRA critic", "method.student=lora": "LoRA student",
          "method.host.student=lora": "LoRA student"}
 """Overrides in the fewest words; ``train.gradient_accumulation=8`` is ``8 parts``."""

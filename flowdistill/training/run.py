@@ -44,6 +44,7 @@ from flowdistill.training.method import METHODS, Method
 from flowdistill.training.optimizers import check_package, optimizers_by_key
 from flowdistill.training.precision import resolve_precision, tf32
 from flowdistill.training.stopping import KEY, Stopping
+from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import disk_errors, local_path
 from flowdistill.utils.logging import log_once, say
@@ -233,7 +234,8 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
     coefficients need). On the CPU several processes talk through gloo, whatever started them.
 
     Raises:
-        UserError: a device this machine does not have, one GPU for several processes, or an unknown tracker.
+        UserError: a device this machine does not have (of training or of the average), one GPU for several processes,
+            or an unknown tracker.
     """
     wanted, output_dir = config.device, local_path(output_dir)
     if wanted == "auto":
@@ -249,6 +251,7 @@ def make_accelerator(config: TrainConfig, output_dir: str | os.PathLike[str]) ->
         if int(number) >= torch.cuda.device_count():
             raise UserError(f"train.device is '{wanted}', but this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(int(number))
+    usable_device(config.ema_device, "train.ema_device")
     names = tracker_names(config)
     accelerator = Accelerator(
         mixed_precision="no",
