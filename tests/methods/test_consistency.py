@@ -364,7 +364,7 @@ def test_inverse_step_weighs_short_steps_more():
         method.grid = torch.tensor([0.8, 0.75, 0.0], dtype=torch.float64)  # steps of 0.05 and 0.75, and 0.4 in the mean
         for time in (0, 1):
             draw = Draw(0, 0, rows=1)
-            draw.integers = lambda high, time=time, **settings: torch.tensor([time])
+            draw.integers = lambda *given, time=time, **settings: torch.tensor([time])
             network = {"student": lambda x, t, condition: torch.ones_like(x)}
             errors[weight, time] = method.loss("student", network, draw)[0].item()
     assert errors["inverse_step", 0] / errors["one", 0] == pytest.approx(0.4 / 0.05, rel=1e-4)
