@@ -241,8 +241,8 @@ class FlowMapMatching(SingleStudentMethod):
             return fm.velocity_matching_loss(velocity, damped).mean(), metrics
         noising = self._correction(networks, path, own[len(rows.x) :], draw)
         metrics["correction_residual"] = noising.square().mean()
-        sizes = (draw.mean(part.flatten(1).norm(dim=1)) for part in (damped, noising))
-        weight = dm.balance(*sizes, config.correction_strength, config.balance_epsilon)
+        one, other = (draw.mean(part.flatten(1).norm(dim=1)) for part in (damped, noising))
+        weight = dm.balance(one, other, config.correction_strength, config.balance_epsilon)
         metrics["correction_weight"] = weight
         return fm.velocity_matching_loss(velocity, torch.cat([damped, weight * noising])).mean(), metrics
 
@@ -299,8 +299,8 @@ class FlowMapMatching(SingleStudentMethod):
     def draw_rows(self, student: Student, draw: Draw, count: int | None = None) -> tuple[Rows, int]:
         """``count`` rows over all processes (None: all), and the number of the first of them here, which have r = t.
 
-        After them come those that begin at noise alone; both are shares of the rows that any number of processes
-        gives the same of them.
+        After them come those that begin at noise alone. Both parts are told by position, so that a row is in the same
+        one for any number of processes that divides them.
         """
         config, count = self.config, draw.rows if count is None else count
         local = count // draw.world
