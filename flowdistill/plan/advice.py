@@ -79,14 +79,14 @@ def _low_rank(role: str) -> Callable[[RunConfig], Sequence[str]]:
     return overrides
 
 
-AVERAGE, EIGHT_BITS = "its average in host memory", "moments of 8 bits"
+AVERAGE, AT_REST, EIGHT_BITS = "its average in host memory", "frozen parts on the CPU", "moments of 8 bits"
 OPTIONS = (
     Option("a teacher in half precision", _half_teacher),
     Option("passes in half precision", _half_passes),
     Option("activations recomputed", _checkpointing),
     Option("smaller micro-batches", _smaller_batches),
     Option(AVERAGE, _average_elsewhere),
-    Option("frozen parts on the CPU", _at_rest),
+    Option(AT_REST, _at_rest),
     Option(EIGHT_BITS, _small_moments),
     Option("a teacher in 8 bits", _codes),
     Option("a low-rank critic", _low_rank("critic")),
@@ -142,6 +142,11 @@ def advise(
                 if (enough := plans.possible(less)) is not None and fits(enough, gpu_memory):
                     chosen = less
                     break
+        if AT_REST not in chosen:  # then adapters need not say what stays
+            bare = {words: [text for text in given if not text.startswith("teacher.offload=")]
+                    for words, given in chosen.items()}
+            if bare != chosen and (enough := plans.possible(bare)) is not None and fits(enough, gpu_memory):
+                chosen = bare
     names = list(chosen)
     return [Step(name, chosen[name], plans.with_({other: chosen[other] for other in names[: number + 1]}))
             for number, name in enumerate(names)]
