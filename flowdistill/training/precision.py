@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -46,7 +46,7 @@ def tf32(allowed: bool | None) -> Iterator[None]:
     if allowed is None:
         yield
         return
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:

@@ -109,6 +109,9 @@ def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, value
         elif key.startswith(TABLE):
             table = tables.setdefault(key, value.to(parameter.device))
             optimizer.state[parameter][key] = table if torch.equal(table.cpu(), value) else value.to(parameter.device)
+        elif hasattr(optimizer, "get_state_buffer") and value.shape == parameter.shape:
+            # bitsandbytes makes its moments itself: those of a paged optimiser are memory of another kind.
+            optimizer.state[parameter][key] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
         else:
             # The step count is a scalar of its own; the moments are placed like their parameter, or a part of them is.
             like = value.shape == parameter.shape

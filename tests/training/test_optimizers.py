@@ -179,6 +179,20 @@ def test_muon_trains_linear_layers_and_adamw_the_rest():
     assert len(make_optimizer(alone, config_of("muon")).param_groups) == 1
 
 
+def test_moments_in_pages_come_back_in_pages(monkeypatch):
+    """bitsandbytes decides where they are; on the CPU there are no pages."""
+    config, network = config_of("paged_adamw8bit"), Net()
+    optimizer = make_optimizer(network, config)
+    step(network, optimizer, 0)
+    saved, made = optimizer_tensors(network, optimizer), []
+    resumed = make_optimizer(network, config)
+    make = resumed.get_state_buffer
+    monkeypatch.setattr(resumed, "get_state_buffer", lambda p, dtype: made.append(make(p, dtype=dtype)) or made[-1])
+    assign_optimizer(network, resumed, saved)
+    moments = [state[key] for state in resumed.state.values() for key in ("state1", "state2")]
+    assert {id(moment) for moment in moments} == {id(buffer) for buffer in made} and made
+
+
 def test_8_bit_moments_stay_near_those_of_32():
     networks = [Net(), Net()]
     optimizers = [make_optimizer(network, config_of(name)) for network, name in
