@@ -58,7 +58,7 @@ def size_arguments(student: Student) -> str:
     return f"height={height}, width={width}{exact}"
 
 
-def assembled_pipeline(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
+def assembled_pipeline(student: Student, backbone: Any, scheduler: Any) -> Any:
     """A text-to-image student's pipeline of its teacher's text encoders, its autoencoder, and these two."""
     assert student.prompts is not None
     text = student.prompts.text
