@@ -76,7 +76,7 @@ class Several(torch.optim.Optimizer):
         for part in self.parts:
             part.state = self.state
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it for closures
         for part in self.parts:
             part.step()
 
@@ -194,7 +194,8 @@ def _adafactor_bytes(network: nn.Module, reached: Sequence[Tensor]) -> int:
 
 def _matrices(network: nn.Module) -> list[nn.Parameter]:
     """The weights of linear layers that train: what Muon is for, unlike tables of embeddings and convolutions."""
-    found = {id(m.weight): m.weight for m in network.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    found: dict[int, Any] = {id(layer.weight): layer.weight for layer in layers if layer.weight.requires_grad}
     return list(found.values())
 
 
