@@ -125,24 +125,29 @@ class FolderPictures:
                                 f"({', '.join(TABLES)}); add one, or set it to {instead}")
             return None
         found: dict[str, tuple[Any, str]] = {}
-        chosen: str | None = None
+        names = _columns(self.table)
+        if not names:
+            raise UserError(f"{self.table} has no rows")
+        if FILE not in names:
+            raise UserError(f"{self.table} has no column {FILE}, which says whose row it is")
+        chosen = chosen_column((name for name in names if name != FILE), column, usual, str(self.table), key)
+        if chosen is None:
+            return None
         for where, row in _rows(self.table):
-            if not found:
-                if FILE not in row:
-                    raise UserError(f"{self.table} has no column {FILE}, which says whose row it is")
-                chosen = chosen_column((name for name in row if name != FILE), column, usual, str(self.table), key)
-                if chosen is None:
-                    return None
             name = row.get(FILE)
             if not isinstance(name, str) or (name := posixpath.normpath(name)) not in self._known:
                 raise UserError(f"{where} names {row.get(FILE)}, which is no picture in {self.folder}")
             if name in found:
                 raise UserError(f"{where} names {name}, which {found[name][1]} has named already")
-            assert chosen is not None
             found[name] = row.get(chosen), where
-        if not found:
-            raise UserError(f"{self.table} has no rows")
         return found
+
+
+def _columns(table: Path) -> list[str]:
+    """The columns of a table, the keys of all its objects; none of a table without rows."""
+    if table.suffix == ".jsonl":
+        return list(dict.fromkeys(name for _, row in _rows(table) for name in row))
+    return list(next(_rows(table), ("", {}))[1])
 
 
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:

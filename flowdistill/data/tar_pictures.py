@@ -121,17 +121,20 @@ class TarPictures:
 
     def _values(self, column: str | None, usual: Sequence[str], key: str) -> list[object] | None:
         """What the objects have for a key; None without one of the usual keys, or without objects."""
-        members = self._beside[JSON]
-        first = next(iter(np.flatnonzero(members[:, 0] >= 0).tolist()), None)
-        if first is None:
+        there = self._beside[JSON][:, 0] >= 0
+        if not there.any():
             if column is not None:
                 raise UserError(f"data_options.{key} is {column}, but {self.name} has no {JSON} beside its pictures; "
                                 f"set it to null for {TEXT if key == 'captions' else CLASS} files")
             return None
-        chosen = chosen_column(self._object(first), column, usual, f"the {JSON} of {self.title(first)}", key)
-        if chosen is None:
-            return None
-        return [self._object(i).get(chosen) if members[i, 0] >= 0 else None for i in range(len(self))]
+        names: dict[str, None] = {}
+        kept: list[dict[str, object]] = []
+        for index, described in enumerate(there.tolist()):
+            values = self._object(index) if described else {}
+            names |= dict.fromkeys(values)
+            kept.append({name: values[name] for name in (usual if column is None else [column]) if name in values})
+        chosen = chosen_column(names, column, usual, f"{self.name} ({JSON})", key)
+        return None if chosen is None else [values.get(chosen) for values in kept]
 
     def _object(self, index: int) -> dict[str, object]:
         try:

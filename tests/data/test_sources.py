@@ -71,7 +71,7 @@ def test_references_take_the_same_sources(made, datasets, kind):
 
 def test_named_columns_lists_and_keys(tmp_path, made):
     folder = made("jsonl", 3)
-    rows = [{"file_name": f"00{i}.png", "short": ["a", " b "][: i], "kind": name}
+    rows = [{"file_name": f"00{i}.png", "kind": name} | ({"short": ["a", " b "][:i]} if i else {})
             for i, name in enumerate(["dog", "cat", "dog"])]
     (tmp_path / "jsonl/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = open_pictures(folder)
@@ -81,13 +81,16 @@ def test_named_columns_lists_and_keys(tmp_path, made):
         for i, row in enumerate(rows):
             stored.add(tar, f"{i}.a.png", stored.png(stored.few()[0][i]))  # the key ends at the first dot
             stored.add(tar, f"{i}.json", json.dumps(row).encode())
-    assert len(_refused(lambda: TarPictures(str(tmp_path / "x.tar")))) > 0
+    assert "x.tar holds no pictures (" in _refused(lambda: TarPictures(str(tmp_path / "x.tar")))
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         for i, row in enumerate(rows):
             stored.add(tar, f"{i}.PNG", stored.png(stored.few()[0][i]))
             stored.add(tar, f"{i}.json", json.dumps(row).encode())
     found = TarPictures(str(tmp_path / "y.tar"))
     assert found.captions("short") == [[], ["a"], ["a", "b"]] and found.labels("kind").values == ["dog", "cat", "dog"]
+    assert found.captions(None) is None and found.labels(None) is None
+    message = _refused(lambda: found.captions("long"))
+    assert "has no column 'long', but file_name, kind, short; name one in data_options.captions" in message
 
 
 def _refused(call):
