@@ -11,7 +11,7 @@ from flowdistill.config import METHODS, TrainConfig, load_config
 from flowdistill.methods.echodistill.adaptation import DeltaLinear
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import VelocityNetwork
-from flowdistill.students import load_student
+from flowdistill.students import Generator, StudentInfo, load_student
 from flowdistill.teachers import load_teacher
 from flowdistill.training.optimizer import backward
 from flowdistill.training.roles import prepare_roles
@@ -114,6 +114,11 @@ def test_text_encoders_of_codes_say_nearly_the_same_and_are_told_apart(tmp_path)
     for name, value in one.items():
         assert 0 < (other[name] - value).norm() / value.norm() < 0.05
     assert whole.prompts.text.fingerprint != coarse.prompts.text.fingerprint
+    Generator.from_teacher(coarse, StudentInfo()).save(tmp_path / "student")
+    kept = load_student(tmp_path / "student").prompts
+    assert kept.text.scheme == "int8"
+    again = kept.encode(PROMPTS[:2]).tensors
+    assert all(torch.equal(again[name], value) for name, value in other.items() if name in again) and again
 
 
 def test_what_cannot_be_is_a_sentence(tmp_path, dit, monkeypatch):
