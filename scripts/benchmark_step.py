@@ -272,8 +272,10 @@ def sampling(trainer: Any) -> tuple[Thunk, Thunk]:
     if student.classes is not None:
         labels = student.classes.wrap(torch.arange(SAMPLING_BATCH, device=device) % student.num_classes)
 
-    times = student.steps.times if student.num_steps > 1 else (1.0,)
-    fresh = student.num_steps > 1 and student.steps.stepping == "stochastic"
+    chains = getattr(student, "chains", ())  # of a flow map between any two times; all its calls are the last
+    steps = chains[-1] if chains else student.steps if student.num_steps > 1 else None
+    times = (1.0,) if steps is None else steps.times
+    fresh = steps is not None and steps.stepping == "stochastic"
 
     @torch.no_grad()
     def loop() -> Any:

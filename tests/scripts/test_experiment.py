@@ -387,6 +387,11 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     boot = "configs/digits/boot.yaml"
     assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
+    maps = "configs/digits/flow_map_matching.yaml"
+    assert benchmark_step.main([maps, "train.batch_size=8", "method.steps=2", "--rounds", "1"]) == 0
+    assert "student, own states: 5 rows, forward" in capsys.readouterr().out
+    assert benchmark_step.main([maps, "method.correction_strength=1"]) == 2
+    assert "method.correction_strength to 0" in capsys.readouterr().err
     for overrides, part in ((["method.guidance_scale=2"], "without guidance"), (["method.metric=a:b"], "use l2"),
                             (["method.name=data_flow_map", "method.data=digits"],
                              "passes of freeflow, boot, consistency, flow_map_matching, dmd2")):
