@@ -103,7 +103,7 @@ def passes(plan: Plan) -> str:
     each = f"{parts} passes of a micro-batch of {rows}" if parts > 1 else f"one pass of {rows}"
     total = parts * sum(plan.updates.values())
     calls = parts * sum(count * plan.calls[role] for role, count in plan.updates.items())
-    besides = f", and on average {calls:g} calls of the student without gradients" if calls else ""
+    besides = f", and on average {round(calls, 1):g} calls of the student without gradients" if calls else ""
     return f"a step updates {updates}, each time in {each}: {total} pass{'es' if total > 1 else ''}{besides}"
 
 
