@@ -242,7 +242,7 @@ def _flow(loop: Loop, path: NativePath, native: Any, steps: Steps) -> Iterator[S
     common: dict[str, Any] = {} if train == 1000 else {"num_train_timesteps": train}
     count = {"num_inference_steps": len(steps)}
     if loop.scales_input:
-        if steps.stepping == "deterministic":
+        if steps.stepping == "deterministic" and not loop.scaled_noise:  # it has no init_noise_sigma
             yield StockSteps(loop, FlowMapEulerDiscreteScheduler, common | _pure_shift(steps.times), count)
         return
     if steps.stepping == "stochastic":

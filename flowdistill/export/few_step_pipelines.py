@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from flowdistill.export.time_fold import fold_time, time_folds
 from flowdistill.networks.backbones import last_linear
 from flowdistill.networks.lora import merged
 from flowdistill.networks.storage import SIDECAR
+from flowdistill.students.flow_map import FlowMap
 from flowdistill.students.steps import Steps
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
@@ -121,10 +123,12 @@ def _write(written: Written, backbone: nn.Module, call: str, folder: Path, about
     else:
         pipeline = (DDPMPipeline if kind == "DDPMPipeline" else ConsistencyModelPipeline)(backbone, scheduler)
     pipeline.save_pretrained(folder)
-    info = student.info
+    info, steps = student.info, written.steps
+    if isinstance(student, FlowMap) and steps.stepping == "deterministic":  # the fold is of these aims, and no others
+        steps = replace(steps, whole=True)
     record = {
         "call": constant_arguments(call),
-        "student_steps": written.steps.to_json(),
+        "student_steps": steps.to_json(),
         "timesteps": native_times(student.network.velocity.path, written.steps),
         "method": info.method,
         "base_model": info.base_model,

@@ -290,7 +290,7 @@ def steps_of(config: ConsistencyConfig, teacher: Teacher) -> Steps:
                         f"t_max, {teacher.t_max:.6g}; begin there, or set teacher.t_max")
     stepping = "stochastic" if config.phases == 1 else "deterministic"
     scale = start_scale(teacher.path, times, stepping, teacher.prompts is not None)
-    steps = Steps(times, stepping, scale)
+    steps = Steps(times, stepping, scale, whole=config.phases > 1)
     if len(steps) > 1:
         try:
             check_exportable(teacher, steps)

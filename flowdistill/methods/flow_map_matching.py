@@ -475,9 +475,20 @@ def chains_of(config: FlowMapMatchingConfig, teacher: Teacher) -> tuple[Steps, .
     def chain(times: tuple[float, ...]) -> Steps:
         return Steps(times, config.stepping, start_scale(teacher.path, times, config.stepping, prompts))
 
+    def refused(steps: Steps) -> UserError | None:
+        try:
+            check_exportable(teacher, steps)
+        except UserError as error:
+            return error
+        return None
+
     if config.step_times is None:
         check_exportable(teacher)
-        return tuple(chain(given_times(teacher, count, None, "linear", None)) for count in range(1, config.steps + 1))
+        chains = tuple(chain(given_times(teacher, count, None, "linear", None)) for count in range(1, config.steps + 1))
+        refusals = [found for found in map(refused, chains[1:]) if found is not None]
+        if refusals and len(refusals) == len(chains) - 1:  # of some numbers of calls a scheduler may have no grid
+            raise refusals[0]
+        return chains
     times = given_times(teacher, config.steps, None, config.start_unit, config.step_times)
     if abs(times[0] - teacher.t_max) > SAME_TIME:
         raise UserError(f"method.step_times begins at t = {times[0]:.6g}, but the teacher's trajectories begin at its "

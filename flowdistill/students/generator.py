@@ -140,6 +140,16 @@ class Generator(Student):
     def num_steps(self) -> int:
         return len(self.steps)
 
+    @property
+    def step_counts(self) -> Sequence[int]:
+        return [self.num_steps] if self.steps.whole else super().step_counts
+
+    def checked_steps(self, steps: int | None) -> int:
+        if self.steps.whole and steps not in (None, self.num_steps):
+            raise UserError(f"steps is {steps}; this student has an image only after all of its {self.num_steps} "
+                            "calls, each of which aims at the state of the next one")
+        return super().checked_steps(steps)
+
     def calls_in_words(self) -> str:
         if len(self.steps) == 1:
             return super().calls_in_words()

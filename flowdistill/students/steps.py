@@ -50,11 +50,14 @@ class Steps:
         times: linear times, falling, the last above 0.
         stepping: one of ``STEPPINGS``; without meaning for a single call.
         start_scale: the first state is this times unit noise; see :func:`start_scale`.
+        whole: whether there is an image after the last call only, because those before it aim at the next one's state
+            and their networks know no other aim.
     """
 
     times: tuple[float, ...]
     stepping: str
     start_scale: float
+    whole: bool = False
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.times, (*self.times[1:], 0.0), strict=False))
@@ -76,7 +79,8 @@ class Steps:
 
     def to_json(self) -> dict[str, Any]:
         """For a student's description on disk."""
-        return {"times": list(self.times), "stepping": self.stepping, "start_scale": self.start_scale}
+        content = {"times": list(self.times), "stepping": self.stepping, "start_scale": self.start_scale}
+        return content | ({"whole": True} if self.whole else {})
 
     @classmethod
     def from_json(cls, content: Any, file: Path, t_max: float = 1.0) -> Steps:
@@ -86,7 +90,8 @@ class Steps:
             UserError: it is damaged.
         """
         try:
-            steps = cls(tuple(map(float, content["times"])), content["stepping"], float(content["start_scale"]))
+            steps = cls(tuple(map(float, content["times"])), content["stepping"], float(content["start_scale"]),
+                        bool(content.get("whole", False)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged: its steps are {content!r}, and there must be falling times above 0, a "
                             f"stepping ({' or '.join(STEPPINGS)}) and a start_scale") from error

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from flowdistill.export import export
 from flowdistill.export.few_step_pipelines import plain_backbone
 from flowdistill.export.pipelines import _with_constant_time
 from flowdistill.export.time_fold import fold_time, time_folds
+from flowdistill.methods.flow_map_matching import FlowMapMatching, FlowMapMatchingConfig
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.students import FlowMap, Generator, StudentInfo, exported_student
@@ -139,7 +141,7 @@ def test_the_command_line_exports_a_number_of_calls(tmp_path, cli):
     result = cli("export", tmp_path / "run", tmp_path / "out", "--steps", 2)
     assert result.code == 0 and "num_inference_steps" in result.out, result.err
     again = exported_student(tmp_path / "out")
-    assert isinstance(again, Generator) and again.steps == student.chains[1]
+    assert isinstance(again, Generator) and again.steps == replace(student.chains[1], whole=True)
     images = again.generate(num_images=3, seed=2)
     assert (images - student.generate(num_images=3, seed=2, steps=2)).abs().max() < 1e-5
     card = (tmp_path / "out/README.md").read_text()
@@ -150,6 +152,18 @@ def test_the_command_line_exports_a_number_of_calls(tmp_path, cli):
     assert (tmp_path / "1.png").read_bytes() != (tmp_path / "2.png").read_bytes()
     result = cli("sample", tmp_path / "run", "--steps", 5, "--out", tmp_path / "no.png")
     assert result.code == 2 and "trained for 4 calls, and takes 1 to 4" in result.err
+    # What the fold is of is the export's calls: after fewer of them there is no image.
+    result = cli("sample", tmp_path / "out", "--steps", 1, "--out", tmp_path / "no.png")
+    assert result.code == 2 and "an image only after all of its 2 calls" in result.err
+    assert list(again.step_counts) == [2] and not (tmp_path / "no.png").exists()
+
+
+def test_a_pipeline_that_no_flow_scheduler_fits_is_refused_before_training():
+    pipeline = FAMILIES["sd"].make()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match="2 calls|2 steps|steps") as refused:
+        FlowMapMatching(FlowMapMatchingConfig(steps=3), load_teacher(pipeline, prompts=["a"]))
+    assert "\n" not in str(refused.value)
 
 
 def test_steppings_have_their_aims():

@@ -417,3 +417,18 @@ def test_the_optimiser_is_that_of_the_settings():
     config = ConsistencyConfig(optimizer=OptimizerConfig(lr=0.5), target="ema", **STATES["pairs"])
     method = Consistency(config, teacher_of("flow"))
     assert method.roles()["student"].optimizer.lr == 0.5 and not method.roles()["target"].ema
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+def test_a_student_of_phases_has_an_image_after_all_of_its_calls_only(tmp_path, phases):
+    teacher = load_teacher(tiny_unet_pipeline(num_class_embeds=10))
+    student = Consistency(ConsistencyConfig(steps=4, phases=phases, states="student"), teacher)._student
+    student.save(tmp_path / "student")
+    again = load_student(tmp_path / "student")
+    assert list(again.step_counts) == ([1, 2, 3, 4] if phases == 1 else [4])
+    assert torch.equal(again.generate(num_images=2, steps=4), again.generate(num_images=2))
+    if phases == 1:
+        assert again.generate(num_images=2, steps=3).isfinite().all()
+    else:
+        with pytest.raises(UserError, match="steps is 3; this student has an image only after all of its 4 calls"):
+            again.generate(num_images=2, steps=3)
