@@ -315,7 +315,7 @@ def _export(args: argparse.Namespace) -> int:
     check_writable(target / "model_index.json")
     student = load_student(args.run_folder)
     # Beside the target, so that an older pipeline stays until the new one is complete.
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(student, partial, guidance_scale=args.guidance_scale, steps=args.steps)

@@ -261,7 +261,7 @@ def write_suite(
     if model.prompts is None:
         raise UserError(f"--suite {name} is for text-to-image models, and this one takes no prompts")
     beside = record_of(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     facts = _facts(name, prompts, model, seed, how or {})
     if suite.square and not beside.is_file():
         with torch.no_grad():

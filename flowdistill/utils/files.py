@@ -99,10 +99,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder to fill, which replaces ``path`` only once it is complete.
 
-    An error inside the block leaves an older folder of that name as it was.
+    An error inside the block leaves an older folder of that name as it was. The names beside it are hidden ones: what
+    a user keeps as ``NAME.old`` is his.
     """
     path = local_path(path)
-    partial, old = (path.with_name(f"{path.name}.{kind}") for kind in ("partial", "old"))
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -153,7 +153,7 @@ def test_a_process_that_is_killed_leaves_only_whole_images(given, tmp_path):
             return child.wait(), child.output, child.errors
 
     killed = run("kill", tmp_path / "out")
-    assert (tmp_path / "out.partial").exists()
+    assert (tmp_path / ".out.partial").exists()
     assert killed[0] == -signal.SIGKILL, killed[2]
     part = files(tmp_path / "out")
     assert sorted(part) == sorted(LAYOUTS["geneval"][:5] + ["00000/metadata.jsonl"])
@@ -163,7 +163,7 @@ def test_a_process_that_is_killed_leaves_only_whole_images(given, tmp_path):
     assert f"12 images of 3 prompts in {tmp_path / 'out'}, as geneval reads them" in again[1]
     assert files(tmp_path / "out") == files(tmp_path / "whole") and part.items() <= files(tmp_path / "out").items()
     assert all((tmp_path / "out" / path).stat().st_mtime_ns < before for path in part)
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_images_of_something_else_are_not_mixed_in(given, teacher, tmp_path):

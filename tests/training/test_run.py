@@ -312,7 +312,9 @@ def test_a_method_may_refuse_shards():
 
 
 def test_a_folder_is_replaced_only_once_it_is_complete(tmp_path):
-    target = tmp_path / "student"
+    target, parent = tmp_path / "student", tmp_path
+    for kind in ("old", "partial"):  # somebody's own, under names that copies are given
+        (parent / f"student.{kind}").mkdir()
     with atomic_folder(target) as new:
         (new / "a").write_text("1")
     with pytest.raises(OSError), atomic_folder(target) as new:
@@ -321,7 +323,8 @@ def test_a_folder_is_replaced_only_once_it_is_complete(tmp_path):
     assert (target / "a").read_text() == "1"
     with atomic_folder(target) as new:
         (new / "b").write_text("3")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["student"] and (target / "b").read_text() == "3"
+    assert sorted(entry.name for entry in parent.iterdir()) == ["student", "student.old", "student.partial"]
+    assert (target / "b").read_text() == "3"
     assert not (target / "a").exists()
 
 
