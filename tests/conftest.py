@@ -19,12 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads wou
 
 
 LONG = (
-    "training/test_sharded.py", "teachers/test_families.py", "plan/test_plan.py", "teachers/test_teacher_lora.py",
-    "test_shipped_configs.py", "training/test_processes.py", "scripts/test_experiment.py", "networks/test_lora.py",
-    "export/test_few_step_pipelines.py", "methods/msd/test_msd.py", "methods/test_disback.py", "test_readme.py",
-    "methods/test_score_distillation.py", "paths/test_scheduler_options.py", "test_wheel.py",
-    "methods/echodistill/test_echodistill.py", "evaluation/test_kept_rows.py", "training/test_stopping.py",
-    "evaluation/test_shipped_rows.py",
+    "training/test_sharded.py", "test_clusters.py", "teachers/test_families.py", "plan/test_plan.py",
+    "teachers/test_teacher_lora.py", "test_shipped_configs.py", "training/test_processes.py",
+    "scripts/test_experiment.py", "networks/test_lora.py", "export/test_few_step_pipelines.py",
+    "methods/msd/test_msd.py", "methods/test_disback.py", "test_readme.py", "methods/test_score_distillation.py",
+    "paths/test_scheduler_options.py", "test_wheel.py", "methods/test_consistency.py",
+    "methods/test_flow_map_matching.py", "test_image_sizes.py", "methods/echodistill/test_echodistill.py",
+    "evaluation/test_kept_rows.py", "training/test_stopping.py", "evaluation/test_shipped_rows.py",
 )
 """Files that take longest. They come first, so that no process is left alone with one of them at the end."""
 
