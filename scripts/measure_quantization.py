@@ -72,14 +72,18 @@ def table(sources: Sequence[str], schemes: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--print", action="store_true", help="print the table instead of writing it")
     args = parser.parse_args(arguments)
     made = table(TEACHERS, list(SCHEMES))
     if args.print:
         print(made)
         return 0
-    text = PAGE.read_text(encoding="utf-8")
+    from flowdistill.utils.text import read_text
+
+    text = read_text(PAGE)
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return 0

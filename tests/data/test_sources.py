@@ -292,7 +292,7 @@ def broken(name):
     ("column", "has no column 'words', but text, label; name one in data_options.captions"),
     ("no table", "data_options.captions is words, but .* has no table with columns"),
     ("short row", "line 2 of .*metadata.csv has 3 columns, and its first line has 2"),
-    ("missing", "1 of 3 pictures of .* have no caption: .*002.png; add what is missing, or leave such pictures out"),
+    ("missing", "1 of 3 pictures of .* have no caption: .*002.png.*; add what is missing, or leave such pictures out"),
     ("blank", "1 of 3 pictures of .* have no caption: .*002.png"),
     ("split", "data_options.split is test, which means nothing to .*; leave it out"),
     ("unknown", r"there are no images 'fewer' \(did you mean 'few'\?\); what can be named is a named set"),

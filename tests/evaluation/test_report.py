@@ -64,7 +64,7 @@ class FakeTeacher(Fake):
 
 
 class FakeStudent(Fake):
-    info, class_owner, networks, num_steps = StudentInfo(), None, [torch.nn.Linear(2, 3)], 1
+    info, class_owner, networks, num_steps, step_counts = StudentInfo(), None, [torch.nn.Linear(2, 3)], 1, [1]
 
     def checked_steps(self, steps):
         return steps

@@ -239,7 +239,7 @@ def apart(block: str, family: Any, n: Tensor, expected: Tensor) -> float:
     """Largest difference of what a card's lines make of the noise."""
     *lines, call = block.strip().splitlines()
     names: dict[str, Any] = {"latents": family.pack(n.clone()), "PROMPTS": PROMPTS[:2], "extra": {
-        key: value for key, value in family.call.items() if key not in ("height", "width")}}
+        key: value for key, value in family.call.items() if f"{key}=" not in call}}
     code = call.replace('"a prompt"', 'PROMPTS, latents=latents, output_type="latent", **extra')
     exec("\n".join([*lines, "pipe.set_progress_bar_config(disable=True)", code]), names)
     return (family.unpack(names["images"]) - expected).abs().max().item()

@@ -278,6 +278,7 @@ def test_the_shipped_launch_configs_are_read_by_accelerate():
         "cpu": ("MULTI_GPU", "no"),
         "single_gpu": ("NO", "bf16"),
         "multi_gpu_fp16": ("MULTI_GPU", "fp16"),
+        "multi_node": ("MULTI_GPU", "bf16"),
         "multi_gpu_bf16": ("MULTI_GPU", "bf16"),
         "fsdp2": ("FSDP", "bf16"),
     }

@@ -367,7 +367,9 @@ def reads_text(call: ast.Call) -> bool:
         return True
     if name.endswith((".read_text", ".readlines")):
         return True
-    if name == "open" or name.endswith(".open") and not name.startswith(("Image.", "archive.", "os.", "webbrowser.")):
+    if name == "open" or name.endswith(".open") and not name.startswith((
+        "Image.", "archive.", "os.", "webbrowser.", "tarfile.", "pictures.", "self.pictures."
+    )):
         mode = call.args[1] if name in ("open", "io.open") and len(call.args) > 1 else next(iter(call.args), None)
         mode = next((keyword.value for keyword in call.keywords if keyword.arg == "mode"), mode)
         written = ast.literal_eval(mode) if isinstance(mode, ast.Constant) else "r"
