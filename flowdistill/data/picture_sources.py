@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -15,6 +17,9 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 LABEL_COLUMNS = ("label",)
 SIDECAR, FOLDER = "sidecar", "folder"
 """Captions in text files, labels by subfolder: what may be named instead of a column."""
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
+"""A text that is a number and so no name; not "nan" and "inf", which float takes too."""
 
 Label = int | str
 
@@ -113,43 +118,79 @@ def label_of(value: object, where: str) -> Label | None:
     return value.strip() if isinstance(value, str) else value
 
 
-def class_numbers(labels: Labels, classes: Sequence[str] | None, count: int, source: str) -> list[int]:
+def class_numbers(
+    labels: Labels, classes: Sequence[str] | None, count: int, source: str, title: Callable[[int], str] | None = None
+) -> list[int]:
     """Labels as a teacher of ``count`` classes has them, -1 for none.
 
-    ``classes`` are the names of 0, 1, ...; without them, numbers and names that are numbers are labels, names of a
-    table's own classes have its numbers, and other names stand in the order of the alphabet, if there are as many as
-    the teacher has classes.
+    ``classes`` are the names of 0, 1, ...; without them, numbers and texts that are whole numbers ("1", "+1", "1.0")
+    are labels, names of a table's own classes have its numbers, and other names stand in the order of the alphabet, if
+    there are as many as the teacher has classes. In a table that names its classes, -1 stands for no label, as it does
+    in the sets of the hub.
+
+    Args:
+        title: words for a picture by its place, for errors.
 
     Raises:
-        UserError: a name that is none of ``classes``, another number of names than the teacher has classes, or a label
-            that it does not have.
+        UserError: a name that is none of ``classes``; two equal names in ``classes``, or more than the teacher has
+            classes; another number of names than that; numbers among names, negative numbers or fractions; or a label
+            that the table or the teacher does not have.
     """
-    values: list[Label | None] = list(labels.values)
-    if classes is not None and labels.names is not None:
-        values = [labels.names[value] if isinstance(value, int) else value for value in values]
-    elif labels.names is not None and len(labels.names) != count:
-        raise UserError(f"{source} has {len(labels.names)} classes ({listed(labels.names)}), and the teacher {count}; "
-                        "name all of the teacher's in data_options.classes, in the order of its labels")
-    there = {value for value in values if value is not None}
-    texts = {value for value in there if isinstance(value, str)}
-    numbers: Mapping[Label, int] = {}
     if classes is not None:
-        numbers = {name: number for number, name in enumerate(classes)}
+        _check_names(classes, count)
+    values: list[Label | None] = list(labels.values)
+    numbers: dict[Label, int]
+
+    def has(value: Label) -> str:
+        place = values.index(value)
+        return f"{source} has the label {value}" + ("" if title is None else f" ({title(place)})")
+
+    if labels.names is not None:
+        values = [None if value == -1 else value for value in values]
+        for value in values:
+            if isinstance(value, int) and not 0 <= value < len(labels.names):
+                raise UserError(f"{has(value)}, and its own labels are 0 to {len(labels.names) - 1} "
+                                f"({listed(labels.names)})")
+        if classes is not None:
+            values = [labels.names[value] if isinstance(value, int) else value for value in values]
+        elif len(labels.names) != count:
+            raise UserError(f"{source} has {len(labels.names)} classes ({listed(labels.names)}), and the teacher "
+                            f"{count}; name all of the teacher's in data_options.classes, in the order of its labels")
+    there = list(dict.fromkeys(value for value in values if value is not None))
+    if classes is not None:
+        known = {name: number for number, name in enumerate(classes)}
         unknown = sorted({str(value) for value in there} - set(classes))
         if unknown:
             raise UserError(f"{source} has the labels {listed(unknown)}, which data_options.classes does not name")
-        numbers = {value: numbers[str(value)] for value in there}
-    elif texts and all(text.isdecimal() for text in texts):
-        numbers = {value: int(value) for value in there}
-    elif texts:
-        ordered = sorted(str(value) for value in there)
-        if len(ordered) != count:
-            raise UserError(f"{source} has {len(ordered)} classes ({listed(ordered)}), and the teacher {count}; name "
-                            "all of them in data_options.classes, in the order of the teacher's labels")
-        numbers = {name: number for number, name in enumerate(ordered)}
+        numbers = {value: known[str(value)] for value in there}
     else:
-        numbers = {value: int(value) for value in there}
-    outside = sorted(number for number in numbers.values() if not 0 <= number < count)
-    if outside:
-        raise UserError(f"{source} has the label {outside[0]}, and the teacher has the labels 0 to {count - 1}")
+        named = [value for value in there if isinstance(value, str) and not _NUMBER.fullmatch(value)]
+        numbered = [value for value in there if isinstance(value, int) or _NUMBER.fullmatch(value)]
+        if named and numbered:
+            raise UserError(f"{has(numbered[0])}, a number, and {has(named[0]).removeprefix(source + ' has ')}, a "
+                            "name; use only one of the two, or name all of them in data_options.classes, in the order "
+                            "of the teacher's labels")
+        if named:
+            ordered = sorted(named)
+            if len(ordered) != count:
+                raise UserError(f"{source} has {len(ordered)} classes ({listed(ordered)}), and the teacher {count}; "
+                                "name all of them in data_options.classes, in the order of the teacher's labels")
+            numbers = {name: number for number, name in enumerate(ordered)}
+        else:
+            numbers = {}
+            for value in numbered:
+                number = value if isinstance(value, int) else float(value)
+                if number not in range(count):
+                    raise UserError(f"{has(value)}, and the teacher has the labels 0 to {count - 1}")
+                numbers[value] = int(number)
     return [-1 if value is None else numbers[value] for value in values]
+
+
+def _check_names(classes: Sequence[str], count: int) -> None:
+    twice = [name for name, times in Counter(classes).items() if times > 1]
+    if twice:
+        raise UserError(f"data_options.classes names {listed(twice)} more than once; each label needs a name of its "
+                        "own")
+    if len(classes) > count:
+        raise UserError(f"data_options.classes has {len(classes)} names, and the teacher {count} classes; name only "
+                        "those")

@@ -148,7 +148,7 @@ class RealData:
                 raise UserError(f"method.data '{self.name}' has no labels, and the teacher has classes; a folder has "
                                 "them as the names of its subfolders, or in the column label of metadata.jsonl, "
                                 "metadata.csv or metadata.parquet")
-            numbers = class_numbers(labels, options.classes, teacher.classes.num_classes, self.name)
+            numbers = class_numbers(labels, options.classes, teacher.classes.num_classes, self.name, found.title)
             wanted = np.array([number >= 0 for number in numbers]), "label"
         usable = UsablePictures(found, wanted, options.on_error == "skip")
         if captions is not None and teacher.prompts is not None:

@@ -120,10 +120,28 @@ def test_pictures_are_cut_around_the_middle_and_smoothed(tmp_path):
     (["dog", "cat"], None, ["dog", "cat", "cow"], 3, [0, 1]),
     ([1, 0], ["cat", "dog"], None, 2, [1, 0]),
     ([1, 0], ["cat", "dog"], ["dog", "cat"], 2, [0, 1]),
-    ([3], None, None, 3, "it has the label 3, and the teacher has the labels 0 to 2"),
+    ([3], None, None, 3, "it has the label 3 .picture 0., and the teacher has the labels 0 to 2"),
     (["dog"], None, ["cat"], 1, "it has the labels dog, which data_options.classes does not name"),
     (["dog", "cat"], None, None, 3, r"it has 2 classes \(cat, dog\), and the teacher 3; name all of them in"),
     ([-1], None, None, 3, "has the label -1"),
+    # Whole numbers however they are written: pandas writes 1.0 in a column with gaps.
+    ([f"{i}.0" for i in range(12)], None, None, 12, list(range(12))),
+    (["10", " 1", "+2", "3.", 4, "1e1", None], None, None, 11, [10, 1, 2, 3, 4, 10, -1]),
+    (["-1", "0"], None, None, 2, r"it has the label -1 \(picture 0\), and the teacher has the labels 0 to 1"),
+    (["0", "0.5"], None, None, 2, r"it has the label 0.5 \(picture 1\), and the teacher has"),
+    (["0", "1e999"], None, None, 2, r"it has the label 1e999 \(picture 1\), and the teacher has"),
+    (["1", "cat"], None, None, 2, r"the label 1 \(picture 0\), a number, and the label cat \(picture 1\), a name; use"),
+    (["1", "\N{SUPERSCRIPT TWO}"], None, None, 2, "a number, and the label \N{SUPERSCRIPT TWO} .*, a name"),
+    (["cat", 1], None, None, 2, r"the label 1 \(picture 1\), a number, and the label cat \(picture 0\), a name"),
+    (["nan", "inf"], None, None, 2, [1, 0]),
+    (["1", "cat"], None, ["cat", "1"], 2, [1, 0]),
+    # The hub's -1 is no label; an index past the end has no name.
+    ([1, -1], ["cat", "dog"], ["dog", "cat"], 2, [0, -1]),
+    ([1, -1], ["cat", "dog"], None, 2, [1, -1]),
+    ([0, 2], ["cat", "dog"], ["dog", "cat"], 2, r"has the label 2 \(picture 1\), and its own labels are 0 to 1"),
+    ([0, -2], ["cat", "dog"], None, 2, r"has the label -2 \(picture 1\), and its own labels are 0 to 1"),
+    (["cat"], None, ["cat", "dog", "cat"], 3, "data_options.classes names cat more than once"),
+    (["cat"], None, ["cat", "dog", "cow"], 2, "data_options.classes has 3 names, and the teacher 2 classes"),
     ([0], ["cat", "dog"], None, 3, r"it has 2 classes \(cat, dog\), and the teacher 3; name all of the teacher's"),
 ])
 def test_labels_become_those_of_the_teacher(values, names, classes, count, expected):
@@ -131,7 +149,7 @@ def test_labels_become_those_of_the_teacher(values, names, classes, count, expec
         assert class_numbers(Labels(values, names), classes, count, "it") == expected
     else:
         with pytest.raises(UserError, match=expected):
-            class_numbers(Labels(values, names), classes, count, "it")
+            class_numbers(Labels(values, names), classes, count, "it", "picture {}".format)
 
 
 # --- the look at each picture

@@ -244,7 +244,7 @@ evaluation: {{at_end: false}}
     ("pixels", "digits", {"captions": "text"}, "captions is text, which means nothing to the named set digits"),
     ("pixels", "jsonl", {"cache_latents": "disk"}, "cache_latents is disk, but the teacher has no autoencoder"),
     ("pixels", "jsonl", {"classes": ["a"]}, "has the labels 0, 1, 2, 3, which data_options.classes does not name"),
-    ("pixels", "many", {}, "has the label 4, and the teacher has the labels 0 to 3"),
+    ("pixels", "many", {}, r"has the label 4 \(.*004.png\), and the teacher has the labels 0 to 3"),
     ("pixels", "nothing", {}, "there are no images 'nothing'"),
 ])
 def test_bad_input_is_one_sentence(kind, source, options, message, tmp_path):
