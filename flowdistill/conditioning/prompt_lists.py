@@ -23,6 +23,8 @@ COLUMN = "prompt"
 WEIGHT = "weight"
 IN_MEMORY = 1 << 20
 """Bytes of text up to which a list stays in memory."""
+ESCAPED = "surrogateescape"
+"""How names of files are held that are not in UTF-8."""
 AT_ONCE = 1 << 16
 """Rows of a .parquet file, and bytes of a list, that are read at once."""
 
@@ -54,7 +56,7 @@ class Texts(_Rows[str]):
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY)
         starts, end = array("q", [0]), 0
         for text in source:
-            content = text.encode()
+            content = text.encode("utf-8", ESCAPED)
             self._file.write(content)
             end += len(content)
             starts.append(end)
@@ -82,9 +84,10 @@ class Texts(_Rows[str]):
                 return [self[row] for row in rows]
             ends, content = self._starts[rows.start : rows.stop + 1], self._read(rows.start, rows.stop)
             ends = ends - ends[0]
-            return [content[a:b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+            spans = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+            return [content[a:b].decode("utf-8", ESCAPED) for a, b in spans]
         row = range(len(self))[index]
-        return self._read(row, row + 1).decode()
+        return self._read(row, row + 1).decode("utf-8", ESCAPED)
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), AT_ONCE >> 4):

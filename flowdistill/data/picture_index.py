@@ -54,7 +54,8 @@ def look_at(pictures: Pictures) -> Looked:
     processes = Processes.current()
     keys = _keys(pictures)
     # Those of other machines may have other times of change.
-    names = hashlib.sha256("\n".join(pictures.title(index) for index in range(min(len(keys), AT_ONCE))).encode())
+    titles = "\n".join(pictures.title(index) for index in range(min(len(keys), AT_ONCE)))
+    names = hashlib.sha256(titles.encode("utf-8", "surrogateescape"))
     number = int.from_bytes(names.digest()[:7], "little") + len(keys)
     if processes.max(number) != -processes.max(-number):
         raise UserError(f"the pictures of {pictures.name} are not the same ones for all processes; give every machine "

@@ -108,7 +108,7 @@ def find_pictures(folder: str | os.PathLike[str], recursive: bool = True) -> Fou
             if is_clutter(entry.name):
                 if kind == "folder" and recursive:
                     left_out[f"folder {entry.name}"] += 1
-                elif kind == "file" and _named_like_a_picture(path):
+                elif kind == "file" and named_like_a_picture(path):
                     left_out["hidden file"] += 1
             elif kind == "folder":
                 if recursive:
@@ -116,9 +116,9 @@ def find_pictures(folder: str | os.PathLike[str], recursive: bool = True) -> Fou
             elif kind == "file":
                 is_one = is_picture(path)
                 found[is_one].append(path)
-                if not is_one and _named_like_a_picture(path):
+                if not is_one and named_like_a_picture(path):
                     left_out[path.suffix.lower()] += 1
-            elif entry.is_symlink() and _named_like_a_picture(path):
+            elif entry.is_symlink() and named_like_a_picture(path):
                 found[False].append(path)
                 left_out["broken link"] += 1
     for paths in found.values():
@@ -293,7 +293,8 @@ def _format_named(path: Path) -> str | None:
     return kind if kind in Image.OPEN and kind not in _NOT_DECODED else None
 
 
-def _named_like_a_picture(path: Path) -> bool:
+def named_like_a_picture(path: Path) -> bool:
+    """Whether a file's ending is one of a picture, be it one that is read or not."""
     return path.suffix.lower() in _NOT_READ or _format_named(path) is not None
 
 

@@ -19,7 +19,7 @@ from flowdistill.data.sources import UsablePictures, check_options, open_picture
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.teachers.latent_bank import LatentBank, encoded, one_by_one, picture_size
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.logging import log_once
 from flowdistill.utils.randomness import Draw
 
@@ -64,10 +64,12 @@ class RealData:
         self._captions: _Captions | None = None
         self._latents: Latents
         self._count = 1
+        named = images is not None or name in IMAGE_SETS
+        if not named:
+            _check_used(self.options, teacher)
         if teacher.device.type == "meta":  # a plan has shapes and no content
             self._latents = lambda index: torch.empty(len(index), *teacher.shape, device="meta")
             return
-        named = images is not None or name in IMAGE_SETS
         rows, hold = self._of_tensors(images) if named else self._of_pictures()
         if self.labels is not None and teacher.classes is not None and teacher.classes.own is not None:
             mine = torch.isin(self.labels, torch.tensor(teacher.classes.own))
@@ -212,3 +214,14 @@ class _Captions:
             counts = self._counts[index]
             chosen = chosen + (draw.integers(MANY, count, on_cpu=True) * counts).div(MANY, rounding_mode="floor")
         return self.bank.examples(self._places[chosen].tolist())
+
+
+def _check_used(options: DataOptions, teacher: Teacher) -> None:
+    """UserError for options that say where captions or labels are, for a teacher that takes none."""
+    prompts, classes = teacher.prompts is not None, teacher.num_classes is not None and teacher.prompts is None
+    unused = {"captions": options.captions if not prompts else None, "label": options.label if not classes else None,
+              "classes": options.classes if not classes else None}
+    for key, value in unused.items():
+        if value is not None:
+            takes = "prompts" if prompts else "class labels" if classes else "neither prompts nor labels"
+            raise UserError(f"method.data_options.{key} is {shown(value)}, but the teacher takes {takes}; leave it out")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowdistill.conditioning.prompt_lists import Texts
 from flowdistill.config import DataOptions
 from flowdistill.data import picture_index
 from flowdistill.data.captions import read_prompts_or_captions
@@ -183,6 +184,78 @@ def test_tars_are_gone_through_once(made, monkeypatch):
     assert len(TarPictures(pattern)) == 7
     monkeypatch.setattr(tarfile, "open", None)
     assert TarPictures(pattern).captions(None)[6] == [stored.caption(2)]
+
+
+def tar_of(path, *names, **link):
+    """A tar of pictures and captions, and of one link (name, target) of a kind of tarfile."""
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            stored.add(tar, name, stored.png(stored.few()[0][number]) if name.endswith("png") else name.encode())
+        for kind, (name, target) in link.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = getattr(tarfile, kind), target
+            tar.addfile(member)
+    return path
+
+
+def damage(kind, path):
+    """Three pictures, members of 1,024 bytes each, in a tar that tarfile reads to an end without a word."""
+    content = bytearray(tar_of(path, "1.png", "2.png", "3.png").read_bytes())
+    assert content[1024:1029] == b"2.png"
+    if kind == "bad header":
+        content[1024 + 150] ^= 1  # in the header's sum
+    elif kind == "zeroed header":
+        content[1024:1536] = bytes(512)
+    elif kind == "last header":
+        content[2048:2560] = bytes(512)
+    elif kind == "two":
+        content = content + content
+    path.write_bytes({"boundary": content[:2048], "in a header": content[:2048 + 100], "one block": content[:3584]}.get(
+        kind, content))
+
+
+@pytest.mark.parametrize("kind,message", [
+    ("bad header", "is damaged, or several tars in one: from byte 1,024 on"),
+    ("zeroed header", "is damaged, or several tars in one: from byte 1,024 on"),
+    ("last header", "is damaged, or several tars in one: from byte 2,048 on"),
+    ("two", "is damaged, or several tars in one: from byte 3,072 on"),
+    ("boundary", "is cut short: its 2,048 bytes do not end in the two empty blocks"),
+    ("in a header", "is cut short: its 2,148 bytes do not end in the two empty blocks"),
+    ("one block", "is cut short: its 3,584 bytes do not end in the two empty blocks"),
+])
+def test_a_damaged_tar_loses_no_picture_in_silence(tmp_path, kind, message):
+    damage(kind, tmp_path / "a.tar")
+    for _ in range(2):  # nothing of it is kept for the second time
+        text = _refused(lambda: TarPictures(str(tmp_path / "a.tar")))
+        assert text.startswith(f"{tmp_path}/a.tar {message}") and "\n" not in text
+
+
+@pytest.mark.parametrize("kind,link,read", [
+    ("LNKTYPE", ("d/2.png", "d/1.png"), True),
+    ("SYMTYPE", ("d/2.png", "1.png"), True),
+    ("SYMTYPE", ("e/2.png", "../d/1.png"), True),
+    ("SYMTYPE", ("d/2.png", "2.png"), False),
+    ("SYMTYPE", ("d/2.png", "/elsewhere/1.png"), False),
+    ("LNKTYPE", ("d/2.png", "1.png"), False),
+])
+def test_links_in_a_tar_are_read_or_counted(tmp_path, kind, link, read):
+    path = str(tar_of(tmp_path / "a.tar", "d/1.png", **{kind: link}))
+    for _ in range(2):  # the second time from what is kept
+        found = TarPictures(path)
+        assert list(found.names) == ["d/1.png", link[0]][: 1 + read]
+        assert found.left_out == (None if read else "1 x link to what is not in the tar, or sparse file")
+        if read:
+            assert found.open(0).tobytes() == found.open(1).tobytes()
+
+
+def test_what_looks_like_a_picture_in_a_tar_and_is_none_is_counted(tmp_path):
+    tar_of(tmp_path / "a.tar", "1.png", "._1.png", "v1.0_0001.png", "v1.0_0002.png", "2.heic", "2.txt")
+    tar_of(tmp_path / "b.tar", "v2.0_0001.png")
+    found = TarPictures(f"{tmp_path}/*.tar")
+    assert list(found.names) == ["1.png"] and found.left_out == (
+        "1 x .heic, 1 x hidden file, "
+        "3 x picture whose key ends at the first of several dots in its name, such as v1.0_0001.png")
+    assert "left out: 1 x picture whose key ends" in _refused(lambda: TarPictures(str(tmp_path / "b.tar")))
 
 
 def look_slowly(folder):
@@ -357,3 +430,24 @@ def test_captions_are_a_list_of_prompts(made, datasets, tmp_path):
     (tmp_path / "jsonl/metadata.jsonl").unlink()
     with pytest.raises(UserError, match="teacher.prompts is .*, whose pictures have no captions"):
         read_prompts_or_captions(tmp_path / "jsonl")
+
+
+def test_a_tars_pictures_have_each_its_own_caption(tmp_path):
+    """A text file beside one picture takes no caption from another one's object."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, image in enumerate(stored.few()[0][:2]):
+            stored.add(tar, f"{number}.png", stored.png(image))
+        stored.add(tar, "0.json", json.dumps({"caption": "of json", "label": 3}).encode())
+        stored.add(tar, "1.txt", b"of text")
+        stored.add(tar, "1.cls", b"5")
+    found = TarPictures(str(tmp_path / "a.tar"))
+    assert found.captions(None) == [["of json"], ["of text"]] and found.labels(None).values == [3, "5"]
+
+
+def test_names_that_are_not_in_utf8(tmp_path):
+    """A file of another system's name is a picture like others."""
+    os.makedirs(tmp_path / "images")
+    with open(os.fsencode(tmp_path / "images") + b"/caf\xe9.png", "wb") as file:
+        file.write(stored.png(stored.few()[0][0]))
+    pictures = open_pictures(str(tmp_path / "images"), DataOptions())
+    assert len(pictures) == 1 and list(Texts(["caf\udce9", "é"])) == ["caf\udce9", "é"]

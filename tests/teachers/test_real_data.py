@@ -274,3 +274,10 @@ def test_pictures_without_a_caption_or_damaged_are_left_out(tmp_path, caplog):
         path.write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError, match="no picture of .* can be used: of 7, 7 cannot be read"):
         RealData(teacher, str(folder), options=DataOptions(on_error="skip"))
+
+
+@pytest.mark.parametrize("option", [{"captions": "text"}, {"label": "kind"}, {"classes": ["a"]}])
+def test_options_that_nothing_looks_at_are_refused(tmp_path, option):
+    teacher = load_teacher(tiny_unet_pipeline(num_class_embeds=None))
+    with pytest.raises(UserError, match=f"data_options.{next(iter(option))} is .* takes neither prompts nor labels"):
+        RealData(teacher, str(tmp_path), options=DataOptions(**option))
