@@ -1,7 +1,6 @@
 #!/bin/bash
 # A run on all GPUs of one node:
-#   sbatch configs/slurm/single_node.sh configs/sdxl/dmd2_4step.yaml output_dir=runs/sdxl \
-#       train.gradient_accumulation=16 train.ema_device=cpu
+#   sbatch configs/slurm/single_node.sh configs/sdxl/dmd2_4step.yaml output_dir=runs/sdxl train.gradient_accumulation=16 train.ema_device=cpu
 # Options of sbatch go before the file: sbatch --partition=gpu --gpus-per-node=4 configs/slurm/single_node.sh ...
 # With FSDP2: ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml sbatch ... See docs/clusters.md.
 #SBATCH --job-name=flowdistill
