@@ -25,7 +25,7 @@ from flowdistill.data.picture_sources import (
     label_of,
 )
 from flowdistill.data.pictures import find_pictures, open_picture
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.files import local_path
 from flowdistill.utils.shipped import find_path
 from flowdistill.utils.text import iter_csv_rows, iter_json_lines, read_text
@@ -162,7 +162,10 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"line {line} of {table}", record
     elif table.suffix == ".csv":
         rows = iter_csv_rows(table)
-        _, header = next(rows, (0, []))
+        header = [cell.strip() for cell in next(rows, (0, []))[1]]
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise UserError(f"{table} has more than one column {listed(twice)}; keep one of each name")
         for line, row in rows:
             if len(row) != len(header):
                 raise UserError(f"line {line} of {table} has {len(row)} columns, and its first line has {len(header)}; "

@@ -451,3 +451,13 @@ def test_names_that_are_not_in_utf8(tmp_path):
         file.write(stored.png(stored.few()[0][0]))
     pictures = open_pictures(str(tmp_path / "images"), DataOptions())
     assert len(pictures) == 1 and list(Texts(["caf\udce9", "é"])) == ["caf\udce9", "é"]
+
+
+def test_columns_of_a_csv_are_known_by_their_words_and_once(tmp_path):
+    for image, name in zip(stored.few()[0][:2], ("0.png", "1.png"), strict=True):
+        (tmp_path / name).write_bytes(stored.png(image))
+    (tmp_path / "metadata.csv").write_text("file_name, text\n0.png,a\n1.png,b\n")
+    assert FolderPictures(tmp_path).captions(None) == [["a"], ["b"]]
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n0.png,a,c\n1.png,b,d\n")
+    with pytest.raises(UserError, match="metadata.csv has more than one column text; keep one of each name"):
+        FolderPictures(tmp_path).captions(None)
