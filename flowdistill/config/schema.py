@@ -292,8 +292,8 @@ class TrainConfig:
                             "the steps between measurements")
 
 
-FEATURES = ("digits", "shapes", "inception", "inception-legacy", "inception-256", "inception-512", "dinov2", "clip",
-            "lite0")
+FEATURES = ("digits", "fashion", "shapes", "inception", "inception-legacy", "inception-256", "inception-512", "dinov2",
+            "clip", "lite0")
 """Names of feature extractors, ``dinov2`` and ``clip`` also with a folder or hub id behind a colon; every other text is
 a path. They are here so that a command's help has them without torch."""
 SCORERS = ("clip", "pickscore", "hpsv2")

@@ -36,6 +36,10 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model_index.json", "flowdistill.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
         "python scripts/train_digits_teacher.py --path ddpm --out assets/digits-ddpm",
     ),
+    "fashion-classifier": (
+        ("config.json", "model.safetensors"),
+        "python scripts/train_fashion_classifier.py --out assets/fashion-classifier",
+    ),
     "shapes/classifier": (
         ("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py classifier",
     ),

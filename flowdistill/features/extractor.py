@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.config import FEATURES
+from flowdistill.data.assets import asset_path
 from flowdistill.features.digits_classifier import load_digits_classifier
 from flowdistill.features.resizing import lanczos_square, middle_patch, tf1_bilinear
 from flowdistill.features.shapes_networks import load_shapes_classifier
@@ -196,13 +197,13 @@ def load_features(
     """A feature extractor by name or from a network of yours.
 
     Args:
-        features: ``"digits"`` (the shipped digit classifier), ``"shapes"`` (the shipped classifier of
-            shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), ``"inception-legacy"`` (the same
-            network behind TensorFlow's resizing, as ADM and EDM measure), ``"inception-256"`` and ``"inception-512"``
-            (clean-fid's behind a square of so many pixels, the second with patches), ``"dinov2"``, ``"clip"``,
-            ``"dinov2:SOURCE"`` or ``"clip:SOURCE"`` (of transformers, from a folder or a hub id), ``"lite0"``
-            (EfficientNet-Lite0 of an optional package), the path of a folder with a digit classifier or of a
-            TorchScript file,
+        features: ``"digits"`` and ``"fashion"`` (the shipped classifiers of digits and of clothes), ``"shapes"`` (that
+            of shape, colour and background), ``"inception"`` (clean-fid's Inception-v3), ``"inception-legacy"`` (the
+            same network behind TensorFlow's resizing, as ADM and EDM measure), ``"inception-256"`` and
+            ``"inception-512"`` (clean-fid's behind a square of so many pixels, the second with patches), ``"dinov2"``,
+            ``"clip"``, ``"dinov2:SOURCE"`` or ``"clip:SOURCE"`` (of transformers, from a folder or a hub id),
+            ``"lite0"`` (EfficientNet-Lite0 of an optional package), the path of a folder with a classifier of grey
+            pictures, as of digits, or of a TorchScript file,
             ``package.module:function`` that makes a network, a module, or a callable. A network of yours gets float32
             images (B, C, H, W) in [0, 1] and returns (B, D); a module with a method ``features(images)`` is a
             classifier: its ``forward`` returns the logits. With a method ``prompt_labels(prompts)`` it also says which
@@ -217,8 +218,9 @@ def load_features(
     if isinstance(features, FeatureExtractor):
         return features
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if features == "digits":
-        return replace(_from_module("digits", load_digits_classifier(), place, channels=1), distance="FID")
+    if features in ("digits", "fashion"):
+        network = load_digits_classifier(asset_path(f"{features}-classifier"))
+        return replace(_from_module(str(features), network, place, channels=1), distance="FID")
     if features == "shapes":
         return replace(_from_module("shapes", load_shapes_classifier(), place, channels=3), distance="FID")
     if features == "inception":
