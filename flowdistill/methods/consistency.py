@@ -15,13 +15,18 @@ steps: that is the rule by which either is exact at its optimum (``students/step
 States x_t = (1 - t) x_0 + t n are some of the teacher's own samples, made once, or the student's, or real images, with
 fresh noise. The target is the teacher's velocity wherever the state is, so all three have the teacher's map as their
 optimum. At the time of the first step, where sampling has noise alone, so has the training.
+
+With ``correction_strength`` FreeFlow's correction works on the samples of the student's own calls
+(``methods/correction.py``): Delta = v_critic - v_teacher at a noised sample says how the jump to the image is to move,
+and (t - r) Delta how its velocity is.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +34,9 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.export.pipelines import check_exportable
+from flowdistill.methods.correction import Correction, Path, PathCorrection
 from flowdistill.methods.states import NoisedSamples, draw_clean, noised_or_start
 from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
-from flowdistill.networks.lora import StudentKind
 from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import consistency as cm
 from flowdistill.objectives import flow_map as fm
@@ -50,7 +55,7 @@ SAME_TIME = 1e-6
 
 
 @dataclass
-class ConsistencyConfig(NoisedSamples, StudentKind):
+class ConsistencyConfig(NoisedSamples, Correction):
     """Settings of consistency distillation. "(...: ...)" marks a published value; every other default is ours."""
 
     name: str = "consistency"
@@ -127,24 +132,48 @@ class ConsistencyConfig(NoisedSamples, StudentKind):
             raise UserError(f"method.target_decay is {self.target_decay}, but method.target is {self.target}, which "
                             "has no average; set target to ema too")
         self.check_states(self.states)
+        self.check_correction()
 
 
 Networks = Mapping[str, Callable[..., Tensor]]
 
 
+class Learnt(NamedTuple):
+    """Of the rows that are not for the correction: each one's loss (B,) with its gradient, figures, and a function of
+    the signal (B, *shape) of which <u, sg(signal)> has that gradient."""
+
+    losses: Tensor
+    figures: dict[str, Tensor]
+    signal: Callable[[], Tensor]
+
+
+class Rows(NamedTuple):
+    """States (B, *shape) at times t (B,), their conditions, and what is learnt there from the student's velocity."""
+
+    x: Tensor
+    t: Tensor
+    condition: Condition | None
+    learnt: Callable[[Tensor], Learnt]
+
+
+def along(student: Callable[..., Tensor]) -> Callable[[Path], Tensor]:
+    """The student's velocity of the jump that a path stands before."""
+    return lambda path: student(path.x, path.t, path.condition)
+
+
 @register_method
 class Consistency(SingleStudentMethod):
-    """One network that trains, and with ``target: ema`` one that follows it."""
+    """One network that trains; with ``target: ema`` one that follows it, and with the correction a critic."""
 
     name = "consistency"
     Config = ConsistencyConfig
 
     def __init__(
         self, config: ConsistencyConfig, teacher: Teacher, student_network: nn.Module | None = None,
-        images: tuple[Tensor, Tensor] | None = None,
+        images: tuple[Tensor, Tensor] | None = None, critic_network: nn.Module | None = None,
     ) -> None:
-        """``student_network``: of one's own, called as ``(x, t, condition) -> velocity``. ``images``: latents-to-be (N,
-        C, H, W) in [0, 1] and labels (N,) instead of a named set."""
+        """``student_network`` and ``critic_network``: of one's own, called as ``(x, t, condition) -> velocity``.
+        ``images``: latents-to-be (N, C, H, W) in [0, 1] and labels (N,) instead of a named set."""
         validate(config, prefix="method.")
         self.config, self.teacher = config, teacher
         scales = (config.guidance_min, config.guidance_max)
@@ -169,6 +198,8 @@ class Consistency(SingleStudentMethod):
                             "nothing to learn; raise points, to LCM's 50 for example, or set solver to heun")
         self.calls = torch.tensor(self.steps.times, dtype=torch.float64)
         self.samples = config.samples(config.states, teacher, scale, images)
+        self.scales = None if scales == (1.0, 1.0) else scales
+        self.correction = PathCorrection(config, teacher, chains_of(self.steps), self.scales, False, critic_network)
 
     def to(self, device: torch.device | str) -> Method:
         self.grid, self.aims, self.calls = (times.to(device) for times in (self.grid, self.aims, self.calls))
@@ -176,55 +207,91 @@ class Consistency(SingleStudentMethod):
 
     def roles(self) -> dict[str, Role]:
         follower = {} if self.target is None else {"target": Role(self.target, self.config.optimizer)}
-        return super().roles() | follower
+        return super().roles() | follower | self.correction.roles()
+
+    def schedule(self, step: int) -> tuple[str, ...]:
+        return ("student", *self.correction.schedule())
 
     def after_update(self, role: str) -> None:
-        if self.target is not None:
+        if self.target is not None and role == "student":
             follow(self.target, self._student.network, 1 - self.config.target_decay)
 
     def calls_without_gradient(self, role: str) -> float:
-        return float(len(self.steps)) if self.config.states == "student" else 0.0
+        states = float(len(self.steps)) if self.config.states == "student" else 0.0
+        return self.correction.calls_without_gradient(role, states)
 
     # --- the algorithm
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.config.derivative == "discrete":
-            return self._discrete(networks, draw)
-        return self._continuous(networks, draw)
+        student, config = networks["student"], self.config
+        if role == "critic":
+            return self.correction.critic_loss(networks, along(student), draw)
+        corrected = config.corrected_rows(draw)
+        count = draw.rows - corrected * draw.world
+        # Passes without gradients come first: of the student the one with gradients is the last, but for the calls that
+        # follow from it.
+        rows = (self._discrete if config.derivative == "discrete" else self._continuous)(networks, draw, count)
+        if not corrected:
+            losses, figures, _ = rows.learnt(student(*rows[:3]))
+            return losses.mean(), figures
+        path = self.correction.draw_path(along(student), draw, corrected * draw.world)
+        conditions = [one for one in (rows.condition, path.condition) if one is not None]
+        velocity = student(torch.cat([rows.x, path.x]), torch.cat([rows.t, path.t]),
+                           Condition.cat(conditions) if conditions else None)
+        losses, figures, signal = rows.learnt(velocity[: len(rows.x)])
+        last = velocity[len(rows.x) :]
+        delta = self.correction.delta(networks, along(student), path, last.detach(), draw)
+        moving = cm.velocity_signal(-delta, path.t - path.r)
+        weight = self.correction.weight(signal(), moving, draw)
+        figures |= {"correction_residual": delta.square().mean(), "correction_weight": weight}
+        return torch.cat([losses, fm.velocity_matching_loss(last, weight * moving)]).mean(), figures
 
-    def _discrete(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def _discrete(self, networks: Networks, draw: Draw, rows: int) -> Rows:
         config, grid = self.config, self.grid
-        t = self._at_calls(grid[draw.integers(len(grid) - 1)], draw)
+        t = self._at_calls(grid[draw.integers(len(grid) - 1, rows)], draw)
         s, aim = self._below(grid.flip(0), t), self.aim(t)
         state, condition = self.draw_states(networks, t, draw)
-        scale = self._guidance(draw)
+        scale = self._guidance(draw, rows)
         with torch.no_grad():
             later = cm.teacher_step(lambda x, time: self.teacher.velocity(x, time, condition, scale), state, t, s,
                                     config.solver, self.teacher.t_min)
             velocity = networks["student" if self.target is None else "target"](later, s, condition)
             goal = fm.end_point(later, s - aim, velocity)
-        difference = fm.end_point(state, t - aim, networks["student"](state, t, condition)) - goal
-        square = difference.square().flatten(1).mean(dim=1)
-        error = square if config.loss == "l2" else cm.pseudo_huber(difference, config.huber_c)
-        if config.weight == "inverse_step":
-            error = error * (grid[0] / (len(grid) - 1) / (t - s)).to(error.dtype)
-        return error.mean(), {"squared_error": square.detach().mean()}
+        weight = grid[0] / (len(grid) - 1) / (t - s) if config.weight == "inverse_step" else torch.ones_like(t)
 
-    def _continuous(self, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        def learnt(own: Tensor) -> Learnt:
+            difference = fm.end_point(state, t - aim, own) - goal
+            square = difference.square().flatten(1).mean(dim=1)
+            losses = square if config.loss == "l2" else cm.pseudo_huber(difference, config.huber_c)
+
+            def signal() -> Tensor:
+                d = difference.detach()
+                slope = 2 * d if config.loss == "l2" else cm.pseudo_huber_slope(d, config.huber_c)
+                return cm.velocity_signal(slope, weight * (t - aim))
+
+            return Learnt(weight.to(losses.dtype) * losses, {"squared_error": square.detach().mean()}, signal)
+
+        return Rows(state, t, condition, learnt)
+
+    def _continuous(self, networks: Networks, draw: Draw, rows: int) -> Rows:
         config = self.config
-        t = config.time.draw(self.teacher, draw).double().clamp(SAME_TIME, self.steps.times[0])
+        t = config.time.draw(self.teacher, draw, rows).double().clamp(SAME_TIME, self.steps.times[0])
         t = self._at_calls(t, draw)
         duration = t - self.aim(t)
         state, condition = self.draw_states(networks, t, draw)
-        slope = self.teacher.velocity(state, t, condition, self._guidance(draw))
+        slope = self.teacher.velocity(state, t, condition, self._guidance(draw, rows))
         derivative = self.derivative(networks["student"], state, t, condition, slope)
-        velocity = networks["student"](state, t, condition)
-        share = min(1.0, draw.step / config.tangent_warmup) if config.tangent_warmup else 1.0
-        residual = cm.warmed_residual(velocity.detach(), derivative, duration, slope, t, config.data_std, share)
-        m, kappa = cm.trigonometric(t, config.data_std)
-        tangent = cm.normalized(per_sample(kappa, residual) * residual, config.tangent_constant)
-        loss = fm.velocity_matching_loss(velocity, tangent / per_sample(m, tangent)).mean()
-        return loss, {"residual": residual.square().mean()}
+
+        def learnt(own: Tensor) -> Learnt:
+            share = min(1.0, draw.step / config.tangent_warmup) if config.tangent_warmup else 1.0
+            residual = cm.warmed_residual(own.detach(), derivative, duration, slope, t, config.data_std, share)
+            m, kappa = cm.trigonometric(t, config.data_std)
+            tangent = cm.normalized(per_sample(kappa, residual) * residual, config.tangent_constant)
+            signal = tangent / per_sample(m, tangent)
+            return Learnt(fm.velocity_matching_loss(own, signal), {"residual": residual.square().mean()},
+                          lambda: signal)
+
+        return Rows(state, t, condition, learnt)
 
     @torch.no_grad()
     def derivative(
@@ -256,25 +323,26 @@ class Consistency(SingleStudentMethod):
     def draw_states(self, networks: Networks, t: Tensor, draw: Draw) -> tuple[Tensor, Condition | None]:
         """x_t (B, *shape) at times t (B,) and their conditions; at the time of the first call, what sampling starts
         from."""
-        shape = self.teacher.shape
+        shape, rows = self.teacher.shape, len(t) * draw.world
         if self.samples is not None:
-            clean, condition = draw_clean(self.samples, self.teacher, draw)
+            clean, condition = draw_clean(self.samples, self.teacher, draw, rows)
         else:
-            noise, condition = draw.normal(shape), self.teacher.draw_condition(draw)
+            noise, condition = draw.normal(shape, rows), self.teacher.draw_condition(draw, rows)
             with torch.no_grad():
-                clean = rollout(networks["student"], noise, self.steps, condition, lambda k: draw.normal(shape))
-        return noised_or_start(clean, draw.normal(shape), t, self.steps), condition
+                clean = rollout(networks["student"], noise, self.steps, condition, lambda k: draw.normal(shape, rows))
+        return noised_or_start(clean, draw.normal(shape, rows), t, self.steps), condition
 
     def _at_calls(self, t: Tensor, draw: Draw) -> Tensor:
         """Times (B,), of which a share of ``call_fraction`` is replaced by the student's own."""
         if not self.config.call_fraction:
             return t
-        chosen = self.calls[draw.integers(len(self.calls))]
-        return torch.where(draw.uniform() < self.config.call_fraction, chosen, t)
+        rows = len(t) * draw.world
+        chosen = self.calls[draw.integers(len(self.calls), rows)]
+        return torch.where(draw.uniform(rows=rows) < self.config.call_fraction, chosen, t)
 
-    def _guidance(self, draw: Draw) -> Tensor | float:
+    def _guidance(self, draw: Draw, rows: int) -> Tensor | float:
         low, high = self.config.guidance_min, self.config.guidance_max
-        return draw.uniform(low, high) if low < high else low
+        return draw.uniform(low, high, rows) if low < high else low
 
 
 def steps_of(config: ConsistencyConfig, teacher: Teacher) -> Steps:
@@ -298,6 +366,13 @@ def steps_of(config: ConsistencyConfig, teacher: Teacher) -> Steps:
             raise UserError(f"{error}; method.phases=1 makes stochastic steps, phases={len(steps)} deterministic "
                             "ones") from None
     return steps
+
+
+def chains_of(steps: Steps) -> list[Steps]:
+    """The calls after which a student of ``steps`` has a sample: any number of the first ones, but of a whole chain
+    all."""
+    counts = [len(steps)] if steps.whole else range(1, len(steps) + 1)
+    return [replace(steps, times=steps.times[:count]) for count in counts]
 
 
 def grid_of(teacher: Teacher, steps: Steps, points: int) -> Tensor:

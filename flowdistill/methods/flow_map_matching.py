@@ -30,11 +30,9 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.config import OptimizerConfig, option, validate
 from flowdistill.export.pipelines import check_exportable
-from flowdistill.methods.correction import Correction
+from flowdistill.methods.correction import Correction, Path, PathCorrection
 from flowdistill.methods.states import NoisedSamples, draw_clean, noised_or_start
 from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
-from flowdistill.networks.critic import critic_loss
-from flowdistill.objectives import distribution_matching as dm
 from flowdistill.objectives import flow_map as fm
 from flowdistill.students import START_UNITS, FlowMap, StudentInfo, given_times
 from flowdistill.students.steps import MOST_STEPS, STEPPINGS, Steps, start_scale
@@ -133,30 +131,17 @@ class Rows(NamedTuple):
                     None if self.guidance is None else self.guidance[rows])
 
     @classmethod
+    def of(cls, path: Path) -> Rows:
+        """The states of a path, and the jump that it stands before."""
+        return cls(path.x, path.t, path.r, path.condition, path.guidance)
+
+    @classmethod
     def joined(cls, parts: list[Rows]) -> Rows:
         """One after the other."""
         conditions = [part.condition for part in parts if part.condition is not None]
         scales = [part.guidance for part in parts if part.guidance is not None]
         x, t, r = (torch.cat(values) for values in zip(*(part[:3] for part in parts), strict=True))
         return cls(x, t, r, Condition.cat(conditions) if conditions else None, torch.cat(scales) if scales else None)
-
-
-class Path(NamedTuple):
-    """Of the correction: states x (B, *shape) before jump ``k`` of several, counted from 1; after the last, samples."""
-
-    chain: Steps
-    k: int
-    x: Tensor
-    condition: Condition | None
-    guidance: Tensor | None
-
-    @property
-    def rows(self) -> Rows:
-        """The states with the times of that jump; of samples, 0."""
-        done = self.k > len(self.chain)
-        t, r = (0.0 if done else times[self.k - 1] for times in (self.chain.times, self.chain.aims))
-        times = torch.tensor([t, r], dtype=torch.float64).to(self.x.device).repeat(len(self.x), 1)
-        return Rows(self.x, times[:, 0], times[:, 1], self.condition, self.guidance)
 
 
 Student = Callable[..., Tensor]
@@ -195,42 +180,41 @@ class FlowMapMatching(SingleStudentMethod):
         own = None if config.step_times is None else self.start.times
         self.calls = None if own is None else torch.tensor(own, dtype=torch.float64)
         self.samples = config.samples(config.states, teacher, info.guidance_scale, images)
-        self.critic = config.make_critic(teacher, self.guidance_input, critic_network)
+        self.correction = PathCorrection(config, teacher, self.chains, self.scales, self.guidance_input, critic_network)
 
     def to(self, device: torch.device | str) -> Method:
         self.calls = None if self.calls is None else self.calls.to(device)
         return super().to(device)
 
     def roles(self) -> dict[str, Role]:
-        critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}
-        return super().roles() | critic
+        return super().roles() | self.correction.roles()
 
     def schedule(self, step: int) -> tuple[str, ...]:
-        return ("student",) + ("critic",) * (self.config.critic_updates if self.critic is not None else 0)
+        return ("student", *self.correction.schedule())
 
     def calls_without_gradient(self, role: str) -> float:
-        config, mean = self.config, (len(self.chains) + 1) / 2
-        if role == "critic":
-            return config.critic_fraction * mean
-        corrected = config.correction_fraction if self.critic is not None else 0.0
+        config = self.config
         moved = 1 - (1 - config.velocity_fraction) * config.start_fraction if config.states == "own" else 0.0
-        return (1 - corrected) * moved + corrected * (mean - 1)
+        return self.correction.calls_without_gradient(role, moved)
 
     # --- the algorithm
 
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        student, config = networks["student"], self.config
         if role == "critic":
-            return self._critic_loss(networks, draw)
-        student, config, corrected = networks["student"], self.config, self.config.corrected_rows(draw)
+            return self.correction.critic_loss(networks, self._along(student), draw)
+        corrected = config.corrected_rows(draw)
         count = draw.rows - corrected * draw.world
         rows, still = self.draw_rows(student, draw, count)
         # Passes without gradients come first: of the student the one with gradients is the last, but for the jumps that
         # follow from it.
         residual = self._residual(student, rows, still)
-        path = self.draw_path(student, draw, corrected * draw.world) if corrected else None
-        velocity = self._velocity(student, rows if path is None else Rows.joined([rows, path.rows]))
+        path = None
+        if corrected:
+            path = self.correction.draw_path(self._along(student), draw, corrected * draw.world)
+        velocity = self._velocity(student, rows if path is None else Rows.joined([rows, Rows.of(path)]))
         own = velocity.detach()
         signal = residual(own[: len(rows.x)])
         metrics = {"residual": signal[still:].square().mean()}
@@ -239,60 +223,10 @@ class FlowMapMatching(SingleStudentMethod):
         damped = fm.damp(signal, config.damping, config.damping_epsilon)
         if path is None:
             return fm.velocity_matching_loss(velocity, damped).mean(), metrics
-        noising = self._correction(networks, path, own[len(rows.x) :], draw)
-        metrics["correction_residual"] = noising.square().mean()
-        one, other = (draw.mean(part.flatten(1).norm(dim=1)) for part in (damped, noising))
-        weight = dm.balance(one, other, config.correction_strength, config.balance_epsilon)
-        metrics["correction_weight"] = weight
-        return fm.velocity_matching_loss(velocity, torch.cat([damped, weight * noising])).mean(), metrics
-
-    # --- the correction
-
-    @torch.no_grad()
-    def draw_path(self, student: Student, draw: Draw, rows: int, learnt: int | None = None) -> Path:
-        """The student's states before the jump that is learnt, of a path of 1 to all of its calls.
-
-        Args:
-            rows: over all processes.
-            learnt: number of that jump; None: any of the path's, 0: the one after its last, whose states are samples.
-        """
-        chain = self.chains[draw.one(len(self.chains))]
-        learnt = 1 + draw.one(len(chain)) if learnt is None else learnt or 1 + len(chain)
-        noise, condition = draw.normal(self.teacher.shape, rows=rows), self.teacher.draw_condition(draw, rows)
-        guidance = None if self.scales is None else draw.uniform(*self.scales, rows=rows)
-        return self._walked(student, Path(chain, 1, chain.start(noise), condition, guidance), None, draw, learnt)
-
-    @torch.no_grad()
-    def _walked(self, student: Student, path: Path, velocity: Tensor | None, draw: Draw, to: int) -> Path:
-        """The path before jump ``to``; ``velocity`` is that of the jump it stands before, where it is known."""
-        chain, count = path.chain, len(path.x) * draw.world
-        while path.k < to:
-            known = self._velocity(student, path.rows) if velocity is None else velocity
-            if path.k == len(chain):
-                x = path.x - chain.times[-1] * known
-            else:
-                x = chain.after(path.k, path.x, known, lambda _: draw.normal(self.teacher.shape, rows=count))
-            path, velocity = path._replace(k=path.k + 1, x=x), None
-        return path
-
-    @torch.no_grad()
-    def _correction(self, networks: Mapping[str, Student], path: Path, velocity: Tensor, draw: Draw) -> Tensor:
-        """Delta (B, *shape) at the noised samples of the path, whose learnt jump has ``velocity``."""
-        rows = self._walked(networks["student"], path, velocity, draw, len(path.chain) + 1).rows
-        count = len(rows.x) * draw.world
-        time = self.config.noise_levels(self.teacher, draw, count, uniform=False)
-        state = dm.noised(rows.x, draw.normal(self.teacher.shape, rows=count), time)
-        low, high = self.config.correction_guidance_interval
-        teacher = self._teacher(state, time, rows, (low, high))
-        return dm.noising_residual(networks["critic"](state, time, rows.condition, **self._guided(rows)), teacher)
-
-    def _critic_loss(self, networks: Mapping[str, Student], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        count = self.config.critic_rows(draw)
-        rows = self.draw_path(networks["student"], draw, count, learnt=0).rows
-        time = self.config.noise_levels(self.teacher, draw, count, uniform=True)
-        noise = draw.normal(self.teacher.shape, rows=count)
-        velocity = networks["critic"](dm.noised(rows.x, noise, time), time, rows.condition, **self._guided(rows))
-        return critic_loss(velocity, rows.x, noise, time, self.teacher.path).mean(), {}
+        delta = self.correction.delta(networks, self._along(student), path, own[len(rows.x) :], draw)
+        weight = self.correction.weight(damped, delta, draw)
+        metrics |= {"correction_residual": delta.square().mean(), "correction_weight": weight}
+        return fm.velocity_matching_loss(velocity, torch.cat([damped, weight * delta])).mean(), metrics
 
     # --- the map
 
@@ -427,6 +361,10 @@ class FlowMapMatching(SingleStudentMethod):
 
     # --- passes and draws
 
+    def _along(self, student: Student) -> Callable[[Path], Tensor]:
+        """u (B, *shape) of the jump that a path stands before."""
+        return lambda path: self._velocity(student, Rows.of(path))
+
     def _velocity(self, student: Student, rows: Rows, duration: Tensor | None = None) -> Tensor:
         """u (B, *shape) from t over ``duration``, or to r."""
         return student(rows.x, rows.t, rows.condition, **self._guided(rows),
@@ -435,8 +373,8 @@ class FlowMapMatching(SingleStudentMethod):
     def _guided(self, rows: Rows) -> dict[str, Tensor]:
         return {} if rows.guidance is None or not self.guidance_input else {"guidance": rows.guidance}
 
-    def _teacher(self, x: Tensor, t: Tensor, rows: Rows, interval: tuple[float, float] | None = None) -> Tensor:
-        low, high = interval or self.config.guidance_interval
+    def _teacher(self, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
+        low, high = self.config.guidance_interval
         with torch.no_grad():
             if rows.guidance is None:
                 return self.teacher.velocity(x, t, rows.condition)

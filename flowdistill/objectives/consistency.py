@@ -44,6 +44,25 @@ def pseudo_huber(difference: Tensor, c: float) -> Tensor:
     return (torch.sqrt(difference.square() + c**2) - c).flatten(1).mean(dim=1)
 
 
+def pseudo_huber_slope(difference: Tensor, c: float) -> Tensor:
+    """Its derivative in each element, without the mean's 1 / N: d / sqrt(d^2 + c^2)."""
+    return difference / torch.sqrt(difference.square() + c**2)
+
+
+def velocity_signal(slope: Tensor, duration: Tensor) -> Tensor:
+    """What a change of the jump f = x - (t - r) u is as one of u: -(t - r) times it.
+
+    With ``slope`` the derivative of a loss in f, <u, sg(this)> has that loss's gradient. Of the distance between the
+    laws of samples f it is -Delta in velocity form (``distribution_matching.noising_residual``), and so (t - r) Delta
+    here.
+
+    Args:
+        slope: (B, ...).
+        duration: t - r (B,).
+    """
+    return -column(duration, slope) * slope
+
+
 # --- the continuous form
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
 from flowdistill.methods.consistency import Consistency, ConsistencyConfig, aims_of, grid_of, steps_of
 from flowdistill.networks.lora import LoraSettings
+from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import load_student
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, MixtureVelocity, exact_teacher
@@ -68,7 +69,7 @@ def made(world="gaussian", student=None, offset=0.0, wrong=None, **settings):
     settings = {"steps": 4, "states": "student", **settings}
     field, jump = WORLDS[world]
     teacher = exact_teacher(field)
-    method = Consistency(ConsistencyConfig(**settings), teacher, nn.Linear(1, 1))
+    method = Consistency(ConsistencyConfig(**settings), teacher, nn.Linear(1, 1), None, nn.Linear(1, 1))
     network = Map(jump, wrong or method.aims.tolist(), offset)
     if student is not None:
         network = student(teacher, method)
@@ -168,6 +169,133 @@ def test_descent_finds_the_teachers_steps():
         assert network.slopes[len(method.grid) - 1 - k].item() == pytest.approx(solved.item(), abs=0.01), t
 
 
+# --- the correction
+
+
+class Critic(nn.Module):
+    def __init__(self, field):
+        super().__init__()
+        self.field, self.scale, self.seen = field, nn.Parameter(torch.ones((), dtype=torch.float64)), []
+
+    def forward(self, x, t, condition=None):
+        self.seen.append((x, t))
+        return self.scale * self.field(x, t)
+
+
+def corrected(shift=0.0, **settings):
+    """The exact map, and an exact critic of samples of the Gaussian whose mean is shifted."""
+    method, networks = made(**{"correction_strength": 1.0, "derivative": "jvp", **settings})
+    field = GaussianVelocity(torch.tensor([MEAN + shift], dtype=torch.float64), STD)
+    paths, draw_path = [], method.correction.draw_path
+
+    def noted(*given, **settings):
+        paths.append(draw_path(*given, **settings))
+        return paths[-1]
+
+    method.correction.draw_path = noted
+    return method, networks | {"critic": Critic(field)}, paths
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+@pytest.mark.parametrize("derivative", ["discrete", "jvp"])
+def test_the_correction_rests_at_the_teachers_law_and_else_leads_to_it(derivative, phases, monkeypatch):
+    """By whichever jump of the path is learnt; by 16 of 64 rows, in the one call with a gradient. Unscaled: beside the
+    loss of the exact map it would be nothing."""
+    monkeypatch.setattr(dm, "balance", lambda *sizes: torch.ones(()))
+    settings = {"phases": phases, "derivative": derivative, "solver": "heun", "points": 60}
+    seen = set()
+    for step in range(8):
+        method, networks, _ = corrected(**settings)
+        assert method.loss("student", networks, DoubleDraw(0, step, rows=64))[1]["correction_residual"] == 0
+        method, networks, paths = corrected(shift=-0.2, **settings)
+        method.loss("student", networks, DoubleDraw(0, step, rows=64))[0].backward()
+        assert networks["student"].offset.grad > 1e-3 and networks["critic"].scale.grad is None  # samples must rise
+        assert networks["student"].calls.count(True) == 1
+        seen.add((len(paths[0].chain), paths[0].k))
+    assert len(seen) > 2 and {length for length, _ in seen} == ({4} if phases == 4 else {1, 2, 3, 4})
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+def test_the_correction_has_the_slope_of_the_distance_of_the_laws(phases, monkeypatch):
+    """Of the divergence of the noised samples' law from the noised data's, in the offset of the last jump, times
+    r / (1 - r)^2: with the factor t - aim, which differs from call to call, and the sign that goes with descent."""
+    monkeypatch.setattr(dm, "balance", lambda *sizes: torch.ones(()))
+    shift, noising, seen = 0.3, 0.4, set()
+    for step in range(24):
+        method, networks, paths = corrected(shift, phases=phases, noising_std=1e-9, noising_mean=noising)
+        method.loss("student", networks, DoubleDraw(0, step, rows=64))[0].backward()
+        (path,), r = paths, torch.sigmoid(torch.tensor(noising, dtype=torch.float64))
+        if path.k < len(path.chain):
+            continue  # what the jumps after it do is left out
+        t = path.chain.times[-1]
+        offset = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        spread = torch.sqrt((1 - r) ** 2 * STD**2 + r**2)
+        laws = [torch.distributions.Normal((1 - r) * mean, spread) for mean in (MEAN + shift - t * offset, MEAN)]
+        torch.distributions.kl_divergence(*laws).backward()
+        ours = networks["student"].offset.grad * 64 / 16 * (1 - r) ** 2 / r
+        assert ours.item() == pytest.approx(offset.grad.item(), rel=1e-6) and ours < 0
+        assert t == 1 or ours.item() / t != pytest.approx(offset.grad.item(), rel=0.2)  # as it were without the factor
+        seen.add(t)
+    assert seen == ({0.25} if phases == 4 else {1.0, 0.75, 0.5, 0.25})
+
+
+@pytest.mark.parametrize("settings", [{"loss": "l2"}, {"loss": "huber", "huber_c": 0.1}, {"weight": "inverse_step"},
+                                      {"derivative": "finite_difference"}], ids=str)
+@pytest.mark.parametrize("phases", [1, 4])
+def test_what_the_correction_is_scaled_to_is_the_gradient_of_the_rest(settings, phases):
+    method, networks = made(phases=phases, points=10, **settings)
+    form = method._discrete if method.config.derivative == "discrete" else method._continuous
+    rows = form(networks, DoubleDraw(0, 0, rows=6), 6)
+    own = networks["student"](*rows[:3]).detach().add(0.1).requires_grad_()
+    losses, _, signal = rows.learnt(own)
+    losses.sum().backward()
+    assert torch.allclose(own.grad, signal(), rtol=1e-10) and signal().abs().min() > 0
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+def test_paths_are_the_students_own_sampling(phases):
+    """What is learnt begins where its sampling comes by; the critic learns from its samples."""
+    method, networks, _ = corrected(phases=phases)
+    for step in range(6):
+        def along(path):
+            return networks["student"](path.x, path.t, path.condition)
+
+        before, after = (method.correction.draw_path(along, DoubleDraw(0, step, rows=5), 5, learnt)
+                         for learnt in (None, 0))
+        draw = DoubleDraw(0, step, rows=5)
+        chain = method.correction.chains[draw.one(len(method.correction.chains))]
+        k = 1 + draw.one(len(chain))
+        assert (before.chain, before.k, after.k) == (chain, k, len(chain) + 1)
+        assert (before.t == chain.times[k - 1]).all() and (before.r == chain.aims[k - 1]).all() and (after.t == 0).all()
+        if phases == 4:
+            for path in (before, after):
+                draw = DoubleDraw(0, step, rows=5)
+                draw.one(1)
+                _ = draw.one(4) if path is before else None
+                noise = draw.normal((1,))
+                assert torch.allclose(path.x, gaussian_map(noise, torch.ones(5).double(), path.t))
+
+
+def test_the_correction_is_scaled_and_the_critic_has_its_turn():
+    def weight(**settings):
+        method, networks, _ = corrected(0.3, derivative="discrete", points=8, solver="heun", **settings)
+        return method.loss("student", networks, DoubleDraw(0, 0, rows=64))[1]["correction_weight"].item()
+
+    assert weight(correction_strength=0.5) == pytest.approx(0.5 * weight(), rel=1e-12)
+    assert weight(balance_epsilon=5.0) < 0.5 * weight()
+    method, networks, _ = corrected(prediction_only_steps=2, critic_updates=3, critic_fraction=0.5)
+    assert method.schedule(0) == ("student", "critic", "critic", "critic")
+    assert "correction_residual" not in method.loss("student", networks, DoubleDraw(0, 1, rows=16))[1]
+    assert "correction_residual" in method.loss("student", networks, DoubleDraw(0, 2, rows=16))[1]
+    networks["student"].offset.grad = None
+    method.loss("critic", networks, DoubleDraw(0, 0, rows=16))[0].backward()
+    assert networks["critic"].scale.grad is not None and networks["student"].offset.grad is None
+    assert len(networks["critic"].seen[-1][0]) == 8 and made()[0].schedule(0) == ("student",)
+    # Calls before the one that is learnt: of 1 to 4 in a path, four for the states, and 2.5 for the critic's samples.
+    assert method.calls_without_gradient("student") == 0.75 * 4 + 0.25 * 1.5
+    assert method.calls_without_gradient("critic") == 0.5 * 2.5
+
+
 # --- times
 
 
@@ -243,6 +371,7 @@ FORMS = {
     "discrete": {}, "ema": {"target": "ema"}, "heun": {"solver": "heun", "loss": "l2", "weight": "inverse_step"},
     "finite_difference": {"derivative": "finite_difference", "tangent_warmup": 10},
     "jvp": {"derivative": "jvp", "call_fraction": 0.5},
+    "corrected": {"correction_strength": 1.0, "critic": "lora", "target": "ema"},
 }
 STATES = {"pairs": {"pairs": 11, "pairs_steps": 1}, "student": {"states": "student"},
           "data": {"states": "data", "data": "digits"}}
@@ -324,9 +453,12 @@ def test_two_processes_make_the_rows_of_one(states, form):
     config = ConsistencyConfig(steps=2, guidance_max=2.0, **STATES[states] | FORMS[form])
     method = Consistency(config, teacher_of("flow"))
     networks = {name: role.network for name, role in method.roles().items()}
-    whole = method.loss("student", networks, Draw(0, 1, rows=4))[0]
-    halves = [method.loss("student", networks, Draw(0, 1, rows=4, rank=rank, world=2))[0] for rank in (0, 1)]
-    assert torch.allclose(sum(halves) / 2, whole, rtol=1e-4)
+    if form == "corrected":  # whose balance is one over all processes, and they are not here
+        method.config.correction_strength = 0.0
+    for role in method.schedule(0):
+        whole = method.loss(role, networks, Draw(0, 1, rows=4))[0]
+        halves = [method.loss(role, networks, Draw(0, 1, rows=4, rank=rank, world=2))[0] for rank in (0, 1)]
+        assert torch.allclose(sum(halves) / 2, whole, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [
@@ -403,6 +535,8 @@ def test_bad_settings():
         (teacher, {"steps": 2, "step_times": [0.9, 0.5]}, "begins at t = 0.9, .* begin at its t_max, 1"),
         (teacher, {"target": "ema", "target_decay": 1.0}, "'method.target_decay' must be"),
         (teacher, {"target_decay": 0.5}, "method.target_decay is 0.5, but method.target is online"),
+        (teacher, {"critic_updates": 2}, "method.critic_updates is set, but method.correction_strength is 0"),
+        (teacher, {"correction_strength": 1.0, "correction_guidance_interval": [0.7, 0.7]}, "below the second"),
         (teacher, {"steps": 1, "points": 1}, "no time between those of the calls.*there is nothing to learn"),
         (teacher, {"steps": 4, "phases": 4, "points": 4}, "there is nothing to learn"),
         (unconditional, {"guidance_max": 2.0}, "method.guidance_max is 2.0, but the teacher has no null label"),

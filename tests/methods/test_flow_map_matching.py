@@ -194,14 +194,15 @@ def test_paths_are_the_students_own(stepping):
     """What is learnt begins where its sampling comes by, and the critic's samples are the student's."""
     method, networks = corrected(stepping=stepping)
     for step in range(6):
-        before = method.draw_path(networks["student"], DoubleDraw(0, step, rows=5), 5)
-        path = method.draw_path(networks["student"], DoubleDraw(0, step, rows=5), 5, learnt=0)
+        velocity = method._along(networks["student"])
+        before = method.correction.draw_path(velocity, DoubleDraw(0, step, rows=5), 5)
+        path = method.correction.draw_path(velocity, DoubleDraw(0, step, rows=5), 5, learnt=0)
         draw = DoubleDraw(0, step, rows=5)
         chain = method.chains[draw.one(8)]
         k = 1 + draw.one(len(chain))
         noise = draw.normal((1,))
         assert before.chain == chain and before.k == k and path.k == len(path.chain) + 1
-        assert (before.rows.t == chain.times[k - 1]).all() and (before.rows.r == chain.aims[k - 1]).all()
+        assert (before.t == chain.times[k - 1]).all() and (before.r == chain.aims[k - 1]).all()
         if stepping == "deterministic":
             t = torch.full((5,), chain.times[k - 1]).double()
             assert torch.allclose(before.x, gaussian_map(noise, torch.ones(5).double(), t))
@@ -336,7 +337,8 @@ def test_two_processes_make_the_rows_of_one(states, form):
     moved(method.student())
     if form == "corrected":  # whose balance is one over all processes, and they are not here: without it
         method.config.correction_strength = 0.0
-        one, *others = (method.draw_path(networks["student"], Draw(0, 1, rows=16, rank=rank, world=world), 8, 0).x
+        velocity = method._along(networks["student"])
+        one, *others = (method.correction.draw_path(velocity, Draw(0, 1, rows=16, rank=rank, world=world), 8, 0).x
                         for rank, world in ((0, 1), (0, 2), (1, 2)))
         assert torch.allclose(one[::2], others[0], atol=1e-5) and torch.allclose(one[1::2], others[1], atol=1e-5)
     for role in networks:
