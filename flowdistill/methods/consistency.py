@@ -220,6 +220,13 @@ class Consistency(SingleStudentMethod):
         states = float(len(self.steps)) if self.config.states == "student" else 0.0
         return self.correction.calls_without_gradient(role, states)
 
+    def shown(self, role: str) -> str | None:
+        if role != "student":
+            return None
+        if self.config.derivative != "discrete":
+            return "residual"
+        return "squared_error" if self.config.correction_strength else None
+
     # --- the algorithm
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:

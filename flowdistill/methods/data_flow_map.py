@@ -62,6 +62,9 @@ class DataFlowMap(SingleStudentMethod):
         info = StudentInfo(method=self.name, base_model=teacher.source)
         self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
 
+    def shown(self, role: str) -> str | None:
+        return "residual"
+
     def loss(
         self, role: str, networks: Mapping[str, Callable[..., Tensor]], draw: Draw
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -218,6 +218,9 @@ class DisBack(Method):
             metrics["target"] = torch.full((), float(self.targets.index), device=loss.device)
         return loss, metrics
 
+    def shown(self, role: str) -> str | None:
+        return self.host.shown(role)
+
     def after_update(self, role: str) -> None:
         self.host.after_update(role)
 

@@ -197,6 +197,9 @@ class FlowMapMatching(SingleStudentMethod):
         moved = 1 - (1 - config.velocity_fraction) * config.start_fraction if config.states == "own" else 0.0
         return self.correction.calls_without_gradient(role, moved)
 
+    def shown(self, role: str) -> str | None:
+        return "residual" if role == "student" else None
+
     # --- the algorithm
 
     def loss(

@@ -120,6 +120,11 @@ class FreeFlow(SingleStudentMethod):
     def schedule(self, step: int) -> tuple[str, ...]:
         return ("student",) + ("critic",) * (self.config.critic_updates if self.critic is not None else 0)
 
+    def shown(self, role: str) -> str | None:
+        if role != "student":
+            return None
+        return "prediction_residual" if self.config.prediction_fraction else "correction_residual"
+
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         return self._student_loss(networks, draw) if role == "student" else self._critic_loss(networks, draw)
 

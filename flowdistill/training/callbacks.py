@@ -60,10 +60,13 @@ class Reporter:
         config: settings of the run.
         folder: the run folder.
         accelerator: made with the trackers of ``tracker_names``.
+        shown: figures that the progress shows in place of a role's loss, by role (:meth:`Method.shown`).
     """
 
-    def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
-        self.config, self.folder, self.accelerator = config, folder, accelerator
+    def __init__(
+        self, config: RunConfig, folder: Path, accelerator: Accelerator, shown: Mapping[str, str] | None = None
+    ) -> None:
+        self.config, self.folder, self.accelerator, self.shown = config, folder, accelerator, shown or {}
         self.main = accelerator.is_main_process
         self._bar: tqdm[Any] | None = None
 
@@ -100,7 +103,7 @@ class Reporter:
             file.write(json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n")
         numbers = {name: value for name, value in values.items() if _finite(value) is not None and name != "step"}
         self.accelerator.log(numbers, step=values["step"])
-        shown = {name.removeprefix("loss/"): value for name, value in numbers.items() if name.startswith("loss/")}
+        shown = dict(self._progress(name, numbers) for name in numbers if name.startswith("loss/"))
         rate = {"images/s": numbers["images_per_second"]} if "images_per_second" in numbers else {}
         wanted = self.config.train.stop_when
         names = ["fid", "fd", *([] if wanted is None else [wanted.metric, "best_step"])]
@@ -111,6 +114,12 @@ class Reporter:
         else:
             listed = "".join(f", {name} {text}" for name, text in texts.items())
             say(f"{self.config.method.name}: step {values['step']} of {self.config.train.steps}{listed}")
+
+    def _progress(self, loss: str, numbers: Mapping[str, Any]) -> tuple[str, Any]:
+        """What the progress shows of a role's loss: name and value."""
+        role = loss.removeprefix("loss/")
+        figure = f"{role}/{self.shown.get(role)}"
+        return (figure, numbers[figure]) if figure in numbers else (role, numbers[loss])
 
     def close(self) -> None:
         if self._bar is not None:

@@ -83,7 +83,8 @@ class Trainer:
         self.roles = prepare_roles(method, self.settings, self.precision, accelerator)
         self.networks = {name: role.call for name, role in self.roles.items()}
         self.meters = Meters(self.device)
-        self.reporter = Reporter(config, self.folder, accelerator)
+        shown = {name: figure for name in self.roles if (figure := method.shown(name)) is not None}
+        self.reporter = Reporter(config, self.folder, accelerator, shown)
         self.step, self.seconds, self.interrupted = 0, 0.0, 0
         self._saved = -1
         self._shown = -1  # the last step whose pictures and figures are made, if they were due

@@ -128,6 +128,11 @@ class Method(ABC):
         from: time that a plan names, and no memory."""
         return 0.0
 
+    def shown(self, role: str) -> str | None:
+        """The figure of ``role`` that a run's progress shows in place of its loss: for a loss whose gradient alone is
+        meant. None: the loss."""
+        return None
+
     def to(self, device: torch.device | str) -> Method:
         """Move the frozen parts and the networks to ``device``."""
         self.teacher.to(device)  # and the codec with it, which the student has too

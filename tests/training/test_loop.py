@@ -80,6 +80,15 @@ def test_a_log_file_gets_a_plain_line_at_each_logged_step(tmp_path, capsys):
     assert re.fullmatch(r"toy: step 3 of 8, student [\d.]+, critic [\d.]+, images/s [\d.e+]+", first)
 
 
+def test_a_figure_takes_the_place_of_a_loss_whose_value_is_not_meant(tmp_path, capsys, monkeypatch):
+    """Of the role that has it; where a line has no such figure, the loss is there."""
+    monkeypatch.setattr(ToyMethod, "shown", lambda self, role: {"student": "distance", "critic": "absent"}[role])
+    make_trainer(tmp_path, log_every=3).train()
+    first = capsys.readouterr().err.splitlines()[0]
+    found = re.fullmatch(r"toy: step 3 of 8, student/distance ([\d.]+), critic [\d.]+, images/s [\d.e+]+", first)
+    assert float(found[1]) == pytest.approx(lines(tmp_path)[0]["student/distance"], rel=1e-3)
+
+
 def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     make_trainer(tmp_path, log_every=3).train()
