@@ -8,17 +8,27 @@ from collections.abc import Callable
 from torch import Tensor
 
 from flowdistill.data.digits import load_digits
+from flowdistill.data.emoji import emoji_captions, load_emoji, load_emoji64
 from flowdistill.data.fashion import load_fashion, load_fashion_test
 from flowdistill.data.mnist import load_mnist5k
 from flowdistill.data.shapes import caption, load_shapes
 from flowdistill.utils.errors import UserError, listed, shown
 
 IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "digits": load_digits, "fashion": load_fashion, "fashion-test": load_fashion_test, "mnist5k": load_mnist5k,
-    "shapes": load_shapes,
+    "digits": load_digits, "emoji": load_emoji, "emoji64": load_emoji64, "fashion": load_fashion,
+    "fashion-test": load_fashion_test, "mnist5k": load_mnist5k, "shapes": load_shapes,
 }
-CAPTIONS: dict[str, Callable[[int], str]] = {"shapes": caption}
-"""What describes an image of a label, of the sets that have such words."""
+
+
+def shapes_captions() -> list[str]:
+    """What describes each picture of the shapes world, by its class."""
+    return [caption(label) for label in load_shapes()[1].tolist()]
+
+
+CAPTIONS: dict[str, Callable[[], list[str]]] = {
+    "emoji": emoji_captions, "emoji64": emoji_captions, "shapes": shapes_captions,
+}
+"""What describes each image, of the sets that have such words."""
 
 
 def load_images(name: str) -> tuple[Tensor, Tensor]:
@@ -46,5 +56,6 @@ def load_captions(name: str) -> list[str] | None:
     Raises:
         UserError: see :func:`load_images`.
     """
-    labels = load_images(name)[1]
-    return [CAPTIONS[name](label) for label in labels.tolist()] if name in CAPTIONS else None
+    if name not in IMAGE_SETS:
+        load_images(name)  # which says so
+    return CAPTIONS[name]() if name in CAPTIONS else None
