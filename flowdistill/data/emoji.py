@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from functools import lru_cache
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
+from flowdistill.utils.text import read_json
 
 CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
               "Objects", "Symbols", "Flags", "Component")
@@ -89,13 +89,14 @@ def emoji_list(folder: Path) -> tuple[Emoji, ...]:
     """The package's pictures in the order of the keyboard, each in all its skin tones.
 
     Raises:
-        UserError: ``emoji.json`` is damaged or holds something else.
+        UserError: ``emoji.json`` is damaged, holds something else, or lists no picture.
     """
     file = folder / "emoji.json"
+    listed = read_json(file)
     try:
-        entries = sorted(json.loads(file.read_text(encoding="utf-8")), key=lambda entry: entry["sort_order"])
+        entries = sorted(listed, key=lambda entry: entry["sort_order"])
         found = tuple(emoji for entry in entries if entry["has_img_google"] for emoji in _variations(entry))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged or not that of emoji-datasource ({type(error).__name__}: {error}); install "
                         "the package again") from error
     if not found:
