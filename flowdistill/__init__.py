@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from flowdistill.teachers import load_teacher
     from flowdistill.training.run import distill
 
-# peft imports bitsandbytes where it is installed, which then says on every start of some processors that an optional
-# kernel is missing. Setting a level imports nothing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# diffusers and peft import packages where they are installed: bitsandbytes, which then says on every start of some
+# processors that an optional kernel is missing, and torchao, of which torch says that it calls something deprecated and
+# diffusers that it lacks classes which are not needed here. Setting a level imports nothing.
+for _noisy in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree",
+               "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 
@@ -34,10 +37,6 @@ _HOMES = {
     "load_teacher": "flowdistill.teachers",
 }
 _PARTS = frozenset("config data evaluation export features methods objectives paths students teachers training".split())
-
-
-# Where it is installed, diffusers imports bitsandbytes, which says on some CPUs that it has not downloaded a kernel.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

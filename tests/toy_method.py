@@ -24,6 +24,7 @@ from flowdistill.training import checkpoint, loop
 from flowdistill.training.loop import Trainer
 from flowdistill.training.method import Method, Role
 from flowdistill.training.run import make_accelerator
+from flowdistill.training.state import optimizer_tensors
 from flowdistill.utils.exit import exit_process
 
 
@@ -166,10 +167,9 @@ def weights(trainer):
         values |= {f"{name}.{key}": value for key, value in role.network.state_dict().items()}
         if role.average is not None:
             values |= {f"{name}.average.{key}": value for key, value in role.average.network.state_dict().items()}
-        for parameter, state in role.optimizer.state.items():
-            number = [id(p) for p in role.network.parameters()].index(id(parameter))
-            values |= {f"{name}.optimizer.{number}.{key}": value for key, value in state.items()}
-    return {name: torch.as_tensor(value).detach().clone() for name, value in values.items()}
+        state = optimizer_tensors(role.network, role.optimizer)
+        values |= {f"{name}.optimizer.{key}": value for key, value in state.items()}
+    return {name: value.detach().clone() for name, value in values.items()}
 
 
 def figures(folder):
@@ -183,14 +183,14 @@ def main(arguments):
 
     Keys are those of ``train`` and ``fsdp2``, with integers but for ``precision``; each file of the checkpoint
     of step ``slow`` takes a second more, and each step ``pause`` milliseconds. ``patience``: of early stopping by
-    ``ToyFigures``, and the best student is saved. ``calls`` is the method's, ``optimizer`` the name of that of both
-    roles.
+    ``ToyFigures``, and the best student is saved. ``calls`` and ``width`` are the method's, ``optimizer`` the
+    name of that of both roles.
     """
     folder, *settings = arguments
     pairs = [text.split("=") for text in settings]
     values = {key: value if key in ("precision", "optimizer") else int(value) for key, value in pairs}
-    slow, pause, patience, calls = (values.pop(name, 0) for name in ("slow", "pause", "patience", "calls"))
-    method = ToyConfig(calls=calls or 1)
+    slow, pause, patience = (values.pop(name, 0) for name in ("slow", "pause", "patience"))
+    method = ToyConfig(**{name: values.pop(name) for name in ("calls", "width") if name in values})
     method.optimizer.name = method.critic_optimizer.name = values.pop("optimizer", "adamw")
     if patience:
         loop.FidCallback = ToyFigures

@@ -172,6 +172,7 @@ OPTIMIZERS = {
     "adamw": (),
     "adamw8bit": (),
     "paged_adamw8bit": (),
+    "ao_adamw8bit": (),
     "adafactor": ("betas", "eps"),
     "muon": (),
     "lion": ("eps",),
@@ -185,8 +186,9 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 class OptimizerConfig:
     """The optimiser and the learning rate schedule of one trained network."""
 
-    name: str = option("adamw", "optimiser: adamw; adamw8bit or paged_adamw8bit, with moments of 8 bits; adafactor; "
-                                "muon for linear layers, with adamw for the rest; lion; prodigy, with lr: 1",
+    name: str = option("adamw", "optimiser: adamw; adamw8bit, paged_adamw8bit or, with FSDP too, ao_adamw8bit, with "
+                                "moments of 8 bits; adafactor; muon for linear layers, with adamw for the rest; lion; "
+                                "prodigy, with lr: 1",
                        choices=tuple(OPTIMIZERS))
     lr: float = option(1e-4, "peak learning rate; of adafactor as a share of a weight's size, of prodigy a factor of "
                              "the rate that it finds", above=0)

@@ -55,6 +55,13 @@ def _small_moments(config: RunConfig) -> Sequence[str]:
     return [f"{key}.name=adamw8bit" for key, optimizer in found if optimizer.name == "adamw"]
 
 
+def _small_moments_in_parts(config: RunConfig) -> Sequence[str]:
+    """Moments of 8 bits that FSDP2 can cut."""
+    found = optimizers_by_key(config.method, "method.")
+    return [f"{key}.name=ao_adamw8bit" for key, optimizer in found
+            if optimizer.name in ("adamw", "adamw8bit", "paged_adamw8bit")]
+
+
 def _settings(config: RunConfig) -> Sequence[tuple[str, object]]:
     """The sections that may say which networks are low-rank."""
     return ("method", config.method), ("method.host", getattr(config.method, "host", None))
@@ -183,10 +190,12 @@ def on_cards(
         steps = advise(path, overrides, plan, memory, plans)
         chosen = {step.words: step.overrides for step in steps}
         card = Card(memory, steps[-1].plan if steps else plan, _joined(chosen))
-        # Moments of 8 bits need whole weights, and an average is cut as its weights are.
+        # Some moments of 8 bits need whole weights, and an average is cut as its weights are.
         whole = {words: given for words, given in chosen.items() if words not in (AVERAGE, EIGHT_BITS)}
         kept = {words: given for words, given in whole.items() if words not in LEARNED}
-        several = (_cut(plans, given, memory, gpus) for given in (kept, whole) for gpus in GPUS)
+        small = {EIGHT_BITS: _small_moments_in_parts(plan.config)}
+        several = (_cut(plans, given | more, memory, gpus) for given in (kept, whole) for gpus in GPUS
+                   for more in ({}, small))
         found.append(card if card.fits else next((other for other in several if other is not None), card))
     return found
 

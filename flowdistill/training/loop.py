@@ -27,7 +27,7 @@ from flowdistill.training.checkpoint import (
 from flowdistill.training.fsdp import reshard
 from flowdistill.training.meters import Meters
 from flowdistill.training.method import Method
-from flowdistill.training.optimizer import apply_update, backward, learning_rate, rate_changes
+from flowdistill.training.optimizer import apply_update, backward, learning_rate, rate_changes, rate_of, set_rate
 from flowdistill.training.optimizers import KINDS, forget
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.roles import TrainedRole, loss_of, prepare_roles
@@ -207,8 +207,7 @@ class Trainer:
             self.stopping.updated = True
         rate = learning_rate(role.config, self.step, self.settings.steps)
         rate *= self.method.learning_rate_factor(name, self.step)
-        for group in role.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(role.optimizer, rate)
         for micro in range(accumulation):
             draw = Draw(self.config.seed, self.step, update, micro, self.micro_rows, self.rank, self.world, self.device)
             with self._communicating(name, last=micro == accumulation - 1):
@@ -365,7 +364,7 @@ class Trainer:
         line = {
             **self._progress(),
             "images_per_second": round(steps * self.settings.batch_size / max(seconds, 1e-9), 3),
-            **{f"lr/{name}": role.optimizer.param_groups[0]["lr"] for name, role in self.roles.items()},
+            **{f"lr/{name}": rate_of(role.optimizer) for name, role in self.roles.items()},
             **means,
             "skipped": int(total),
         }

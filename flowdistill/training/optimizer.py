@@ -33,6 +33,21 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * fall)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Make ``rate`` the learning rate of all groups; in place where it is a tensor, which compiled steps read."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate; of a tensor to the seven digits that a float32 has."""
+    rate = optimizer.param_groups[0]["lr"]
+    return float(f"{rate.item():.7g}") if isinstance(rate, Tensor) else rate
+
+
 def rate_changes(configs: Mapping[str, OptimizerConfig], step: int, planned: int, steps: int) -> str:
     """The rates at ``step`` that a run of ``planned`` steps had and one of ``steps`` has, in words, by role; an empty
     text where they are equal, as they are without a schedule and before the end of a warm-up."""

@@ -4,6 +4,7 @@
 |---|---|---|
 | adamw | 8 | torch, the fused kernel |
 | adamw8bit, paged_adamw8bit | 2.03 | bitsandbytes: moments in blocks of 256 (Dettmers et al., arXiv 2110.02861) |
+| ao_adamw8bit | 2.03 to 2.5 | torchao: the same in blocks of rows, see :mod:`flowdistill.training.sharded_moments` |
 | adafactor | about 0: a row and a column of a matrix | torch (Shazeer and Stern, arXiv 1804.04235) |
 | muon | 4 of linear layers, 8 of the rest, which AdamW trains | torch (Jordan et al., 2024; Liu et al., 2502.16982) |
 | lion | 4 | pytorch-optimizer (Chen et al., arXiv 2302.06675) |
@@ -17,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import OptimizerConfig
+from flowdistill.training import sharded_moments
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import log_once, quiet_libraries
 
@@ -41,10 +44,14 @@ class Package:
     Attributes:
         module: what is imported.
         name: what is installed.
+        extra: of flowdistill, which brings it.
+        series: the beginning of the versions that will do; empty: all that pip lets in.
     """
 
     module: str
     name: str
+    extra: str = "optimizers"
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def check_package(config: OptimizerConfig) -> None:
-    """Refuse an optimiser whose package is missing; nothing is imported.
+    """Refuse an optimiser whose package is missing or of another version; nothing is imported.
 
     Raises:
         UserError: so, with the command that installs it.
@@ -101,7 +108,11 @@ def check_package(config: OptimizerConfig) -> None:
     package = KINDS[config.name].package
     if package is not None and find_spec(package.module) is None:
         raise UserError(f"the optimiser {config.name} needs the package {package.name}, which is not installed: "
-                        "pip install 'flowdistill[optimizers]'")
+                        f"pip install 'flowdistill[{package.extra}]'")
+    if package is not None and not (found := version(package.name)).startswith(
+            package.series):
+        raise UserError(f"the optimiser {config.name} needs {package.name} {package.series}x, and {found} is installed"
+                        f": pip install 'flowdistill[{package.extra}]'")
     if config.name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(f"the optimiser muon needs torch 2.9 or later, and this is {torch.__version__}; choose another "
                         "one, or pip install -U torch")
@@ -237,11 +248,13 @@ def _each(count: int) -> Callable[[nn.Module, Sequence[Tensor]], int]:
 
 
 BITSANDBYTES = Package("bitsandbytes", "bitsandbytes")
+TORCHAO = Package("torchao", "torchao", "torchao", "0.18.")
 PYTORCH_OPTIMIZER = Package("pytorch_optimizer", "pytorch-optimizer")
 KINDS = {
     "adamw": Kind(lambda network, config: _adamw(_trained(network), config), _adamw_bytes, shards=True),
     "adamw8bit": Kind(_eight_bits("AdamW8bit"), _eight_bit_bytes, BITSANDBYTES),
     "paged_adamw8bit": Kind(_eight_bits("PagedAdamW8bit"), _eight_bit_bytes, BITSANDBYTES),
+    "ao_adamw8bit": Kind(sharded_moments.make, sharded_moments.state_bytes, TORCHAO, shards=True),
     "adafactor": Kind(_adafactor, _adafactor_bytes),
     "muon": Kind(_muon, _muon_bytes),
     "lion": Kind(_lion, _each(1), PYTORCH_OPTIMIZER, shards=True, counters=("step",)),

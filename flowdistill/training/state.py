@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ def optimizer_tensors(
     network: nn.Module, optimizer: torch.optim.Optimizer, counters: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """The optimiser's state as ``<parameter>/<key>``, and ``counters`` of its groups as ``#<number>/<key>``; no state
-    before its first step. Numbers of Python's are 0-d, of 64 bits, as no optimiser has tensors."""
+    before its first step. Numbers of Python's are 0-d, of 64 bits, as no optimiser has tensors. An optimiser with
+    tensors of a class of its own says what they consist of (``plain_state``, ``assign_state``)."""
+    plain = getattr(optimizer, "plain_state", lambda parameter: optimizer.state.get(parameter, {}))
     states = {
         f"{name}/{key}": _as_tensor(value)
         for name, parameter in network.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in plain(parameter).items()
     }
     groups = {
         f"#{number}/{key}": _as_tensor(group[key])
@@ -95,6 +98,7 @@ def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, value
     """Put back what ``optimizer_tensors`` gave."""
     optimizer.state.clear()
     parameters = dict(network.named_parameters())
+    own: dict[str, dict[str, Tensor]] = {}
     tables: dict[str, Tensor] = {}
     for name, value in values.items():
         owner, _, key = name.rpartition("/")
@@ -104,7 +108,9 @@ def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, value
             group[key] = value.to(group["params"][0].device) if number is None else number
             continue
         parameter = parameters[owner]
-        if number is not None:
+        if hasattr(optimizer, "assign_state"):
+            own.setdefault(owner, {})[key] = value
+        elif number is not None:
             optimizer.state[parameter][key] = number
         elif key.startswith(TABLE):
             table = tables.setdefault(key, value.to(parameter.device))
@@ -117,6 +123,8 @@ def assign_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, value
             like = value.shape == parameter.shape
             placed = _like(value, parameter) if like else value.to(parameter.device)
             optimizer.state[parameter][key] = placed.clone()
+    for owner, state in own.items():
+        cast(Any, optimizer).assign_state(parameters[owner], state)
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

@@ -373,23 +373,29 @@ CARDS = {
     70: (1, ["train.gradient_checkpointing=true", "teacher.offload=all"]),
     40: (1, ["method.critic=lora", "method.student=lora"]),
     19.5: (8, ["train.gradient_checkpointing=true", "teacher.offload=all", "train.gradient_accumulation=2"]),
+    16: (8, ["train.gradient_checkpointing=true", "teacher.offload=all", "method.optimizer.name=ao_adamw8bit",
+             "method.critic_optimizer.name=ao_adamw8bit", "train.gradient_accumulation=2"]),
     8: None,
 }
 
 
 @pytest.mark.parametrize("memory_of_a_card", CARDS)
 def test_a_card_gets_the_first_remedies_that_are_enough(tmp_path, monkeypatch, memory_of_a_card):
-    """Settings that leave what is learned, then adapters, then FSDP2 over as few cards as will do; made-up sizes."""
+    """Settings that leave what is learned, then adapters, then FSDP2 over as few cards as will do, with moments of 8
+    bits where these are needed; made-up sizes."""
     def made(config):
         settings, n = config.method, GIB
         parts = {"teacher": Part(1, 10 * n)}
         for role in ("student", "critic"):
             low = getattr(settings, role) == "lora"
-            parts[role] = Part(1, n if low else 8 * n, n if low else 8 * n, n if low else 16 * n,
+            moments = dict.fromkeys(("adamw", "adamw8bit"), n if low else 16 * n)
+            moments["ao_adamw8bit"] = n if low else 4 * n
+            parts[role] = Part(1, n if low else 8 * n, n if low else 8 * n, moments["adamw"], moments=moments,
                                cut=10 * n if low else 8 * n, gathered=n)
         held = (4 if config.train.gradient_checkpointing else 20) * n
         return Plan(config, None, parts, 1, activations=dict.fromkeys(("student", "critic"), held), decodes=False,
-                    forward=dict.fromkeys(("student", "critic"), 0))
+                    forward=dict.fromkeys(("student", "critic"), 0),
+                    settings={"student": "method.optimizer", "critic": "method.critic_optimizer"})
 
     file = written(tmp_path, tiny_dit_pipeline(), {"name": "dmd2"}, {"batch_size": 16, "gradient_accumulation": 16},
                    dtype="bfloat16")

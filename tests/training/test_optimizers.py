@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from flowdistill.config import METHODS, OptimizerConfig, load_config, validate
 from flowdistill.config.schema import OPTIMIZERS
@@ -14,7 +16,7 @@ from flowdistill.training import optimizers
 from flowdistill.training.optimizer import apply_update
 from flowdistill.training.optimizers import KINDS, check_shards, forget, make_optimizer
 from flowdistill.training.run import distill
-from flowdistill.training.state import assign_optimizer, optimizer_tensors
+from flowdistill.training.state import assign_optimizer, gather, optimizer_tensors
 from flowdistill.utils.errors import UserError
 from tests.processes import ranks
 from tests.toy_method import ToyConfig, ToyMethod, make_config, make_trainer, weights
@@ -35,13 +37,14 @@ def config_of(name, **settings):
 
 
 class Net(nn.Module):
-    """A matrix large enough for 8-bit blocks with a rest, a convolution, a table, biases, and a weight that is cold."""
+    """A matrix large enough for 8-bit blocks, of 256 with a rest or of rows, a convolution, a table, biases, and a
+    weight that is cold."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.table, self.conv = nn.Embedding(5, 12), nn.Conv2d(1, 3, 2)
-        self.wide, self.out = nn.Linear(12, 350), nn.Linear(350, 2)
+        self.table, self.conv = nn.Embedding(5, 16), nn.Conv2d(1, 3, 2)
+        self.wide, self.out = nn.Linear(16, 350), nn.Linear(350, 2)
         self.cold = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, x):
@@ -60,6 +63,13 @@ def step(network, optimizer, seed, bad=None, max_norm=0.0):
 def everything(network, optimizer, config):
     tensors = network.state_dict() | optimizer_tensors(network, optimizer, KINDS[config.name].counters)
     return {name: value.clone() for name, value in tensors.items()}
+
+
+def tensors(value):
+    """The tensors of torch's that a value of a state consists of."""
+    if type(value) is torch.Tensor:
+        return [value]
+    return [getattr(value, name) for name in value.tensor_attrs] if isinstance(value, torch.Tensor) else []
 
 
 def same(one, other):
@@ -141,8 +151,8 @@ def test_planned_bytes_are_those_of_the_state(name):
     optimizer = make_optimizer(network, config)
     step(network, optimizer, 0)
     reached = [p for p in network.parameters() if p.grad is not None]
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-                for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)}
+    values = [part for state in optimizer.state.values() for value in state.values() for part in tensors(value)]
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}
     assert KINDS[name].state_bytes(network, reached) == sum(storages.values())
 
 
@@ -153,7 +163,7 @@ def test_a_run_of_two_roles_that_was_stopped_goes_on_to_the_last_bit(tmp_path, n
 
     def method():
         return ToyConfig(optimizer=OptimizerConfig(**rates), critic_optimizer=OptimizerConfig(**rates), bad_steps=[1],
-                         width=2100)  # matrices large enough for blocks of 8 bits
+                         width=2112)  # matrices large enough for blocks of 8 bits
 
     whole = make_trainer(tmp_path / "a", method(), steps=6, checkpoint_every=3, precision=precision)
     whole.train()
@@ -193,10 +203,11 @@ def test_moments_in_pages_come_back_in_pages(monkeypatch):
     assert {id(moment) for moment in moments} == {id(buffer) for buffer in made} and made
 
 
-def test_8_bit_moments_stay_near_those_of_32():
+@pytest.mark.parametrize("name", ["adamw8bit", "ao_adamw8bit"])
+def test_8_bit_moments_stay_near_those_of_32(name):
     networks = [Net(), Net()]
-    optimizers = [make_optimizer(network, config_of(name)) for network, name in
-                  zip(networks, ("adamw", "adamw8bit"), strict=True)]
+    optimizers = [make_optimizer(network, config_of(one)) for network, one in
+                  zip(networks, ("adamw", name), strict=True)]
     for seed in range(20):
         for network, optimizer in zip(networks, optimizers, strict=True):
             step(network, optimizer, seed)
@@ -251,9 +262,16 @@ def test_a_file_names_the_optimiser_of_each_network(tmp_path, toy_is_known):
 def test_a_missing_package_is_one_sentence_before_the_work(tmp_path, monkeypatch, toy_is_known, name):
     monkeypatch.setattr(optimizers, "find_spec", lambda module: None)
     config = make_config(tmp_path / "run", ToyConfig(critic_optimizer=OptimizerConfig(name=name)))
-    with pytest.raises(UserError, match=f"optimiser {name} needs the package .*: pip install .flowdistill.optimizers"):
+    extra = KINDS[name].package.extra
+    with pytest.raises(UserError, match=f"optimiser {name} needs the package .*: pip install .flowdistill.{extra}"):
         distill(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_package_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(optimizers, "version", lambda name: "0.17.2")
+    with pytest.raises(UserError, match="ao_adamw8bit needs torchao 0.18.x, and 0.17.2 is installed: pip install .f"):
+        make_optimizer(Net(), config_of("ao_adamw8bit"))
 
 
 def test_muon_wants_a_torch_that_has_it(monkeypatch):
@@ -275,16 +293,60 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not KINDS[name].shards])
 def test_an_optimiser_of_whole_weights_is_refused_where_they_are_cut(name):
-    with pytest.raises(UserError, match=f"role 'critic' is {name}, .*FSDP .*choose one of adamw, lion, or start"):
+    with pytest.raises(UserError, match=f"role 'critic' is {name}, .*FSDP .*one of adamw, ao_adamw8bit, lion, or"):
         check_shards(config_of(name), "critic")
 
 
-def test_lion_trains_shares_of_weights_as_whole_ones(tmp_path):
-    ranks(2, TOY, tmp_path / "cut", "optimizer=lion", "fsdp2=1")
-    method = ToyConfig()
-    method.optimizer.name = method.critic_optimizer.name = "lion"
-    whole = make_trainer(tmp_path / "whole", method)
+def toy_trainer(folder, name, **train):
+    method = ToyConfig(width=2112)
+    method.optimizer.name = method.critic_optimizer.name = name
+    return make_trainer(folder, method, steps=4, **train)
+
+
+def say_moments(folder, name):
+    """What each of two processes runs: whether the moments with which it would go on are those of the last checkpoint,
+    all of them together and bit for bit."""
+    trainer = toy_trainer(folder, name, fsdp2=True)
+    file = folder / "checkpoints" / f"step-{trainer.step:06d}" / "student.optimizer.safetensors"
+    role = trainer.roles["student"]
+    whole = gather(optimizer_tensors(role.network, role.optimizer, KINDS[name].counters))
+    print("moments", len(whole), same(whole, load_file(file)))
+
+
+@pytest.mark.parametrize("name", ["lion", "ao_adamw8bit"])
+def test_shares_of_weights_are_trained_as_whole_ones_and_go_on_as_such(tmp_path, name):
+    ranks(2, TOY, tmp_path / "cut", f"optimizer={name}", "width=2112", "fsdp2=1", "steps=4")
+    whole = toy_trainer(tmp_path / "whole", name)
     whole.train()
     cut = load_file(tmp_path / "cut" / "average.safetensors")
-    for name, value in whole.student().network.state_dict().items():
-        torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5)
+    for key, value in whole.student().network.state_dict().items():
+        torch.testing.assert_close(cut[key], value, rtol=1e-4, atol=1e-5)
+    # One process goes on with the moments that two have written, and two with those of one.
+    role = toy_trainer(tmp_path / "cut", name).roles["student"]
+    saved = load_file(tmp_path / "cut" / "checkpoints" / "step-000004" / "student.optimizer.safetensors")
+    assert same(optimizer_tensors(role.network, role.optimizer, KINDS[name].counters), saved)
+    outs = ranks(2, say_moments, tmp_path / "whole", name)
+    assert all(f"moments {len(saved)} True" in out for out in outs)
+
+
+def test_moments_of_rows_that_a_process_has_none_of(tmp_path):
+    """A matrix of one row on two processes."""
+    outs = ranks(2, step_on_one_row)
+    assert len({out for out in outs}) == 1 and "codes (1, 4096) torch.uint8 scales (1, 16)" in outs[0]
+
+
+def step_on_one_row():
+    torch.distributed.init_process_group("gloo")
+    network = nn.Linear(4096, 1, bias=False)
+    fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+    config = config_of("ao_adamw8bit")
+    optimizer = make_optimizer(network, config)
+    for _ in range(2):
+        network(torch.ones(2, 4096)).sum().backward()
+        apply_update(optimizer, scaler())
+    whole = gather(optimizer_tensors(network, optimizer))
+    resumed = make_optimizer(network, config)
+    assign_optimizer(network, resumed, whole)
+    assert same(whole, gather(optimizer_tensors(network, resumed)))
+    codes, scales = whole["weight/exp_avg.codes"], whole["weight/exp_avg.scales"]
+    print("codes", tuple(codes.shape), codes.dtype, "scales", tuple(scales.shape), flush=True)
