@@ -80,7 +80,8 @@ class Reporter:
             with disk_errors(str(self.folder / METRICS)):
                 truncate_metrics(self.folder / METRICS, -1 if anew else step)
         with disk_errors(f"the trackers' files in {self.folder}"):
-            self.accelerator.init_trackers(PROJECT, config=flat(self.config))
+            settings = flat(self.config) if self.accelerator.log_with else None  # nobody else asks for them
+            self.accelerator.init_trackers(PROJECT, config=settings)
         if self.main and on_terminal():
             self._bar = tqdm(
                 total=self.config.train.steps,
