@@ -37,6 +37,8 @@ SINGLE = frozenset((
     Tensor.pow, torch.rsqrt, Tensor.rsqrt,
 ))
 """What it runs in float32."""
+REMEMBERED = 100_000
+"""The most results that are remembered, in about 100 MB; those of a plan of Flux are 2,000."""
 
 
 class GpuLike(TorchFunctionMode):
@@ -58,15 +60,20 @@ class GpuLike(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.dtype != torch.float32 and (func in HALF or func in SINGLE):
             wanted = self.dtype if func in HALF else torch.float32
-            args, kwargs = tree_map(partial(_cast, wanted), (args, kwargs))
+            args, kwargs = _cast(wanted, args), _cast(wanted, kwargs)
         if func is F.scaled_dot_product_attention and self.fused:
             return _fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _cast(dtype: torch.dtype, value: object) -> object:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
-        return value.to(dtype)
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    """An argument, or all of them, with tensors of another type of numbers as of ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    if type(value) in (list, tuple):
+        return type(value)([_cast(dtype, one) for one in value])
+    if isinstance(value, dict):
+        return {name: _cast(dtype, one) for name, one in value.items()}
     return value
 
 
@@ -87,7 +94,8 @@ class Live(TorchDispatchMode):
     """Counts the bytes of every storage of meta tensors that comes into being, and when it goes.
 
     torch finds most shapes of meta tensors in Python, which would take most of a plan's time. A network's blocks are
-    alike, so what a function has made of arguments of the same shapes is remembered.
+    alike, and so are the updates of a teacher's copies, in this plan and in the next one's of a search for what fits:
+    what a function has made of arguments of the same shapes is remembered as long as the process lives.
 
     Attributes:
         events: (storage, bytes) in order of time: positive when it comes, negative when it goes.
@@ -98,7 +106,7 @@ class Live(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._count = 0
-        self._made: dict[Hashable, _Layout | None] = {}
+        self._made = _remembered(torch.get_default_dtype())
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
@@ -113,6 +121,8 @@ class Live(TorchDispatchMode):
             # What a view or an addition in place returns was there: a weight, as its layer transposes it, before all.
             old = frozenset(x.untyped_storage()._cdata for x in _tensors((args, kwargs)))
             if key is not None:
+                if len(self._made) >= REMEMBERED:
+                    self._made.clear()
                 self._made[key] = _layout(out, set(old))
         for tensor in _tensors(out):
             if tensor.is_meta and tensor.untyped_storage()._cdata not in old:
@@ -172,6 +182,12 @@ class _Several(NamedTuple):
 
 _Layout: TypeAlias = "_Single | _Several"
 """What a function has returned: a tensor, or a list or tuple of them."""
+
+
+@functools.cache
+def _remembered(default: torch.dtype) -> dict[Hashable, _Layout | None]:
+    """What functions have made, by function and arguments, while this was torch's default type."""
+    return {}
 
 
 @functools.cache
