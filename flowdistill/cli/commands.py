@@ -376,11 +376,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from flowdistill.plan.caching import cache_prompts
+    from flowdistill.plan.caching import cache_inputs
 
-    said = cache_prompts(args.config, args.overrides)
+    said = cache_inputs(args.config, args.overrides)
     if _is_main():
-        print(said)
+        print(*said, sep="\n")
     return 0
 
 
@@ -444,10 +444,11 @@ def _parser() -> argparse.ArgumentParser:
                            "on one or, with FSDP2, on up to 8 of them")
 
     cache = command(
-        "cache", _cache, lambda args: args.config, "encode the prompts of a run beforehand",
-        "Encode the list of prompts (teacher.prompts) as the run would, without loading its network, and keep it\n"
-        "where the run looks for it. What an earlier call has encoded stays, also of one that was killed. The\n"
-        "processes of 'accelerate launch -m flowdistill cache ...' share the work.",
+        "cache", _cache, lambda args: args.config, "encode the prompts and images of a run beforehand",
+        "Encode the list of prompts (teacher.prompts) and the images that the method names, with their captions, as\n"
+        "the run would, without loading its network, and keep them where the run looks for them. What an earlier\n"
+        "call has encoded stays, also of one that was killed. The processes of\n"
+        "'accelerate launch -m flowdistill cache ...' share the work.",
         ["configs/sdxl/dmd2_4step.yaml teacher.prompt_cache=disk"],
     )
     cache.add_argument("config", metavar="CONFIG.yaml", help="configuration file")

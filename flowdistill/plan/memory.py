@@ -120,6 +120,7 @@ class Plan:
         shards: whether the method can be trained with FSDP2.
         settings: by role, the key of its optimiser's settings.
         adapters: whether networks that train stand on the teacher's own weights.
+        teacher: on the meta device.
         gpus: over how many processes FSDP2 cuts the weights that train; 1: nothing is cut.
         rows: of a micro-batch.
         updates: how often each role is updated in a step, at the end of the training.
@@ -143,6 +144,7 @@ class Plan:
     gpus: int = 1
     settings: dict[str, str] = field(default_factory=dict)
     adapters: bool = False
+    teacher: Teacher | None = field(default=None, compare=False)
 
     @property
     def can_be_cut(self) -> bool:
@@ -225,7 +227,7 @@ def make_plan(config: RunConfig) -> Plan:
         parts["other networks"] = _part(nn.ModuleList(others), seen)
     rows = config.train.batch_size // config.train.gradient_accumulation
     plan = Plan(config, architecture, parts, rows, dict(Counter(method.schedule(max(0, config.train.steps - 1)))),
-                prompts=store, decodes=False, shards=method.shards)
+                prompts=store, decodes=False, shards=method.shards, teacher=teacher)
     networks = {name: role.network for name, role in roles.items()}
     plan.adapters = any(id(p) in own for network in networks.values() for p in network.parameters())
     keys = {id(settings): key for key, settings in optimizers_by_key(config.method, "method.")}

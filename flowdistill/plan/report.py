@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from flowdistill.conditioning.pipeline_lora import teacher_in_words
 from flowdistill.conditioning.prompts import in_bytes
 from flowdistill.config import load_config
+from flowdistill.plan import images
 from flowdistill.plan.advice import GIB, RESERVED, Card, Step, advise, fits, on_cards
 from flowdistill.plan.memory import Plan, PromptStore, make_plan
 
@@ -29,8 +30,6 @@ def report(
     yield describe(plan)
     if gpu_memory is not None:
         yield "\n" + verdict(plan, advise(path, overrides, plan, gpu_memory), gpu_memory)
-
-
     if cards:
         yield "\n" + table(on_cards(path, overrides, plan, cards))
 
@@ -79,6 +78,8 @@ def describe(plan: Plan) -> str:
     without = "" if plan.unknown is None else "  without activations"
     lines.append(f"{'peak':40}{_gib(plan.peak):>12}{without}")
     lines += [passes(plan), *([] if plan.prompts is None else [_prompts(plan.prompts)])]
+    if plan.teacher is not None:
+        lines += [images.in_words(each, plan.teacher) for each in images.images_of(config.method)]
     return "\n".join(lines)
 
 

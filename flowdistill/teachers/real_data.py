@@ -49,6 +49,8 @@ class RealData:
 
     Attributes:
         labels: (N,), of a teacher of classes; else None.
+        bank: the latents on disk; None where there are none.
+        captions: the list of all captions, encoded; None of a teacher that takes no prompts.
 
     Raises:
         UserError: no such source, or pictures that cannot be read; images of another shape than the teacher's; no
@@ -61,6 +63,7 @@ class RealData:
     ) -> None:
         self.teacher, self.name, self.options = teacher, name, options or DataOptions()
         self.labels: Tensor | None = None
+        self.bank: LatentBank | None = None
         self._captions: _Captions | None = None
         self._latents: Latents
         self._count = 1
@@ -81,6 +84,10 @@ class RealData:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def captions(self) -> PromptConditions | None:
+        return None if self._captions is None else self._captions.bank
 
     def draw(self, draw: Draw, count: int | None = None) -> tuple[Tensor, Condition | None]:
         """Latents (B, *shape) of random images and their conditions, where the draws go; ``count`` over all processes,
@@ -166,24 +173,34 @@ class RealData:
 
     def _held(self, usable: UsablePictures, rows: Tensor) -> Latents:
         """Where the rows come from, as ``cache_latents`` says."""
-        teacher, mode = self.teacher, self.options.cache_latents
+        teacher, mode = self.teacher, latents_mode(self.options, self.teacher, len(rows))
         latent, size = isinstance(teacher.codec, VaeCodec), picture_size(teacher)
-        if mode == "disk" and not latent:
-            raise UserError("data_options.cache_latents is disk, but the teacher has no autoencoder: its latents are "
-                            "the pictures, which are on disk; set it to memory, none or auto")
-        if mode == "auto":
-            row = 4 * math.prod(teacher.shape) if latent else math.prod(size)
-            mode = "memory" if len(rows) * row <= self.options.memory_gb * 1e9 else "disk" if latent else "none"
         if mode == "none":
             return lambda index: encoded(teacher, usable, rows[index].tolist())
         if not latent:
             parts = [usable.read(part.tolist(), size[1:], size[0]) for part in rows.split(AT_ONCE)]
             pixels = torch.cat(parts)  # 8 bits each
             return lambda index: one_by_one(teacher, pixels[index].float() / 255)
-        bank = LatentBank(teacher, usable).made()
+        self.bank = bank = LatentBank(teacher, usable).made()
         if mode == "disk":
             return lambda index: bank.latents(rows[index])
         return torch.cat([bank.latents(part) for part in rows.split(AT_ONCE)]).__getitem__
+
+
+def latents_mode(options: DataOptions, teacher: Teacher, count: int) -> str:
+    """Where the latents of ``count`` pictures come from: ``memory``, ``disk`` or ``none``, which makes them anew.
+
+    Raises:
+        UserError: on disk, of a teacher without an autoencoder.
+    """
+    latent = isinstance(teacher.codec, VaeCodec)
+    if options.cache_latents == "disk" and not latent:
+        raise UserError("data_options.cache_latents is disk, but the teacher has no autoencoder: its latents are "
+                        "the pictures, which are on disk; set it to memory, none or auto")
+    if options.cache_latents != "auto":
+        return options.cache_latents
+    row = 4 * math.prod(teacher.shape) if latent else math.prod(picture_size(teacher))
+    return "memory" if count * row <= options.memory_gb * 1e9 else "disk" if latent else "none"
 
 
 class _Captions:
