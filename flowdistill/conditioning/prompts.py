@@ -31,6 +31,7 @@ from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.text import read_json_object
+from flowdistill.utils.tf32 import as_torch_has_it
 
 MASK = "attention_mask"
 ENCODED_AT_ONCE = 16
@@ -287,7 +288,8 @@ class PromptConditions:
 
         @torch.no_grad()
         def encode(prompts: list[str] | None) -> Tensors:
-            with torch.autocast(kind, enabled=False):  # rows may be drawn while a network is in autocast
+            # Rows may be drawn while a network is in autocast, and are kept for runs with other settings.
+            with torch.autocast(kind, enabled=False), as_torch_has_it():
                 if prompts is None:
                     made = self.family.encode_null(pipeline, self.negative, self.image_size)
                 else:

@@ -24,6 +24,7 @@ from flowdistill.utils.errors import WORD, UserError, listed, shown
 from flowdistill.utils.files import cache_folder, check_pointer, local_path
 from flowdistill.utils.hashing import file_sha256, module_sha256
 from flowdistill.utils.objects import is_object, load_object
+from flowdistill.utils.tf32 import tf32
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
@@ -46,10 +47,10 @@ LEGACY = "legacy_tensorflow"
 
 @contextlib.contextmanager
 def precise(device: torch.device) -> Iterator[None]:
-    """Without mixed precision of the surrounding training and TF32 convolutions, which would change a figure with the
+    """Without mixed precision of the surrounding training and products in TF32, which would change a figure with the
     machine."""
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with flags, torch.autocast(device.type, enabled=False):
+    with tf32(False), flags, torch.autocast(device.type, enabled=False):
         yield
 
 

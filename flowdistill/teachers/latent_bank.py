@@ -18,6 +18,7 @@ from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.files import cache_folder
 from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.processes import Processes
+from flowdistill.utils.tf32 import as_torch_has_it
 
 LATENTS = "latents"
 VERSION = 1
@@ -72,7 +73,8 @@ def encoded(teacher: Teacher, pictures: UsablePictures, index: list[int]) -> Ten
 
 def one_by_one(teacher: Teacher, images: Tensor) -> Tensor:
     """Latents (B, *shape) of images (B, C, H, W) in [0, 1], on the CPU."""
-    with torch.autocast(teacher.device.type, enabled=False):  # rows may be drawn while a network is in autocast
+    # Rows may be drawn while a network is in autocast, and are kept for runs with other settings.
+    with torch.autocast(teacher.device.type, enabled=False), as_torch_has_it():
         if not isinstance(teacher.codec, VaeCodec):
             return teacher.codec.encode(images)
         return torch.cat([teacher.codec.encode(image[None].to(teacher.device)).cpu() for image in images])

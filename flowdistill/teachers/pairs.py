@@ -25,6 +25,7 @@ from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.logging import on_terminal, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
+from flowdistill.utils.tf32 import tf32_facts
 
 BATCH, TEXT_BATCH = 250, 8
 """Samples at once; text-to-image networks are large."""
@@ -135,7 +136,7 @@ def teacher_facts(
         facts += [prompts.text.fingerprint, prompts.negative, *prompts.image_size, *prompts.list_facts()]
     if teacher.guidance_norm is not None:
         facts.append(f"guidance_norm {teacher.guidance_norm}")
-    return facts
+    return facts + tf32_facts(teacher.device)
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -6,10 +6,9 @@ precision, under autocast.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -38,23 +37,6 @@ def resolve_precision(configured: str | None, device: torch.device) -> str:
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{origin} is 'bf16', which {torch.cuda.get_device_name(device)} does not have; use fp16")
     return name
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool | None) -> Iterator[None]:
-    """A block in which CUDA's float32 products have TF32's 10 bits of mantissa, or all 23; None: as it is outside."""
-    if allowed is None:
-        yield
-        return
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 class HalfPrecisionForward(Generic[P, R]):

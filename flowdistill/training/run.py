@@ -42,7 +42,7 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
 from flowdistill.training.optimizers import check_package, optimizers_by_key
-from flowdistill.training.precision import resolve_precision, tf32
+from flowdistill.training.precision import resolve_precision
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, shown
@@ -51,6 +51,7 @@ from flowdistill.utils.logging import log_once, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import seed_torch
 from flowdistill.utils.text import read_yaml
+from flowdistill.utils.tf32 import tf32
 
 REPORT = "report.json"
 FINAL = Path("samples") / "final.png"

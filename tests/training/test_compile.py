@@ -11,11 +11,11 @@ from flowdistill.config import METHODS, TrainConfig, validate
 from flowdistill.networks import compilation
 from flowdistill.networks.compilation import compile_blocks
 from flowdistill.teachers import load_teacher
-from flowdistill.training.precision import tf32
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.tf32 import tf32
 from tests.families import FAMILIES
 from tests.teachers.test_families import teacher_of
 from tests.tiny import tiny_dit_pipeline
