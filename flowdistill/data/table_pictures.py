@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 """Where pictures are looked for if no column says that it has them."""
 SAVED, SEVERAL = "dataset_info.json", "dataset_dict.json"
 """What ``save_to_disk`` writes for one table, and for several splits."""
+
+
+AT_ONCE = 1 << 12
+"""Rows that are looked through at once."""
 
 
 def is_saved_table(folder: Path) -> bool:
@@ -78,7 +83,20 @@ class TablePictures:
         return f"row {index} of {self.name}"
 
     def facts(self, index: int) -> str:
-        return f"{self.place}\0{index}"
+        file = self._files[index]
+        return f"{self.place}\0{index}" + (f"\0{file}" if file else "")
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Of rows that have the path of a picture and not the picture, its file's path, size and time of change; the
+        table's own fingerprint does not know these. Nothing of the others is read."""
+        found: list[str] = []
+        for rows in self.table.select_columns([self.image]).with_format("arrow").iter(AT_ONCE):
+            for part in rows.column(0).chunks:
+                empty = part.field("bytes").is_null().to_pylist()
+                found += [_stamp(path) if bare and path is not None else ""
+                          for path, bare in zip(part.field("path").to_pylist(), empty, strict=True)]
+        return found
 
     def open(self, index: int) -> Image.Image:
         value = self.table[index][self.image] or {}
@@ -102,6 +120,14 @@ class TablePictures:
 
     def _column(self, name: str) -> list[Any]:
         return list(self.table.select_columns([name])[:][name])
+
+
+def _stamp(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return path  # it is named when it is read
+    return f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 def _opened(datasets: Any, source: str, split: str) -> Any:

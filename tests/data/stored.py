@@ -94,16 +94,43 @@ class Table:
     def __len__(self):
         return len(self.rows)
 
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
+
+    def iter(self, size):
+        for start in range(0, len(self.rows), size):
+            column = [picture_in(row["image"]) for row in self.rows[start : start + size]]
+            yield SimpleNamespace(column=lambda number, column=column: SimpleNamespace(chunks=[Structs(column)]))
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return {name: [row[name] for row in self.rows[index]] for name in self.features}
         assert not self.decode, "only bytes are asked for"
         row = dict(self.rows[index])
-        row["image"] = {"bytes": bytes.fromhex(row["image"]["bytes"]), "path": None}
+        row["image"] = picture_in(row["image"])
         return row
 
     def select_columns(self, names):
         return Table([{name: row[name] for name in names} for row in self.rows])
+
+
+def picture_in(value):
+    """The bytes of a picture, or its path."""
+    return {"bytes": None if value["bytes"] is None else bytes.fromhex(value["bytes"]), "path": value["path"]}
+
+
+class Structs(list):
+    """What is used of an array of pyarrow's."""
+
+    def field(self, name):
+        return Structs(row[name] for row in self)
+
+    def is_null(self):
+        return Structs(value is None for value in self)
+
+    def to_pylist(self):
+        return self
 
 
 class Image:

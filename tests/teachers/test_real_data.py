@@ -1,6 +1,7 @@
 """Real images of every source as latents with conditions: the bits of the named set, whatever keeps them."""
 
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_latents_are_made_once(tmp_path, monkeypatch):
     files[0].write_bytes(files[0].read_bytes()[:-9])
     with pytest.raises(UserError, match="the latents .* are damaged: it is cut short; delete this file, and the same"):
         RealData(teacher, written)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "table"])
+def test_pictures_that_have_changed_have_other_latents(tmp_path, kind):
+    """Of a table too that has paths in the place of pictures, whose own fingerprint stays."""
+    teacher = teacher_of("latents")
+    images, labels = stored.few(picture_size(teacher))
+    for content in (images, images.flip(0)):
+        place = stored.write(kind, tmp_path / "f", content, labels)
+        if kind == "table":
+            rows = []
+            for number, image in enumerate(content):
+                (tmp_path / f"{number}.png").write_bytes(stored.png(image))
+                rows.append({"image": {"bytes": None, "path": str(tmp_path / f"{number}.png")}, "label": number % 4})
+            (tmp_path / "f/dataset_info.json").write_text(json.dumps(rows))
+        data = RealData(teacher, place)
+        assert torch.equal(data.latents(torch.arange(7)), torch.cat([teacher.codec.encode(one[None]) for one in content]
+                                                                    ))
 
 
 def test_of_several_captions_one_is_drawn(tmp_path):
