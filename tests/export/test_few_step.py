@@ -1,7 +1,9 @@
 """Schedulers alone: their own loops beside the student's rule, with the exact velocity of a mixture; and the choice."""
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +15,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
+    SCMScheduler,
+    TCDScheduler,
 )
 
 from flowdistill.export.few_step import (
@@ -121,6 +125,46 @@ def test_edms_scheduler(count):
     whole = apart(EDMEulerScheduler(**settings), path, times, "deterministic", unit(times[0]),
                   num_inference_steps=count)
     assert whole > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_tcds_scheduler_is_ddims_but_for_its_end(count):
+    """It stops at timestep 0 of the table, whose noise stays in the image; with a table that has none there it takes
+    the deterministic rule's steps. So there is nothing that it would be exported for."""
+    path = path_from_scheduler(DDPMScheduler(**VP))
+    times = teacher_times(path, count)
+    alphas = DDPMScheduler(**VP).alphas_cumprod.double()
+    betas = [0.0, 1 - alphas[1].item(), *(1 - alphas[2:] / alphas[1:-1]).tolist()]
+    differences = []
+    for table in (VP, {"trained_betas": np.array(betas)}):
+        scheduler = TCDScheduler(**table, original_inference_steps=count)
+        scheduler.step = functools.partial(scheduler.step, eta=0.0)
+        differences.append(apart(scheduler, path, times, "deterministic", unit(times[0]), num_inference_steps=count))
+    assert differences[0] > 1e-2 and differences[1] < 2e-5
+
+
+@pytest.mark.parametrize("data_std", [0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_scms_scheduler_takes_the_stochastic_steps(count, data_std):
+    """In its angles and sizes, with what SanaSprintPipeline makes of a velocity. (That pipeline's own network is told a
+    guidance scale, which Sana's is not.)"""
+    angles = [1.5708 - 1.5708 * i / count for i in range(count)]
+    times = [math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles]
+    noises = drawn(count)
+    steps = Steps(tuple(times), "stochastic", times[0])
+    own = rollout(lambda x, t, condition: VELOCITY(x, t), noises[0], steps, None, lambda k: noises[k - 1])
+    scheduler = SCMScheduler(sigma_data=data_std)
+    scheduler.set_timesteps(count, timesteps=[*angles, 0.0], max_timesteps=None, intermediate_timesteps=None)
+    left, x = list(noises[1:]) + [torch.zeros(64, 2, dtype=torch.float64)], data_std * noises[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_scm.randn_tensor", lambda shape, **settings: left.pop(0))
+        for angle, t in zip(scheduler.timesteps[:-1], times, strict=True):
+            size = math.hypot(t, 1 - t)
+            state = x / data_std * size
+            velocity = VELOCITY(state, torch.full((64,), t, dtype=torch.float64))
+            output = data_std * ((1 - 2 * t) * state + (1 - 2 * t + 2 * t**2) * velocity) / size
+            x, denoised = scheduler.step(output, angle, x, return_dict=False)
+    assert (denoised / data_std - own).abs().max() < 1e-5
 
 
 WRONG = {  # scheduler, its teacher's, times, stepping, start, arguments of set_timesteps
