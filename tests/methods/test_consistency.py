@@ -391,10 +391,11 @@ def run(folder, settings, teacher, steps, precision="fp32"):
 @pytest.mark.parametrize("kind, path", [("full", "flow"), ("lora", "epsilon")])
 @pytest.mark.parametrize("form", FORMS)
 def test_it_trains_resumes_bit_for_bit_and_comes_back_from_disk(tmp_path, form, path, kind):
-    """Three steps of the loop, and two and one; guided, with a range of scales, and one form in half precision."""
-    phases = 3 if path == "flow" else 1
+    """Three steps of the loop, and two and one; guided, with a range of scales, one form in half precision, and each
+    kind of states."""
+    phases, states = 3 if path == "flow" else 1, {"ema": "student", "heun": "data"}.get(form, "pairs")
     settings = {"steps": 3, "phases": phases, "guidance_min": 1.0, "guidance_max": 3.0, "student": kind,
-                "lora": LoraSettings(rank=2), **STATES["pairs"], **FORMS[form]}
+                "lora": LoraSettings(rank=2), **STATES[states], **FORMS[form]}
     teacher, precision = teacher_of(path), "bf16" if form == "heun" else "fp32"
     before = copy.deepcopy(teacher.network.state_dict())
     whole = run(tmp_path / "a", settings, teacher, 3, precision)
