@@ -60,9 +60,9 @@ def figures(name: str, overrides: list[str]) -> Figures:
     class Counted(Draw):
         drawn = 0
 
-        def _placed(self, values: Tensor) -> Tensor:
+        def placed(self, values: Tensor) -> Tensor:
             self.drawn += values.nbytes
-            return super()._placed(values)
+            return super().placed(values)
 
     config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
     plan = make_plan(config)

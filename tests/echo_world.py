@@ -50,10 +50,10 @@ def settings(folder, echo=None, **changes):
     return EchoDistillConfig(**values, echo=EchoConfig(**stage))
 
 
-def make_method(folder, teacher=None, student=None, echo=None, **changes):
+def make_method(folder, teacher=None, student=None, echo=None, device=None, **changes):
     torch.manual_seed(0)
     config = settings(folder, echo, **changes)
-    teacher = load_teacher(teacher or teacher_pipeline(), prompts=KEPT)
+    teacher = load_teacher(teacher or teacher_pipeline(), prompts=KEPT, device=device)
     return EchoDistill(config, teacher, student or student_pipeline())
 
 

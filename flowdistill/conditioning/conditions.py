@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.randomness import Draw
 
@@ -39,7 +40,7 @@ class Condition:
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Condition:
-        return self._each(lambda tensor: tensor.to(device))
+        return self._each(lambda tensor: sent(tensor, device))
 
     def expand(self, rows: int) -> Condition:
         """One row, repeated without a copy."""
@@ -105,8 +106,10 @@ class ClassLabels:
 
     def draw(self, draw: Draw, rows: int | None = None) -> Condition:
         """Uniform over the labels ``shown``; see :meth:`flowdistill.teachers.Teacher.draw_condition`."""
-        index = draw.integers(len(self.shown), rows=rows)
-        return self.wrap(index if self.own is None else torch.tensor(self.own, device=index.device)[index])
+        if self.own is None:
+            return self.wrap(draw.integers(self.num_classes, rows=rows))
+        index = draw.integers(len(self.own), rows=rows, on_cpu=True)
+        return self.wrap(draw.placed(torch.tensor(self.own)[index]))
 
     def examples(self, indices: Sequence[int]) -> Condition:
         """The labels ``shown`` in turn."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdistill.utils.devices import sent
+
 LEVELS = 5
 PRIMARIES = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 """Linear sRGB to CIE XYZ."""
@@ -54,7 +56,7 @@ def lab(images: Tensor) -> Tensor:
     bent = ((images.clamp(min=SRGB_KNEE) + 0.055) / 1.055) ** 2.4  # clamped: a root's slope at 0 would be inf * 0 here
     linear = torch.where(images > SRGB_KNEE, bent, images / 12.92)
     matrix = torch.tensor(PRIMARIES, dtype=torch.float64)
-    matrix = (matrix / matrix.sum(1, keepdim=True)).to(linear)
+    matrix = sent((matrix / matrix.sum(1, keepdim=True)).to(linear.dtype), linear.device)
     relative = torch.einsum("ij,bjhw->bihw", matrix, linear)
     root = relative.clamp(min=LAB_KNEE**3) ** (1 / 3)
     x, y, z = torch.where(relative > LAB_KNEE**3, root, relative / (3 * LAB_KNEE**2) + 4 / 29).unbind(1)
@@ -98,7 +100,7 @@ def sliced_wasserstein(student: Tensor, teacher: Tensor, directions: Tensor) -> 
 
 def _halved(images: Tensor) -> Tensor:
     """Every second pixel of images (B, C, H, W) blurred by the binomials (1, 4, 6, 4, 1) / 16 both ways."""
-    weights = images.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    weights = sent(torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype), images.device) / 16
     kernel = torch.outer(weights, weights).expand(images.shape[1], 1, 5, 5)
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=images.shape[1])
 

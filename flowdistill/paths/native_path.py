@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flowdistill.paths.clipping import Clipping, clipping_of
 from flowdistill.paths.scheduler_protocol import Scheduler, SchedulerConfig
+from flowdistill.utils.devices import OnDevices
 from flowdistill.utils.errors import UserError
 
 VP_SCHEDULERS = (
@@ -224,16 +225,16 @@ def _vp_path(name: str, prediction: str, alphas_cumprod: Tensor, spacing: str) -
     later = torch.cat([whole.flip(0).cummin(0).values.flip(0)[1:], whole.new_tensor([math.inf])])
     kept = whole < later
     table, entries = whole[kept], torch.arange(len(whole), dtype=torch.float64)[kept]
-    knots = torch.stack([table, entries])
+    knots = OnDevices(torch.stack([table, entries]))
 
     def index_of(t: Tensor) -> Tensor:
-        times, places = knots.to(t.device)
+        times, places = knots.on(t.device)
         upper = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
         low, high, first = times[upper - 1], times[upper], places[upper - 1]
         return first + (t - low) / (high - low) * (places[upper] - first)
 
     def time_of(index: Tensor) -> Tensor:
-        times, places = knots.to(index.device)
+        times, places = knots.on(index.device)
         lower = (torch.searchsorted(places, index.contiguous(), right=True) - 1).clamp(0, len(times) - 2)
         first = places[lower]
         return times[lower] + (index - first) / (places[lower + 1] - first) * (times[lower + 1] - times[lower])

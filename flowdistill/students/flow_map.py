@@ -19,6 +19,7 @@ from flowdistill.students.steps import Noise, Steps, chained, noise_of
 from flowdistill.students.storage import read_student
 from flowdistill.students.student import Student, StudentInfo
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.devices import as_tensor
 from flowdistill.utils.errors import UserError
 
 
@@ -176,12 +177,12 @@ class FlowMap(Student):
         scalars = {name: self._row(value, x) for name, value in self.scalars(guidance_scale).items()}
         scalars["duration"] = self._row(duration, x)
         # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
-        time = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
+        time = as_tensor(t, torch.float64, x.device).expand(len(x))
         return self.network(x, time, condition, **scalars)
 
     @staticmethod
     def _row(value: Tensor | float, x: Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32, device=x.device).reshape(-1)
+        return as_tensor(value, torch.float32, x.device).reshape(-1)
 
     def sampler(
         self, guidance_scale: float | None = None, steps: int | None = None
@@ -194,7 +195,7 @@ class FlowMap(Student):
         chain, scalars = self.chains[count - 1], self.scalars(guidance_scale)
 
         def one(value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.as_tensor(value, dtype=dtype, device=self.device).reshape(1)
+            return as_tensor(value, dtype, self.device).reshape(1)
 
         velocities = []
         for t, aim in zip(chain.times, chain.aims, strict=True):

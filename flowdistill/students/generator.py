@@ -205,7 +205,7 @@ class Generator(Student):
         count, network = self.checked_steps(steps), self.network
         if not isinstance(network, ExtendedVelocity):
             return lambda noise, condition: self(noise, condition, guidance_scale, count)
-        velocities = [network.fixed(torch.tensor([t], dtype=torch.float64, device=self.device))
+        velocities = [network.fixed(torch.full((1,), t, dtype=torch.float64, device=self.device))
                       for t in self.steps.times[:count]]
 
         def call(noise: Tensor, condition: Condition | None) -> Tensor:

@@ -21,6 +21,7 @@ from flowdistill.students.info import StudentInfo
 from flowdistill.students.storage import read_student, save_student
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.utils.devices import as_tensor
 from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.registry import Registry
@@ -151,7 +152,7 @@ class Student(nn.Module, ABC):
             return lambda noise, condition: self(noise, condition, guidance_scale)
 
         def one(value: Tensor | float, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(value, dtype=dtype, device=self.device).reshape(1)
+            return as_tensor(value, dtype, self.device).reshape(1)
 
         # float64: near t = 1 the last digits of the time matter, for they are divided by 1 - t.
         velocity = network.fixed(one(self.t_start, torch.float64),

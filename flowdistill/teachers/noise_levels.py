@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowdistill.config import option
 from flowdistill.teachers import Teacher
+from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -62,7 +63,7 @@ class NoiseLevels:
         if self.sampling == "karras":
             points, share = self._points(teacher, below), draw.uniform(rows=rows)
             index = points.start + (len(points) * share.double()).long()
-            return path.karras_times(KARRAS_POINTS).to(share.device)[index].to(share.dtype)
+            return sent(path.karras_times(KARRAS_POINTS), share.device)[index].to(share.dtype)
         low, high = self._range(teacher, below)
         if self.sampling == "logit_normal":
             if below is None:

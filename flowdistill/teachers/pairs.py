@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptConditions
 from flowdistill.teachers import Teacher
+from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder, local_path, write_cache
 from flowdistill.utils.hashing import json_sha256, module_sha256
@@ -46,12 +47,12 @@ class Pairs(NamedTuple):
         The index is on the CPU like the pairs: one from a GPU would make every training step wait for it.
         """
         place = teacher.device
-        noise, latents = self.noise[index].to(place), self.latents[index].to(place)
+        noise, latents = sent(self.noise[index], place), sent(self.latents[index], place)
         if self.labels is None:
             return noise, latents, None
         labels = self.labels[index]
         if teacher.classes is not None:
-            return noise, latents, teacher.classes.wrap(labels.to(place))
+            return noise, latents, teacher.classes.wrap(sent(labels, place))
         prompts = self.prompts or teacher.prompts
         assert prompts is not None
         return noise, latents, prompts.examples(labels.tolist()).to(place)

@@ -93,7 +93,7 @@ class RealData:
         """Latents (B, *shape) of random images and their conditions, where the draws go; ``count`` over all processes,
         None: all rows."""
         index = draw.integers(len(self), count, on_cpu=True)
-        return self.latents(index).to(draw.device), self._condition(index, draw, count)
+        return draw.placed(self.latents(index)), self._condition(index, draw, count)
 
     def latents(self, index: Tensor) -> Tensor:
         """Latents (B, *shape) of the images ``index`` (B,) int64, on the CPU."""
@@ -108,7 +108,7 @@ class RealData:
         if teacher.classes is None:
             return None
         labels = torch.zeros_like(index) if self.labels is None else self.labels[index]
-        return teacher.classes.wrap(labels.to(draw.device))
+        return teacher.classes.wrap(draw.placed(labels))
 
     # --- named sets
 

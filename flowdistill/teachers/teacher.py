@@ -22,6 +22,7 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
 from flowdistill.teachers.solvers import integrate
+from flowdistill.utils.devices import as_tensor
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.quantized import parameter_count, quantized_layers
 from flowdistill.utils.randomness import Draw, generator_of
@@ -253,7 +254,7 @@ class Teacher:
                 return self.network(x, times, condition, **how)
         if condition is None:
             raise UserError("guidance_scale other than 1 needs a conditional teacher, and this one is unconditional")
-        scale = torch.as_tensor(guidance_scale, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        scale = as_tensor(guidance_scale, x.dtype, x.device).expand(x.shape[0])
         if guidance_interval is not None:
             low, high = guidance_interval
             scale = torch.where((times >= low) & (times <= high), scale, torch.ones_like(scale))

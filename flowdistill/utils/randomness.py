@@ -12,6 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.seeds import check_seed
 
@@ -117,15 +118,15 @@ class Draw:
     def normal(self, shape: Sequence[int], rows: int | None = None) -> Tensor:
         """Unit normal numbers, float32 (local rows, *shape); ``rows`` (over all processes) defaults to all."""
         if not shape:  # the inverse of the distribution function: one number is no work for a generator of its own
-            return self._placed(torch.special.ndtri(self._shares(rows)).float())
+            return self.placed(torch.special.ndtri(self._shares(rows)).float())
         first, own = self._call_seed(), self._own_rows(rows)
-        return self._placed(seeded_normal(tuple(shape), [first + row for row in own]))
+        return self.placed(seeded_normal(tuple(shape), [first + row for row in own]))
 
     def uniform(self, low: float = 0.0, high: float = 1.0, rows: int | None = None) -> Tensor:
         """Numbers in [low, high), float32 (local rows,)."""
         # 24 bits, as float32 has them: rounding to it would make a 1 of the largest.
         share = (self._shares(rows) * _FLOAT32).floor().float() / _FLOAT32
-        return self._placed(low + (high - low) * share)
+        return self.placed(low + (high - low) * share)
 
     def logit_normal(self, mean: float, std: float, rows: int | None = None) -> Tensor:
         """sigmoid(mean + std * normal): numbers in (0, 1), float32 (local rows,)."""
@@ -134,7 +135,7 @@ class Draw:
     def integers(self, high: int, rows: int | None = None, on_cpu: bool = False) -> Tensor:
         """Integers in [0, high), int64 (local rows,); ``on_cpu`` keeps them there, to index what is there."""
         values = (self._shares(rows) * high).long().clamp(max=high - 1)
-        return values if on_cpu else self._placed(values)
+        return values if on_cpu else self.placed(values)
 
     def one(self, high: int) -> int:
         """An integer in [0, high), the same for all rows and on every process; on the host, without a wait."""
@@ -169,10 +170,9 @@ class Draw:
         first, own = self._call_seed(), self._own_rows(rows)
         return hashed_uniform(first, np.arange(own.start, own.stop, own.step, dtype=np.uint64))
 
-    def _placed(self, values: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return values.pin_memory().to(self.device, non_blocking=True)
-        return values.to(self.device)
+    def placed(self, values: Tensor) -> Tensor:
+        """What is made of numbers on the CPU, where the draws go; the host does not wait."""
+        return sent(values, self.device)
 
 
 _FLOAT32 = 2**24

@@ -12,6 +12,7 @@ from flowdistill.methods.echodistill.settings import EchoDistillConfig
 from flowdistill.objectives import alignment
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.teachers import Teacher
+from flowdistill.utils.devices import sent
 from flowdistill.utils.randomness import Draw
 
 DIRECTIONS = 128  # of the sliced Wasserstein distance, a level of a sample (as the authors)
@@ -66,7 +67,7 @@ class AlignmentTerms:
         self, guide: Callable[..., Tensor], sample: Tensor, noise: Tensor, time: Tensor, embeds: Tensor
     ) -> Tensor:
         """E[x_0 | x_t] by the guided teacher, x_t the sample (B, *shape) with its own noise at ``time`` (B,)."""
-        state, null = dm.noised(sample, noise, time), guide(ids=self.null_ids.to(sample.device)).expand_as(embeds)
+        state, null = dm.noised(sample, noise, time), guide(ids=sent(self.null_ids, sample.device)).expand_as(embeds)
         both = torch.cat([state, state]), torch.cat([time, time])
         conditional, empty = guide(*both, embeds=torch.cat([embeds, null])).chunk(2)
         velocity = empty + self.config.teacher_guidance_scale * (conditional - empty)

@@ -12,6 +12,7 @@ from flowdistill.methods.echodistill.settings import EchoDistillConfig
 from flowdistill.methods.echodistill.token import TokenEncoder
 from flowdistill.students.generator import generated
 from flowdistill.teachers import Teacher
+from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -58,7 +59,7 @@ class Concept:
         numbers = self._trained[draw.integers(len(self._trained))]
         pictured = torch.isin(numbers, self.captions)
         if pool is not None:
-            pictured |= torch.isin(numbers, pool.prompts.to(numbers.device))
+            pictured |= torch.isin(numbers, sent(pool.prompts, numbers.device))
         return self.ids[numbers], pictured
 
     def draw(self, draw: Draw, pool: Pool | None) -> tuple[Tensor, Tensor]:
@@ -67,8 +68,9 @@ class Concept:
         images = augmented(self.images[index], draw, self.config.random_flip, self.config.zoom)
         numbers = self.captions[index]
         if pool is not None:
-            echoed, chosen = draw.uniform() >= self.config.echo.real_fraction, draw.integers(len(pool.images))
-            own, own_numbers = (values.to(images.device)[chosen] for values in pool)
+            echoed = draw.uniform() >= self.config.echo.real_fraction
+            chosen = draw.integers(len(pool.images), on_cpu=True)
+            own, own_numbers = (draw.placed(values[chosen]) for values in pool)
             images = torch.where(echoed[:, None, None, None], own, images)
             numbers = torch.where(echoed, own_numbers, numbers)
         return images, self.ids[numbers]
@@ -102,6 +104,6 @@ class KeptPrompts:
     @torch.no_grad()
     def draw(self, draw: Draw) -> tuple[Tensor, Tensor, Condition, Tensor]:
         """Latents of the untrained student, the noise they are made of, their condition and its ids."""
-        rows = draw.choice(self._cumulative).to(draw.device)
+        rows = draw.placed(draw.choice(self._cumulative))
         condition, noise = self.condition[rows], draw.normal(self.teacher.shape)
         return generated(self.source.network, noise, self.start, condition), noise, condition, self.ids[rows]
