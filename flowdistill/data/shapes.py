@@ -126,6 +126,14 @@ def render(scenes: Scenes) -> Tensor:
 
 
 def _render(scenes: Scenes) -> Tensor:
+    whole, other = coverage(scenes)
+    first, last, ground = (c[:, :, None, None] for c in (scenes.first, scenes.second, scenes.ground))
+    images = (whole - other) * first + other * last + (1.0 - whole) * ground
+    return (images.clamp(0.0, 1.0) * 255.0).round() / 255.0
+
+
+def coverage(scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """How much of each pixel the object covers, and its second colour; float32 (N, 1, SIZE, SIZE) in [0, 1]."""
     fine = (torch.arange(SIZE * SAMPLES) + 0.5) / SAMPLES
 
     def column(values: Tensor) -> Tensor:
@@ -143,10 +151,7 @@ def _render(scenes: Scenes) -> Tensor:
     def share(mask: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(mask.float().unsqueeze(1), SAMPLES)
 
-    whole, other = share(inside), share(second)
-    first, last, ground = (c[:, :, None, None] for c in (scenes.first, scenes.second, scenes.ground))
-    images = (whole - other) * first + other * last + (1.0 - whole) * ground
-    return (images.clamp(0.0, 1.0) * 255.0).round() / 255.0
+    return share(inside), share(second)
 
 
 def uniform(generator: torch.Generator, rows: int, low: float, high: float) -> Tensor:
@@ -160,17 +165,21 @@ def tint(colours: Tensor, generator: torch.Generator) -> Tensor:
     return (moved / 255.0).clamp(0.0, 1.0)
 
 
+# Where objects are drawn, each uniformly: pixels off the middle, pixels of radius, radians.
+OFFSET, RADIUS, TURN = (-2.0, 2.0), (11.0, 13.0), (-0.12, 0.12)
+
+
 def place(shape: Tensor, pattern: Tensor, first: Tensor, second: Tensor, ground: Tensor, seed: int) -> Scenes:
     """Scenes of objects (N,) in colours (N, 3; 255ths), near the middle, in slightly different sizes and turns."""
     generator, rows = generator_of(seed), len(shape)
 
     def centre() -> Tensor:
-        return SIZE / 2.0 + uniform(generator, rows, -2.0, 2.0)
+        return SIZE / 2.0 + uniform(generator, rows, *OFFSET)
 
-    radius = uniform(generator, rows, 11.0, 13.0)
+    radius = uniform(generator, rows, *RADIUS)
     return Scenes(
         shape, pattern, tint(first, generator), tint(second, generator), tint(ground, generator),
-        centre(), centre(), radius, uniform(generator, rows, -0.12, 0.12),
+        centre(), centre(), radius, uniform(generator, rows, *TURN),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from flowdistill.data import shapes
+from flowdistill.data.shapes import Scenes
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import local_path
 
@@ -45,9 +47,8 @@ CONCEPTS = {
 }
 
 
-def draw_concept(name: str, backgrounds: list[str], seed: int) -> Tensor:
-    """Images (N, 3, SIZE, SIZE) in [0, 1] of a concept, one a background.
-
+def check_concept(name: str, backgrounds: Sequence[str]) -> None:
+    """
     Raises:
         UserError: unknown concept or background.
     """
@@ -56,6 +57,15 @@ def draw_concept(name: str, backgrounds: list[str], seed: int) -> Tensor:
     for background in backgrounds:
         if background not in shapes.BACKGROUNDS:
             raise UserError(f"unknown background {shown(background)}; there are {', '.join(shapes.BACKGROUNDS)}")
+
+
+def place_concept(name: str, backgrounds: list[str], seed: int) -> Scenes:
+    """N scenes of a concept, one a background, in the world's positions, sizes, turns and tints.
+
+    Raises:
+        UserError: unknown concept or background.
+    """
+    check_concept(name, backgrounds)
     concept, rows = CONCEPTS[name], len(backgrounds)
     ground = torch.tensor([shapes.BACKGROUNDS[background] for background in backgrounds], dtype=torch.float32)
 
@@ -64,7 +74,12 @@ def draw_concept(name: str, backgrounds: list[str], seed: int) -> Tensor:
 
     first, second = (torch.tensor(c, dtype=torch.float32).expand(rows, 3) for c in (concept.first, concept.second))
     shape = column(shapes.SHAPES.index(concept.word))
-    return shapes.render(shapes.place(shape, column(concept.pattern), first, second, ground, seed))
+    return shapes.place(shape, column(concept.pattern), first, second, ground, seed)
+
+
+def draw_concept(name: str, backgrounds: list[str], seed: int) -> Tensor:
+    """Images (N, 3, SIZE, SIZE) in [0, 1] of :func:`place_concept`."""
+    return shapes.render(place_concept(name, backgrounds, seed))
 
 
 def references(name: str) -> tuple[Tensor, list[str]]:
