@@ -68,6 +68,15 @@ def positives(text: str) -> list[float]:
     return [positive(part) for part in text.split(",")]
 
 
+def image_size(text: str) -> int | list[int]:
+    """The side of a square in pixels (1024), or height and width (832x1216)."""
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be the side of a square in pixels, such as 1024, or height x width, "
+                                         f"such as 832x1216, not {shown(text)}")
+    return int(sides[0]) if len(sides) == 1 else [int(side) for side in sides]
+
+
 def guidance(text: str) -> float:
     """A guidance scale: a finite number of 0 or more."""
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli.arguments import Parser, at_least, guidance, integers, positive, positives, seed_number
+from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
 from flowdistill.utils.exit import exit_process
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 VARIANT = "of a pipeline's weight files, such as fp16 (default: none, or the only one)"
+IMAGE_SIZE = "of a text-to-image pipeline: side of a square, or HEIGHTxWIDTH (default: the pipeline's own)"
 WIDEST_ROW = 20  # a grid gets a column a label up to this many
 
 # What a full, read-only or mistyped place gives: a user's problem, not a bug.
@@ -225,18 +226,18 @@ def _model_and_sampler(args: argparse.Namespace) -> tuple[Teacher | Student, Sam
     device = _device(args.device)
     # A run folder without a student is a run all the same: load_student says what is the matter with it.
     if is_student_folder(args.model) or (local_path(args.model) / "config.yaml").is_file():
-        _only_for_pipelines(args, "variant")
+        _only_for_pipelines(args, "variant", "image_size")
         student = load_student(args.model, device=device)
         model: Teacher | Student = student
         sampler = student_sampler(student, args.guidance_scale, args.steps)
     elif (exported := exported_student(args.model, device)) is not None:
-        _only_for_pipelines(args, "variant")
+        _only_for_pipelines(args, "variant", "image_size")
         model, sampler = exported, student_sampler(exported, args.guidance_scale, args.steps)
     else:
         if "call" in read_record(local_path(args.model)):
             raise UserError(f"{args.model} is the exported pipeline of a one-step student, whose network knows one "
                             "time only; call it as its README.md says, or give the run or student folder it is of")
-        model = load_teacher(args.model, device=device, variant=args.variant)
+        model = load_teacher(args.model, device=device, variant=args.variant, image_size=args.image_size)
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         sampler = teacher_sampler(model, args.steps or 50, guidance_scale=scale)
     asked = "--prompts" if args.prompts is not None else "--prompt" if args.prompt is not None else None
@@ -260,15 +261,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     from flowdistill.evaluation import evaluate
 
     models: list[str | Teacher] = list(args.model)
-    if args.variant is not None:
+    if args.variant is not None or args.image_size is not None:
         from flowdistill.students import is_student_folder
         from flowdistill.teachers import load_teacher
         from flowdistill.utils.files import local_path
 
         for number, model in enumerate(args.model):
             if is_student_folder(model) or (local_path(model) / "config.yaml").is_file():
-                _only_for_pipelines(argparse.Namespace(model=model, variant=args.variant), "variant")
-            models[number] = load_teacher(model, device=_device(args.device), variant=args.variant)
+                own = argparse.Namespace(model=model, variant=args.variant, image_size=args.image_size)
+                _only_for_pipelines(own, "variant", "image_size")
+            models[number] = load_teacher(model, device=_device(args.device), variant=args.variant,
+                                          image_size=args.image_size)
     report = evaluate(
         models if len(models) > 1 else models[0],
         num_images=args.num_images,
@@ -480,6 +483,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
     sample.add_argument("--variant", metavar="NAME", help=VARIANT)
+    sample.add_argument("--image-size", metavar="PIXELS", type=image_size, help=IMAGE_SIZE)
     sample.add_argument("--device", help="default: the GPU when there is one")
 
     evaluate = command(
@@ -525,6 +529,7 @@ def _parser() -> argparse.ArgumentParser:
                                "a folder or hub id behind a colon (default: the run's)")
     evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
     evaluate.add_argument("--variant", metavar="NAME", help=VARIANT)
+    evaluate.add_argument("--image-size", metavar="PIXELS", type=image_size, help=IMAGE_SIZE)
     evaluate.add_argument("--device", help="default: the GPU when there is one")
     evaluate.add_argument("--json", metavar="FILE", help="also write the report there")
     evaluate.add_argument("--html", metavar="FILE", help="also write a page with the table, a figure and images there")

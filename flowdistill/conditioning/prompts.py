@@ -28,6 +28,7 @@ from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import cache_folder, in_cache, write_cache
 from flowdistill.utils.hashing import json_sha256
+from flowdistill.utils.logging import cut_prompts_said_once
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.text import read_json_object
@@ -289,7 +290,7 @@ class PromptConditions:
         @torch.no_grad()
         def encode(prompts: list[str] | None) -> Tensors:
             # Rows may be drawn while a network is in autocast, and are kept for runs with other settings.
-            with torch.autocast(kind, enabled=False), as_torch_has_it():
+            with torch.autocast(kind, enabled=False), as_torch_has_it(), cut_prompts_said_once():
                 if prompts is None:
                     made = self.family.encode_null(pipeline, self.negative, self.image_size)
                 else:

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 from typing import get_type_hints as evaluated_hints
 
+from flowdistill.config.registry import METHODS
 from flowdistill.config.schema import MISSING, RunConfig
 from flowdistill.utils import errors
 from flowdistill.utils.errors import NAMES, UserError, listed, shortened
@@ -224,7 +225,8 @@ def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: 
                 owner += f" with the name {schema().name!r}"
             inner = [f"'{key[: -len(name)]}{section}.{name}'" for section, (kind, _) in sections.items()
                      if name in {item.name for item in fields(kind)}]
-            hint = f"; did you mean {listed(inner)}?" if inner else closest(name, names, prefix)
+            hint = f"; did you mean {listed(inner)}?" if inner else (
+                _of_others(name, schema) or closest(name, names, prefix))
             allowed = f" allowed in {owner}: {listed(names)}" if not hint or len(names) <= NAMES else ""
             raise UserError(f"unknown key '{shortened(key)}' ({origin}){hint or ';'}{allowed}")
         if name not in sections:
@@ -241,6 +243,16 @@ def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: 
             _check_keys(value, section, f"{key}.", origin, method)
         elif not (value is None and nullable):
             raise UserError(f"'{key}' must be a section with keys of its own, not {shown(value)} ({origin})")
+
+
+def _of_others(name: str, schema: type) -> str:
+    """That a setting which a method has not is one of others, in words; empty where it is of none, or ``schema`` is no
+    method's."""
+    own = getattr(schema, "name", None)
+    if own not in METHODS:
+        return ""
+    others = [each for each in METHODS if name in {item.name for item in fields(METHODS.get(each).Config)}]
+    return f"; it is a setting of {listed(others)}, not of {own}" if others else ""
 
 
 def _sections(schema: type, method: type) -> Iterator[tuple[str, tuple[type, bool]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 from collections.abc import Iterator
@@ -39,12 +40,12 @@ AT_ONCE = 1 << 12
 class FolderPictures:
     """All pictures below a folder, in the order of their relative paths.
 
-    A table ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` in the folder has a column ``file_name``, of
-    paths below it, and columns of captions and labels. Without one, the caption of ``1.png`` is in ``1.txt``, and the
-    label of ``cat/1.png`` is cat.
+    A table ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``, in the folder or in one below it, has a column
+    ``file_name``, of paths from there, and columns of captions and labels. Without one, the caption of ``1.png`` is in
+    ``1.txt``, and the label of ``cat/1.png`` is cat. Endings in capitals are the same.
 
     Raises:
-        UserError: no folder, no picture in it, or two tables.
+        UserError: no folder, no picture in it, or two tables in one folder.
     """
 
     options = frozenset({"captions", "label", "classes"})
@@ -63,11 +64,13 @@ class FolderPictures:
         self.names = Texts("/".join(path.parts[root:]) for path in found.pictures)
         stats = [path.stat() for path in found.pictures]
         self._stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
-        self._texts = any(path.suffix == ".txt" for path in found.others)
-        tables = [self.folder / name for name in TABLES if (self.folder / name).is_file()]
-        if len(tables) > 1:
-            raise UserError(f"the folder {self.folder} has {' and '.join(path.name for path in tables)}; keep one")
-        self.table = tables[0] if tables else None
+        texts = [path for path in found.others if path.suffix.lower() == ".txt"]
+        self._texts = bool(texts)
+        self._oddly_named = {path.with_suffix(""): path for path in texts if path.suffix != ".txt"}
+        self.tables = [path for path in found.others if path.name.lower() in TABLES]
+        for one, other in itertools.combinations(self.tables, 2):
+            if one.parent == other.parent:
+                raise UserError(f"the folder {one.parent} has {one.name} and {other.name}; keep one")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,9 +104,10 @@ class FolderPictures:
     def _path(self, index: int) -> Path:
         return self.folder / self.names[index]
 
-    @staticmethod
-    def _sidecar(picture: Path) -> list[str]:
+    def _sidecar(self, picture: Path) -> list[str]:
         file = picture.with_suffix(".txt")
+        if not file.is_file():
+            file = self._oddly_named.get(picture.with_suffix(""), file)
         return captions_of(read_text(file).strip(), str(file)) if file.is_file() else []
 
     @cached_property
@@ -113,39 +117,43 @@ class FolderPictures:
     def _column(
         self, column: str | None, usual: tuple[str, ...], key: str
     ) -> dict[str, tuple[Any, str]] | None:
-        """A picture's value in a column of the table, and the words for its place; None without such a column.
+        """A picture's value in a column of the tables, and the words for its place; None where none has such a column.
 
         Raises:
             UserError: no such column, or a row that names no picture of the folder, or one that another row names.
         """
-        if self.table is None:
+        if not self.tables:
             if column is not None:
                 instead = "sidecar or null" if key == "captions" else "folder or null"
                 raise UserError(f"data_options.{key} is {column}, but {self.folder} has no table with columns "
                                 f"({', '.join(TABLES)}); add one, or set it to {instead}")
             return None
         found: dict[str, tuple[Any, str]] = {}
-        names = _columns(self.table)
-        if not names:
-            raise UserError(f"{self.table} has no rows")
-        if FILE not in names:
-            raise UserError(f"{self.table} has no column {FILE}, which says whose row it is")
-        chosen = chosen_column((name for name in names if name != FILE), column, usual, str(self.table), key)
-        if chosen is None:
-            return None
-        for where, row in _rows(self.table):
-            name = row.get(FILE)
-            if not isinstance(name, str) or (name := posixpath.normpath(name)) not in self._known:
-                raise UserError(f"{where} names {row.get(FILE)}, which is no picture in {self.folder}")
-            if name in found:
-                raise UserError(f"{where} names {name}, which {found[name][1]} has named already")
-            found[name] = row.get(chosen), where
-        return found
+        any_column = False
+        for table in self.tables:
+            names = _columns(table)
+            if not names:
+                raise UserError(f"{table} has no rows")
+            if FILE not in names:
+                raise UserError(f"{table} has no column {FILE}, which says whose row it is")
+            chosen = chosen_column((name for name in names if name != FILE), column, usual, str(table), key)
+            if chosen is None:
+                continue
+            any_column = True
+            below = table.parent.relative_to(self.folder).as_posix()
+            for where, row in _rows(table):
+                name = row.get(FILE)
+                if not isinstance(name, str) or (name := posixpath.normpath(f"{below}/{name}")) not in self._known:
+                    raise UserError(f"{where} names {row.get(FILE)}, which is no picture in {table.parent}")
+                if name in found:
+                    raise UserError(f"{where} names {name}, which {found[name][1]} has named already")
+                found[name] = row.get(chosen), where
+        return found if any_column else None
 
 
 def _columns(table: Path) -> list[str]:
     """The columns of a table, the keys of all its objects; none of a table without rows."""
-    if table.suffix == ".jsonl":
+    if table.suffix.lower() == ".jsonl":
         return list(dict.fromkeys(name for _, row in _rows(table) for name in row))
     return list(next(_rows(table), ("", {}))[1])
 
@@ -156,11 +164,11 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: a table that is damaged, or a .parquet file without pyarrow.
     """
-    if table.suffix == ".jsonl":
+    if table.suffix.lower() == ".jsonl":
         form = f'{{"{FILE}": "1.png", "text": "a red cat"}}'
         for line, record in iter_json_lines(table, lambda record: dict(record.items()), form):
             yield f"line {line} of {table}", record
-    elif table.suffix == ".csv":
+    elif table.suffix.lower() == ".csv":
         rows = iter_csv_rows(table)
         header = [cell.strip() for cell in next(rows, (0, []))[1]]
         twice = sorted({name for name in header if header.count(name) > 1})

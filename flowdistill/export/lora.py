@@ -88,8 +88,15 @@ def _use(student: Student, scheduler: str, steps: str) -> str:
         f"{fused}pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
         f'images = pipe("a prompt", {steps}, {guidance}{size_arguments(student)}).images\n```\n'
-        f"{other}"
+        f"{other}{_rounded(student.info.base_quantize)}"
     )
+
+
+def _rounded(scheme: str | None) -> str:
+    """That training had rounded weights beside the adapters, in words."""
+    return "" if scheme is None else (
+        f"\nIt was trained on weights in {scheme}, which the pipeline in this folder has; the LoRA goes onto the base "
+        "model's whole ones, so images of the two differ by that rounding.\n")
 
 
 def _base_lora(lora: BaseLora | None, kind: Any) -> tuple[str, str]:

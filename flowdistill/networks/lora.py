@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +39,18 @@ class StudentKind:
 
     student: str = option("full", "copy of the teacher, or low-rank adapters on it", choices=KINDS)
     lora: LoraSettings = option(LoraSettings, "the adapters, where asked for")
+
+    def validate_at(self, prefix: str, given: Mapping[str, str]) -> None:
+        """Warn of settings of adapters where nothing has any."""
+        parts = [name for name in ("student", "critic") if hasattr(self, name)]
+        trained = any(getattr(self, name) == "lora" for name in parts)
+        ask = " or ".join(f"{prefix}{name}" for name in parts)
+        if not trained and self.lora != LoraSettings():
+            warnings.warn(f"{prefix}lora has no effect, because {ask.replace(' or ', ' and ')} "
+                          f"{'is' if len(parts) == 1 else 'are'} full; for adapters set {ask} to lora", stacklevel=2)
+        if getattr(self, "critic_lora_rank", None) is not None and getattr(self, "critic", None) != "lora":
+            warnings.warn(f"{prefix}critic_lora_rank has no effect, because {prefix}critic is full; for adapters set "
+                          "it to lora", stacklevel=2)
 
     @property
     def student_lora(self) -> LoraSettings | None:

@@ -19,6 +19,7 @@ class StudentInfo:
         guidance_scale: the scale used when none is asked for, or the one it was distilled at.
         settings: the method's own settings, for the record.
         base_lora: the LoRA that was part of the teacher's weights; None where there was none.
+        base_quantize: what the teacher's weights were kept in (``teacher.quantize``); None: in their own type.
     """
 
     method: str = ""
@@ -27,3 +28,4 @@ class StudentInfo:
     guidance_scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
     base_lora: BaseLora | None = None
+    base_quantize: str | None = None

@@ -69,6 +69,8 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         } | student.own_description()
         if info.base_lora is not None:
             description["base_lora"] = info.base_lora._asdict()
+        if info.base_quantize is not None:
+            description["base_quantize"] = info.base_quantize
         (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -102,6 +104,7 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
         guidance_scale=description["guidance_scale"],
         settings=description["settings"],
         base_lora=None if lora is None else BaseLora(**lora),
+        base_quantize=description.get("base_quantize"),
     )
     classes = family.labels(backbone, description["null_label"])
     if classes is not None and description.get("labels") is not None:

@@ -77,8 +77,9 @@ class Student(nn.Module, ABC):
     @classmethod
     def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Self:
         """A student of ``teacher`` around ``network``."""
-        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes,
-                   replace(info, base_lora=teacher.lora), teacher.scheduler, teacher.prompts)
+        info = replace(info, base_lora=teacher.lora, base_quantize=teacher.quantize)
+        return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
+                   teacher.prompts)
 
     @staticmethod
     def network_from(

@@ -42,7 +42,7 @@ from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.devices import usable_device
-from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import check_pointer
 from flowdistill.utils.logging import log_once, quiet_libraries
 from flowdistill.utils.quantized import check_gradients, check_scheme, quantize
@@ -146,7 +146,7 @@ def load_teacher(
     if config.offload not in PARTS:
         raise UserError(f"teacher.offload is '{config.offload}'; allowed are {', '.join(PARTS)}")
     teacher.offload = config.offload
-    teacher.lora = base_lora(config)
+    teacher.lora, teacher.quantize = base_lora(config), config.quantize
     if config.start is not None:
         teacher.start = _start(config.start, teacher)
     return teacher if device is None else teacher.to(device)
@@ -369,7 +369,11 @@ def check_source(source: str, what: str) -> None:
     adapter = adapter_file(place)
     single = next((file for file in sorted(place.iterdir()) if file.suffix.lower() in SINGLE_FILES[:2]), None)
     hint = ""
-    if (place.parent / INDEX).is_file():
+    inside = sorted(file.parent.name for file in place.glob(f"*/{INDEX}"))
+    if inside:
+        several = f"those in it, {listed(inside)}, do" if len(inside) > 1 else f"the one in it, {inside[0]}, does"
+        hint = f"; {several}, so give {place / inside[0]}"
+    elif (place.parent / INDEX).is_file():
         hint = f"; it is a part of the one in {place.parent}"
     elif adapter is not None:
         named = "name it in teacher.lora, and its base model in teacher.source, or " if what == TEACHER else ""

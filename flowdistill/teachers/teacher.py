@@ -72,6 +72,7 @@ class Teacher:
         self.guidance_norm: str | None = None
         self.offload = "none"
         self.lora: BaseLora | None = None
+        self.quantize: str | None = None
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
         self.offload_hook: OffloadHook | None = None
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
+from flowdistill.utils.errors import shortened
+
 _log = python_logging.getLogger("flowdistill")
 
 
@@ -33,6 +35,39 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
             if shown:
                 library.enable_progress_bar()
+
+
+class _CutPrompts(python_logging.Filter):
+    """Drops what diffusers and transformers say of each prompt that is too long; the first one gets a line of ours."""
+
+    said = False
+
+    def filter(self, record: python_logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "was truncated because" not in text:
+            return "Token indices sequence length is longer than" not in text
+        if not self.said:
+            self.said = True
+            lost = shortened(text.partition(" tokens")[2].strip(" :[]'\""), 80)
+            log_once(f"prompts that are too long for a text encoder lose their ends; the first one loses {lost!r}")
+        return False
+
+
+_cut_prompts = _CutPrompts()
+
+
+@contextmanager
+def cut_prompts_said_once() -> Iterator[None]:
+    """A block in which one line says that prompts are too long for a text encoder, and not one for each."""
+    libraries = [python_logging.getLogger(name) for name in ("diffusers", "transformers")]
+    handlers = [handler for library in libraries for handler in library.handlers]
+    for handler in handlers:
+        handler.addFilter(_cut_prompts)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_cut_prompts)
 
 
 def on_terminal() -> bool:

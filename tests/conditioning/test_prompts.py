@@ -8,9 +8,10 @@ from flowdistill.conditioning.prompts import read_prompts
 from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.students import FlowMap, StudentInfo, load_student
 from flowdistill.teachers import load_teacher
+from flowdistill.utils import logging
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
-from tests.families import PROMPTS, sdxl, stable_diffusion
+from tests.families import FAMILIES, PROMPTS, sdxl, stable_diffusion
 
 
 @pytest.fixture(autouse=True)
@@ -222,3 +223,16 @@ evaluation: {{at_end: false}}
         assert result.code == 2 and "--prompts FILE" in result.err
     result = cli("inspect", folder)
     assert "prompts, by CLIPTextModel; classifier-free guidance" in result.out
+
+
+def test_prompts_that_are_too_long_are_said_once(tmp_path, monkeypatch, caplog):
+    """Not one by one, in as many lines as there are prompts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(logging._cut_prompts, "said", False)
+    teacher = load_teacher(FAMILIES["sd"].make())
+    for prompts in (["cat " * 40, "dog " * 40], ["sea " * 40]):
+        teacher.encode(prompts=prompts)
+    assert "truncated" not in caplog.text and "Token indices" not in caplog.text
+    assert caplog.text.count("prompts that are too long for a text encoder lose their ends") == 1
+    FAMILIES["sd"].make()("cat " * 40, num_inference_steps=1)  # nobody else's words are taken
+    assert "was truncated" in caplog.text

@@ -63,6 +63,30 @@ def test_every_source_has_the_pictures_captions_and_labels(made, datasets, kind)
     assert len({found.facts(i) for i in range(7)}) == len({found.title(i) for i in range(7)}) == 7
 
 
+@pytest.mark.parametrize("ending", ["txt", "TXT", "Txt"])
+def test_a_caption_beside_a_picture_may_have_any_case(tmp_path, ending):
+    for name in ("1.png", "2.PNG"):
+        (tmp_path / name).write_bytes(stored.png(stored.few()[0][0]))
+        (tmp_path / name).with_suffix(f".{ending}").write_text(name)
+    assert open_pictures(tmp_path).captions(None) == [["1.png"], ["2.PNG"]]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "METADATA.CSV"])
+def test_tables_in_folders_below_are_read_too(tmp_path, name):
+    """Each names pictures from where it is."""
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a/b"):
+        folder.mkdir(exist_ok=True)
+        (folder / "1.png").write_bytes(stored.png(stored.few()[0][0]))
+    for folder in (tmp_path / "a", tmp_path):
+        row = {"file_name": "b/1.png" if folder.name == "a" else "a/1.png", "text": folder.name[:1]}
+        table = json.dumps(row) if name.endswith("l") else "\n".join(map(",".join, (row, row.values())))
+        (folder / name).write_text(table)
+    assert open_pictures(tmp_path).captions(None) == [[], [tmp_path.name[:1]], ["a"]]
+    (tmp_path / "a/metadata.parquet").touch()
+    with pytest.raises(UserError, match=f"the folder {tmp_path}/a has .* and .*; keep one"):
+        open_pictures(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["tar", "table", "jsonl"])
 def test_references_take_the_same_sources(made, datasets, kind):
     images = open_images(source := made(kind))
@@ -378,7 +402,7 @@ def broken(name):
     ("stranger", "line 4 of .*metadata.jsonl names 9.png, which is no picture in "),
     ("nameless", "has no column file_name, which says whose row it is"),
     ("number", "line 3 of .* has 3 for a caption; it must be a text, or a list of texts"),
-    ("two tables", "has metadata.jsonl and metadata.csv; keep one"),
+    ("two tables", "has metadata.csv and metadata.jsonl; keep one"),
     ("rowless", "metadata.jsonl has no rows"),
     ("column", "has no column 'words', but text, label; name one in data_options.captions"),
     ("no table", "data_options.captions is words, but .* has no table with columns"),

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from flowdistill.config import OptimizerConfig
+from flowdistill.config import OptimizerConfig, load_config
 from flowdistill.methods.disback import DisBack, DisBackConfig
 from flowdistill.methods.score_distillation import (
     DiffInstruct,
@@ -339,3 +339,14 @@ def test_bad_settings():
     ):
         with pytest.raises(UserError, match=message):
             Dmd2(Dmd2Config(**settings), teacher)
+
+
+@pytest.mark.parametrize("config, setting, words", [
+    ("digits/freeflow", "method.steps", "it is a setting of .*dmd2.*, not of freeflow"),
+    ("digits/consistency", "method.stepping", "it is a setting of .*dmd2.*, not of consistency"),
+    ("digits/msd", "method.host.phases", "it is a setting of .*consistency"),
+    ("digits/freeflow", "method.dampin", "did you mean"),
+])
+def test_a_setting_of_other_methods_is_said_to_be_theirs(config, setting, words):
+    with pytest.raises(UserError, match=f"unknown key '{setting}' .*{words}"):
+        load_config(config, [f"{setting}=4"])

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
+from flowdistill.config import RunConfig, TeacherConfig, TrainConfig, validate
 from flowdistill.export import export
 from flowdistill.methods.boot import Boot, BootConfig
 from flowdistill.methods.consistency import Consistency, ConsistencyConfig
@@ -23,6 +23,7 @@ from flowdistill.training.average import MovingAverage
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.training.state import network_tensors
+from flowdistill.utils import quantized
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.families import FAMILIES, PROMPTS
@@ -290,6 +291,31 @@ def test_settings_that_make_no_sense_are_refused():
         Dmd2(Dmd2Config(student="lora", lora=LoraSettings(rank=0)), teacher)
     with pytest.raises(UserError, match="method.student is 'lora', but the student's network was given"):
         Boot(BootConfig(student="lora"), teacher, student_network=torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"lora": LoraSettings(4)}, "method.lora has no effect, because method.student and method.critic are full"),
+    ({"lora": LoraSettings(4), "critic": "lora"}, None),
+    ({"student": "lora", "lora": LoraSettings(4)}, None),
+    ({"student": "lora", "critic_lora_rank": 4}, "method.critic_lora_rank has no effect, because method.critic "),
+    ({"critic": "lora", "critic_lora_rank": 4}, None),
+    ({}, None),
+])
+def test_settings_of_adapters_that_nothing_has_are_said(recwarn, settings, words):
+    validate(Dmd2Config(**settings), prefix="method.")
+    said = [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
+    assert len(said) == (words is not None) and all(words in one for one in said)
+
+
+def test_the_card_of_a_lora_says_that_it_goes_onto_whole_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized, "SMALLEST", 64)
+    FAMILIES["sd"].make().save_pretrained(tmp_path / "sd")
+    for scheme in ("int8", None):
+        teacher = load_teacher(tmp_path / "sd", quantize=scheme)
+        FlowMap.from_teacher(teacher, StudentInfo(), lora=LORA).save(tmp_path / "student")
+        export(load_student(tmp_path / "student"), tmp_path / str(scheme))
+        said = "It was trained on weights in int8" in (tmp_path / str(scheme) / "README.md").read_text()
+        assert said == (scheme is not None)
 
 
 def test_a_critic_may_have_another_rank():

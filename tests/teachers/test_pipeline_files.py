@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -153,6 +154,19 @@ def test_the_commands_take_it_of_pipelines_only(tmp_path: Path, cli: Callable[..
         options = [option for option in options if option not in ("--steps", 1)]
         result = cli(command, tmp_path / "student", *options, "--variant", "ema")
         assert result.code == 2 and f"--variant is for pipelines, and {tmp_path / 'student'} is a student" in result.err
+
+
+def test_the_commands_take_another_size_of_text_to_image_pipelines(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    FAMILIES["sd"].make().save_pretrained(tmp_path / "sd")
+    given = ["sample", tmp_path / "sd", "--prompt", "a cat", "--steps", 1, "--out", tmp_path / "grid.png"]
+    assert cli(*given, "--image-size", "16x32").code == 0
+    with Image.open(tmp_path / "grid.png") as image:
+        assert (image.height % 16, image.width % 32) == (0, 0) and image.height < image.width
+    for size, message in (("0", "such as 832x1216, not '0'"), ("1x2x3", "not '1x2x3'"), ("3", "must be a multiple of")):
+        result = cli(*given, "--image-size", size)
+        assert result.code == 2 and message in result.err, result.err
+    result = cli("evaluate", "assets/digits-flow", "--image-size", 16)
+    assert result.code == 2 and "teacher.image_size are for text-to-image pipelines" in result.err, result.err
 
 
 # --- the hub
@@ -350,6 +364,8 @@ def test_folders_without_weights(pipeline: Path) -> None:
         ("folder/adapter_config.json", "folder", "but an adapter"),
         ("notes.txt", "notes.txt", "notes.txt is a file, not a pipeline folder$"),
         ("folder/notes.txt", "folder", "has no model_index.json$"),
+        ("folder/class-0/model_index.json", "folder", "no model_index.json; the one in it, class-0, does, so give "
+                                                      "folder/class-0$"),
     ],
 )
 def test_other_files_and_folders_get_a_hint(
@@ -361,7 +377,7 @@ def test_other_files_and_folders_get_a_hint(
     monkeypatch.setattr(DiffusionPipeline, "download", fetch)
     monkeypatch.chdir(tmp_path)
     if make is not None:
-        Path(make).parent.mkdir(exist_ok=True)
+        Path(make).parent.mkdir(exist_ok=True, parents=True)
         Path(make).write_bytes(b"x")
     with pytest.raises(UserError, match=message):
         read(source)
