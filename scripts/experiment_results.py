@@ -139,7 +139,8 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
     """Draw FID and paired error against training steps and time, or against time where no curves were asked for.
 
     Curves are means over seeds with a band of one standard deviation. Without them a run is a small dot and the mean of
-    a label a large one; several students have their time together and, beside it, the time of one.
+    a label a large one; several students have their time together and, beside it, the time of one. Where students were
+    measured at several numbers of calls, the first panel has the FID at each, beside the teacher's.
     """
     try:
         import matplotlib
@@ -151,16 +152,27 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
 
     curves = any(line["curve"] for line in lines)
     panels = CURVE_PANELS if curves else POINT_PANELS
+    by_calls = not curves and any(len(calls_curve(lines, label)) > 1 for label in labels)
+    if by_calls:
+        panels = (("network calls", "calls", "fid"), *panels[1:])
     drawing, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
     for axis, (below, horizontal, vertical) in zip(axes, panels, strict=True):
         for label in labels:
             mine = [line for line in lines if line["label"] == label]
-            if curves:
+            if horizontal == "calls":
+                _draw_calls(axis, label, calls_curve(lines, label))
+            elif curves:
                 _draw_curve(axis, label, mine, horizontal, vertical)
             elif mine:
                 _draw_points(axis, label, [{**run_figures(line), **line} for line in mine], horizontal, vertical)
         teachers = [row for row in lines[0]["rows"] if row["model"] == "teacher"] if vertical == "fid" else []
-        for row in teachers[-2:]:
+        if horizontal == "calls":
+            most = max(calls for label in labels for calls in calls_curve(lines, label))
+            axis.plot(*zip(*((row["calls"], row["fid"]) for row in teachers if row["calls"] <= most), strict=True),
+                      marker=".", color="grey", linestyle=":", label="teacher")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+        for row in teachers[-2:] if horizontal != "calls" else ():
             axis.axhline(row["fid"], color="grey", linestyle=":", linewidth=1)
             axis.annotate(f"teacher, {row['calls']} calls", (0.99, row["fid"]), xycoords=("axes fraction", "data"),
                           ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
@@ -197,6 +209,23 @@ def _draw_curve(axis: Any, label: str, mine: Sequence[Line], horizontal: str, ve
     lower = [max(mean - width, mean / 10) for mean, width in zip(y, spread, strict=True)]
     upper = [mean + width for mean, width in zip(y, spread, strict=True)]
     axis.fill_between(x, lower, upper, alpha=0.2, color=drawn.get_color(), linewidth=0)
+
+
+def calls_curve(lines: Sequence[Line], label: str) -> dict[int, list[float]]:
+    """FID of a label's runs at each number of calls, where all of them have it."""
+    found: dict[int, list[float]] = {}
+    mine = [line for line in lines if line["label"] == label]
+    for row in (row for line in mine for row in line["rows"]):
+        if row["model"] == "student" and row["fid"] is not None:
+            found.setdefault(row["calls"], []).append(row["fid"])
+    return {calls: values for calls, values in sorted(found.items()) if len(values) == len(mine)}
+
+
+def _draw_calls(axis: Any, label: str, found: dict[int, list[float]]) -> None:
+    means = [statistics.fmean(values) for values in found.values()]
+    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+    if found:
+        axis.errorbar(list(found), means, yerr=spread, marker="o", markersize=4, capsize=3, label=label)
 
 
 def run_figures(line: Line) -> Line:

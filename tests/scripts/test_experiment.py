@@ -201,6 +201,30 @@ def test_an_experiment_without_curves_has_a_figure_too(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_students_of_several_calls_have_their_fid_at_each_in_the_figure(tmp_path, monkeypatch):
+    """Beside the teacher's at as many; a run that diverged leaves the number of calls out."""
+    import matplotlib.axes
+    from experiment_results import calls_curve, figure
+
+    lines = [line("maps", 0, 10.0), line("maps", 1, 12.0), line("single", 0, 9.0)]
+    for one, fid in zip(lines[:2], (4.0, 6.0), strict=True):
+        one["rows"] += [{"model": "student", "calls": 2, "fid": fid, "accuracy": 0.9}]
+    lines[0]["rows"] += [{"model": "student", "calls": 4, "fid": None, "accuracy": None}]
+    lines[1]["rows"] += [{"model": "student", "calls": 4, "fid": 5.0, "accuracy": 0.9}]
+    lines[0]["rows"].insert(0, {"model": "teacher", "calls": 2, "fid": 7.0, "accuracy": 0.9})
+    assert calls_curve(lines, "maps") == {1: [10.0, 12.0], 2: [4.0, 6.0]} and calls_curve(lines, "single") == {1: [9.0]}
+    drawn, plain = {}, matplotlib.axes.Axes.errorbar
+
+    def noted(self, x, y, **how):
+        drawn[how["label"]] = (x, y, how["yerr"])
+        return plain(self, x, y, **how)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", noted)
+    figure("name", ["maps", "single"], lines, tmp_path / "figure.png")
+    assert drawn["maps"] == ([1, 2], [11.0, 5.0], pytest.approx([2**0.5] * 2)) and drawn["single"][:2] == ([1], [9.0])
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_a_diverged_run_is_not_averaged_away():
     from experiment_results import table
 
