@@ -181,7 +181,8 @@ def _scenes(concept: str, places: Tensor, colours: Tensor | None = None) -> Scen
     middle = shapes.SIZE / 2
     return Scenes(
         torch.full((rows,), shapes.SHAPES.index(about.word)), torch.full((rows,), about.pattern),
-        *colours.unbind(1), places[:, 0] + middle, places[:, 1] + middle, places[:, 2], places[:, 3],
+        colours[:, 0], colours[:, 1], colours[:, 2],
+        places[:, 0] + middle, places[:, 1] + middle, places[:, 2], places[:, 3],
     )  # fmt: skip
 
 
