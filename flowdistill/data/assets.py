@@ -43,6 +43,9 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "shapes/classifier": (
         ("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py classifier",
     ),
+    "shapes/identity": (
+        ("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py identity",
+    ),
     "shapes/judge": (
         ("config.json", "model.safetensors"),
         "python scripts/train_shapes_networks.py judge --teacher assets/shapes/teacher",
