@@ -168,7 +168,7 @@ def consistency_passes(method: Any, batch: int) -> list[Pass]:
 
 def flow_map_passes(method: Any, batch: int) -> list[Pass]:
     """Of flow maps between any two times."""
-    still = min(round(method.velocity_fraction * batch), batch - 1)
+    still = min(round(method.velocity_share * batch), batch - 1)
     later = batch - still
     moved = batch - round(method.start_fraction * later) if method.states == "own" else 0
     halves = method.objective == "semigroup"

@@ -49,6 +49,10 @@ STEP = {"lagrangian": 0.02, "eulerian": 0.005}
 """Default of finite_difference_step. Only the second moves the teacher's own embedding of the time, whose fastest wave
 has a period of 0.006."""
 
+STILL = {"lagrangian": 0.25, "eulerian": 0.25, "semigroup": 0.75}
+"""Default of velocity_fraction. With a quarter and damped rows a semigroup student follows its own extrapolations away
+from the teacher: what pulls it back does not grow with its error."""
+
 
 @dataclass
 class FlowMapMatchingConfig(NoisedSamples, Correction):
@@ -80,8 +84,10 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
     time: NoiseLevels = option(NoiseLevels, "times t of the states that are not noise alone")
     start_fraction: float = option(0.5, "share of the rows with r < t that begin at noise alone, t = t_max", at_least=0,
                                    at_most=1)
-    velocity_fraction: float = option(0.25, "share of all rows that have r = t, where u is the teacher's velocity",
-                                      at_least=0, at_most=1)
+    velocity_fraction: float | None = option(
+        None, "share of all rows that have r = t, where u is the teacher's velocity; null: 0.25, and 0.75 for "
+        "semigroup, whose other rows do not ask the teacher", at_least=0, at_most=1,
+    )
     endpoint_fraction: float = option(0.25, "share of the other rows that end at the image, r = 0; with step_times, at "
                                       "0 or a time of a call", at_least=0, at_most=1)
     damping: float = option(0.5, "power of the damping of each row's residual", at_least=0)
@@ -91,6 +97,11 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
     guidance_interval: list[float] = option([0.0, 1.0], "times with guidance: the teacher's own recipe", length=2,
                                             at_least=0, at_most=1)
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
+
+    @property
+    def velocity_share(self) -> float:
+        """``velocity_fraction``, or what stands for null."""
+        return STILL[self.objective] if self.velocity_fraction is None else self.velocity_fraction
 
     def validate(self) -> None:
         """UserError for values that make no sense together."""
@@ -106,7 +117,7 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
             raise UserError("method.velocity_fraction is 1, so that no row has a jump to learn; lower it")
         if self.objective != "semigroup":
             return
-        if not self.velocity_fraction:
+        if self.velocity_fraction == 0:
             raise UserError("method.velocity_fraction is 0, but with method.objective=semigroup the teacher is in its "
                             "rows only; raise it")
         for key in ("derivative", "finite_difference_step", "step_times"):
@@ -194,7 +205,7 @@ class FlowMapMatching(SingleStudentMethod):
 
     def calls_without_gradient(self, role: str) -> float:
         config = self.config
-        moved = 1 - (1 - config.velocity_fraction) * config.start_fraction if config.states == "own" else 0.0
+        moved = 1 - (1 - config.velocity_share) * config.start_fraction if config.states == "own" else 0.0
         return self.correction.calls_without_gradient(role, moved)
 
     def shown(self, role: str) -> str | None:
@@ -241,7 +252,7 @@ class FlowMapMatching(SingleStudentMethod):
         """
         config, count = self.config, draw.rows if count is None else count
         local = count // draw.world
-        still = min(round(config.velocity_fraction * local), local - 1)
+        still = min(round(config.velocity_share * local), local - 1)
         starting = still + round(config.start_fraction * (local - still))
         t = self._times(draw, count)
         t[still:starting] = self.start.times[0]
