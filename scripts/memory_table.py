@@ -30,8 +30,8 @@ SHORT = {"teacher.dtype=bfloat16": "teacher in bf16", "train.precision=bf16": "b
          "method.host.student=lora": "LoRA student"}
 """Overrides in the fewest words; ``train.gradient_accumulation=8`` is ``8 parts``."""
 CONFIGS = ("sd15/dmd2", "sd15/dmd2_4step", "sd15/lcm_lora", "sdxl/disback", "sdxl/dmd2_4step", "sdxl/lcm_lora",
-           "sd3/dmd2", "sd3/dmd2_4step", "sit/freeflow", "flux/dmd2", "flux/dmd2_4step_lora",
-           "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
+           "sd3/dmd2", "sd3/dmd2_4step", "sd3/flow_map_lora", "sit/freeflow", "sit/flow_map_matching", "flux/dmd2",
+           "flux/dmd2_4step_lora", "flux/flow_map_lora", "qwen_image/dmd2_4step_lora", "z_image/dmd2_4step_lora")
 HEAD = ("configuration", "network", "teacher", "autoencoder", "student", "its average", "its optimiser",
         "its gradients", "critic", "its optimiser", "its gradients", "other networks", "activations: student",
         "critic", "peak")

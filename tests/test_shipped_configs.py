@@ -32,6 +32,14 @@ FEW_STEPS = {
 }
 
 
+# Flow maps between any two times: their times of four calls, and the parameters.
+ANY_STEP = {
+    "sd3/flow_map_lora": ([1, 0.9004, 0.7511, 0.5030], 2028),
+    "flux/flow_map_lora": ([1, 0.9045, 0.7595, 0.5128], 11901),
+    "sit/flow_map_matching": ([1, 0.75, 0.5, 0.25], 750),
+}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_it_is_valid(file):
     assert load_config(file).output_dir.startswith("runs/")
@@ -75,14 +83,30 @@ def test_students_of_several_steps_are_built(name, monkeypatch):
         assert low_rank == (shared <= {id(p) for p in part.network.parameters()}) and low_rank == (own < 2e5 * millions)
 
 
-def test_a_student_without_a_critic_can_be_planned(monkeypatch):
-    """Its teacher's samples are pairs without content."""
+@pytest.mark.parametrize("name", ANY_STEP)
+def test_flow_maps_are_built(name, monkeypatch):
+    """For each number of calls up to eight its teacher's own times; an embedding of the duration beside the network."""
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
-    config = load_config(ROOT / "configs/sd15/lcm_lora.yaml")
+    config, (times, millions) = load_config(ROOT / "configs" / f"{name}.yaml"), ANY_STEP[name]
+    teacher = meta_teacher(config.teacher, read_architecture(config.teacher.source))
+    assert round(sum(p.numel() for p in teacher.network.parameters()) / 1e6) == pytest.approx(millions, rel=0.015)
+    method = method_class(config.method.name)(config.method, teacher)
+    assert [len(chain) for chain in method.chains] == list(range(1, 9))
+    assert method.chains[3].times == pytest.approx(times, abs=1e-4)
+    own = sum(p.numel() for p in method.student().network.parameters() if p.requires_grad)
+    assert (own < 2e5 * millions) == name.endswith("lora") and method.roles().keys() == {"student"}
+
+
+@pytest.mark.parametrize("name", ["sd15/lcm_lora", "sit/flow_map_matching"])
+def test_a_student_without_a_critic_can_be_planned(name, monkeypatch):
+    """Where its teacher's samples are noised, they are pairs without content."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
     config.train.batch_size = config.train.gradient_accumulation
     plan = make_plan(config)
     teacher, student = plan.parts["teacher"], plan.parts["student"]
-    assert student.weights == student.average < 0.5 * teacher.weights and plan.activations.keys() == {"student"}
+    assert student.weights == student.average and plan.activations.keys() == {"student"}
+    assert (student.weights < 0.5 * teacher.weights) == (config.method.student == "lora")
 
 
 def test_every_description_is_used():
