@@ -10,7 +10,9 @@ everything.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -24,16 +26,21 @@ import psutil
 import torch
 from PIL import Image
 
+from flowdistill.conditioning.prompt_bank import DiskBank, Encode, Groups, Tensors
+from flowdistill.conditioning.prompt_lists import Texts
 from flowdistill.config import DataOptions
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.teachers.latent_bank import LatentBank
 from flowdistill.teachers.real_data import RealData
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
+from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import Draw
 
 MIB = 2**20
 SIZE = 32
 ROWS, DRAWS = 64, 50
+LATENT = (4, 64, 64)
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -62,6 +69,36 @@ def start(folder: str, mode: str) -> dict[str, float]:
     return found | {"resident_mib": resident / MIB, "grown_mib": (resident - before) / MIB}
 
 
+class Noise(DiskBank):
+    """Latents of Stable Diffusion's size that no autoencoder has made."""
+
+    words = LatentBank.words
+
+    def _group(self, encode: Encode, rows: range) -> Tensors:
+        made = torch.randn(len(rows), *LATENT, generator=torch.Generator().manual_seed(rows.start))
+        return {"latents": made}
+
+
+def latents(count: int, folder: Path) -> dict[str, float]:
+    """The same of so many latents on disk, written first."""
+    def bank() -> DiskBank:
+        return Noise(folder, Texts(map(str, range(count))), Groups(32, 4 * math.prod(LATENT), False))
+
+    processor = time.process_time()
+    bank().fill(contextlib.nullcontext(lambda texts: {}), Processes())
+    found = {"write_cpu_s": time.process_time() - processor}
+    process = psutil.Process()
+    before, processor = process.memory_info().rss, time.process_time()
+    opened = bank().prepare()
+    found["start_cpu_s"] = time.process_time() - processor
+    processor, generator = time.process_time(), torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        opened.rows(torch.randint(count, (ROWS,), generator=generator))
+    found["draw_ms"] = 1000 * (time.process_time() - processor) / DRAWS
+    return found | {"grown_mib": (process.memory_info().rss - before) / MIB,
+                    "disk_mb": sum(file.stat().st_size for file in opened.files) / 1e6}
+
+
 def alone(folder: str, mode: str) -> Any:
     """What ``start`` returns in a process forked from this one."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -73,8 +110,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=local_path, help="folder of the pictures, written if it is not there")
+    parser.add_argument("--latents", type=int, default=0, help="write so many latents instead, 65.5 kB each, and read "
+                                                              "them from disk")
     parser.add_argument("--count", type=int, default=100_000, help="how many to write")
     args = parser.parse_args()
+    if args.latents:
+        print(json.dumps({key: round(value, 3) for key, value in latents(args.latents, args.folder).items()}))
+        return 0
     if not args.folder.exists():
         write_pictures(args.folder, args.count)
     with tempfile.TemporaryDirectory() as cache:

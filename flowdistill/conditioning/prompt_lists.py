@@ -245,9 +245,11 @@ READERS: dict[str, Callable[[Path, str, str], Pairs]] = {
 
 def _columns(names: Sequence[str], file: str, column: str) -> tuple[int, int | None]:
     """The places of the prompts and of their weights among the columns of a file."""
+    if not names:
+        raise UserError(f"{file} is empty; it begins with the names of its columns, '{column}' among them")
     if column not in names:
-        has = f"the columns {listed(names)}" if names else "no columns"
-        raise UserError(f"{file} has no column '{column}', but {has}; name one in teacher.prompt_column")
+        raise UserError(f"{file} has no column '{column}', but the columns {listed(names)}; name one in "
+                        "teacher.prompt_column")
     return names.index(column), names.index(WEIGHT) if WEIGHT in names else None
 
 

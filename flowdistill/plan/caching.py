@@ -123,14 +123,13 @@ def _kept(images: Images, teacher: Teacher) -> str:
     # In memory they come from the same files; pictures as they are have none.
     kept = "disk" if latent and options.cache_latents != "none" else "none"
     data = RealData(teacher, images.name, options=replace(options, cache_latents=kept))
-    count = f"{len(data):,} pictures of {images.name}"
-    if data.captions is not None:
-        count += f" with {_where(data.captions)}"
+    count = f"{len(data):,} picture{'' if len(data) == 1 else 's'} of {images.name}"
+    captions = "" if data.captions is None else f"; their captions: {_where(data.captions)}"
     if data.bank is None:
         why = "data_options.cache_latents is none" if latent else "the teacher has no autoencoder"
-        return f"{count}: each was read once, and no latents are kept ({why})"
+        return f"{count}: each was read once, and no latents are kept ({why}){captions}"
     size = sum(file.stat().st_size for file in data.bank.files)
-    return f"{count}: {in_bytes(size)} of latents in {data.bank.folder}"
+    return f"{count}: {in_bytes(size)} of latents in {data.bank.folder}{captions}"
 
 
 def _where(prompts: PromptConditions) -> str:

@@ -122,8 +122,8 @@ def _scales(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:]) // block(shape)
 
 
-def _local(value: Tensor) -> Tensor:
-    """What this process has of a tensor."""
+def _local(value: Tensor) -> Any:
+    """What this process has of a tensor: one of torch's, or codes with their scales."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 

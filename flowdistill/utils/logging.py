@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging as python_logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,8 +12,6 @@ from contextlib import contextmanager
 
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
-
-from flowdistill.utils.errors import shortened
 
 _log = python_logging.getLogger("flowdistill")
 
@@ -38,7 +37,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 class _CutPrompts(python_logging.Filter):
-    """Drops what diffusers and transformers say of each prompt that is too long; the first one gets a line of ours."""
+    """Drops what diffusers and transformers say of each prompt that is too long; of the first a line says it."""
 
     said = False
 
@@ -48,8 +47,9 @@ class _CutPrompts(python_logging.Filter):
             return "Token indices sequence length is longer than" not in text
         if not self.said:
             self.said = True
-            lost = shortened(text.partition(" tokens")[2].strip(" :[]'\""), 80)
-            log_once(f"prompts that are too long for a text encoder lose their ends; the first one loses {lost!r}")
+            most = re.search(r"(\d+) tokens", text)
+            log_once("some prompts are too long for a text encoder and lose their ends"
+                     + (f": it reads {most[1]} tokens" if most else ""))
         return False
 
 

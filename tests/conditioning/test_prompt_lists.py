@@ -99,7 +99,7 @@ def test_every_format(tmp_path, pyarrow, name):
         ("p.txt", "a\n\0", None, "zero bytes"),
         ("p.jsonl", '{"text": "a"}', None, 'line 1 of .*p.jsonl must be like {"prompt": "a cat"'),
         ("p.jsonl", '{"text": "a", "weight": NaN}', "text", 'must be like {"text": "a cat"'),
-        ("p.csv", "", None, "has no column 'prompt', but no columns"),
+        ("p.csv", "", None, "is empty; it begins with the names of its columns, 'prompt' among"),
         ("p.csv", "text,weight\na,1", None, "no column .prompt., but the columns text, weight; .*prompt_column"),
         ("p.csv", "prompt,size\na cat, black,2", None, "line 2 of .* has 3 columns, and its first line has 2.*quotes"),
         ("p.csv", 'prompt\n"a cat', None, "line 2 of .*p.csv is no CSV"),
