@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,13 @@ CASES = {
 }
 
 
-def make_trainer(name: str, folder: Path, accelerator: Accelerator, **train: Any) -> Trainer:
+def make_trainer(
+    name: str, folder: Path, accelerator: Accelerator, changes: Mapping[str, Any] | None = None, **train: Any
+) -> Trainer:
     """The loop of a case, on the accelerator's device; what its method makes before (pairs, latents) is made there.
 
     Args:
+        changes: of the method's settings.
         train: settings of ``train`` besides the small ones here.
     """
     case = CASES[name]
@@ -83,10 +86,10 @@ def make_trainer(name: str, folder: Path, accelerator: Accelerator, **train: Any
     torch.manual_seed(0)
     if case.method == "echodistill":
         folder.mkdir(parents=True, exist_ok=True)
-        method = echo_world.make_method(folder, device=accelerator.device, **case.settings)
+        method = echo_world.make_method(folder, device=accelerator.device, **(case.settings | dict(changes or {})))
         config = RunConfig(str(folder), 0, TeacherConfig("tiny"), method.config, TrainConfig(**settings))
         return Trainer(method, config, folder, accelerator)
-    chosen = METHODS.get(case.method).Config(**case.settings)
+    chosen = METHODS.get(case.method).Config(**(case.settings | dict(changes or {})))
     config = RunConfig(str(folder), 0, TeacherConfig("tiny"), chosen, TrainConfig(**settings))
     config = METHODS.get(case.method).representative_run(config)
     teacher = TEACHERS[case.teacher]()

@@ -85,9 +85,9 @@ def scheduler_images(
     flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
     # Even steps to 0 are SiT's own; by itself the scheduler's last but one sigma is 0.001.
     scheduler.set_timesteps(**({"sigmas": [1 - i / steps for i in range(steps)]} if flow else
-                               {"num_inference_steps": steps}))
+                               {"num_inference_steps": steps}), device=noise.device)
     sample = noise if flow else noise * scheduler.init_noise_sigma
-    given = None if labels is None else torch.tensor(labels)
+    given = None if labels is None else torch.tensor(labels, device=noise.device)
 
     def ask(x: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
         return network(x, t.expand(len(x)), class_labels=classes).sample[:, : x.shape[1]]

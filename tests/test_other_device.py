@@ -19,8 +19,7 @@ from tests.every_method import CASES, make_trainer
 from tests.other_device import other_device, waits
 from tests.teachers.test_families import condition_of, teacher_of
 
-BACKBONES = ("ddim", "dit", "edm-class", "sd", "sdxl", "pixart-sigma", "sd3", "flux-dev", "sana", "lumina2",
-             "qwen-image", "z-image")
+BACKBONES = ("dit", "edm-class", "sd", "pixart-sigma", "sd3", "flux-dev", "sana", "lumina2", "qwen-image", "z-image")
 # Whose networks ask, at every pass, how long each prompt is: Z-Image's takes a list of texts.
 READS = {"lumina2": "transformer_lumina2.py", "qwen-image": "transformer_qwenimage.py", "z-image": "z_image.py"}
 # Forward-mode rules of torch's make tensors of another kind for tensors of Python's.

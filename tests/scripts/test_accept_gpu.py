@@ -1,0 +1,109 @@
+"""The acceptance without a GPU: its parts at tiny sizes, what is kept and run again, and what is refused."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+
+from scripts import accept_gpu
+from tests.gpu import runner
+from tests.gpu.bench import NotHere, Part, expect
+from tests.gpu.parts import PARTS
+
+
+def passes(bench):
+    bench.figures["size"] = 0.123456
+
+
+def fails(bench):
+    bench.figures["off by"] = 2.0
+    expect(bench.device.type == "cuda", "the device is off by 2")
+
+
+def breaks(bench):
+    raise ValueError("first line\nsecond line")
+
+
+def is_not_here(bench):
+    raise NotHere("it needs two devices")
+
+
+def hangs(bench):
+    time.sleep(60)
+
+
+def dies(bench):
+    os._exit(3)
+
+
+MADE_UP = {"good": Part("that it passes", passes), "bad": Part("that it fails", fails),
+           "broken": Part("nothing", breaks), "away": Part("what is not here", is_not_here),
+           "cuda": Part("a GPU", passes, on_cpu=False)}
+
+
+def test_a_few_parts_on_the_cpu(tmp_path, capsys):
+    names = "machine,families-fp32,quantized"
+    assert accept_gpu.main(["--device", "cpu", "--parts", names, "--output", str(tmp_path)]) == 0
+    report = (tmp_path / "accept_gpu.md").read_text()
+    for name in PARTS:
+        assert f"| {name} | {PARTS[name].proves} | {'passed' if name in names.split(',') else 'not run'} |" in report
+    assert all(text in report for text in (f"- torch: {torch.__version__}", "| int8 | 0.0", "| dit: ours, its own | "))
+    assert "3 parts, 0 failed" in capsys.readouterr().out
+
+
+def test_what_passed_is_kept_and_what_failed_is_run_again(tmp_path, capsys):
+    command = ["--device", "cpu", "--output", str(tmp_path)]
+    assert runner.main(MADE_UP, command) == 1
+    out = capsys.readouterr().out
+    assert "bad: failed: the device is off by 2 (" in out and "away: not here: it needs two devices" in out
+    assert "broken: failed: ValueError: first line (test_accept_gpu.py:" in out and "cuda" not in out
+    report = (tmp_path / "accept_gpu.md").read_text()
+    assert "| cuda | a GPU | not run | |" in report and "| size | 0.1235 |" in report and "second line" not in report
+    assert runner.main(MADE_UP, [*command, "--parts", "good,bad"]) == 1
+    out = capsys.readouterr().out
+    assert "good: passed before" in out and "bad: failed" in out and "2 parts, 1 failed" in out
+    assert runner.main(MADE_UP, [*command, "--parts", "good", "--again"]) == 0
+    assert "good: passed (" in capsys.readouterr().out
+    other = runner.Record(tmp_path, {"device": "another"})
+    assert not other.outcomes  # what another device has passed says nothing here
+    other.add("good", runner.Outcome("passed", 1.0), MADE_UP)
+    assert len(runner.Record(tmp_path, {"device": "another"}).outcomes) == 1
+    assert runner.main(MADE_UP, [*command, "--parts", "good"]) == 0
+    assert "good: passed before" in capsys.readouterr().out
+
+
+def test_a_part_apart_may_hang_or_die(monkeypatch):
+    context = multiprocessing.get_context("fork")  # a spawned one imports torch anew, for seconds
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda name: context)
+    cpu = torch.device("cpu")
+    assert runner.run_apart(Part("", passes), cpu).figures == {"size": 0.123456}
+    assert runner.run_apart(Part("", hangs), cpu, 0.2).sentence == "it took more than 0.2 seconds"
+    assert runner.run_apart(Part("", dies), cpu).sentence == "its process ended with code 3"
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ([], "--device is cuda, but this machine has 0 CUDA devices; --device cpu runs the parts that make sense there"),
+    (["--device", "cuda:1"], "--device is cuda:1, but this machine has 0 CUDA devices"),
+    (["--device", "mps"], "--device is 'mps'; it must be cuda, cuda:N or cpu"),
+    (["--device", "cpu", "--parts", "good,odd"], "there is no part 'odd'; the parts are good, bad, broken, away, cuda"),
+    (["--device", "cpu", "--parts", "cuda"], "the part 'cuda' needs a CUDA device; leave it out of --parts"),
+])
+def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner.main(MADE_UP, [*arguments, "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"accept_gpu: error: {sentence}") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "accept_gpu.json").write_text("{")
+    assert runner.main(MADE_UP, ["--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert "accept_gpu.json is damaged; delete it to begin anew" in capsys.readouterr().err
+
+
+def test_the_list_says_what_there_is(capsys):
+    assert accept_gpu.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and part.proves in out for name, part in PARTS.items()) and out.count("(CUDA only)") > 3
