@@ -30,11 +30,11 @@ from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.optimizers import KINDS, check_package
-from flowdistill.training.precision import tf32
 from flowdistill.training.run import make_accelerator, method_class
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.randomness import seed_torch
+from flowdistill.utils.tf32 import tf32
 from tests.every_method import CASES
 from tests.families import FAMILIES, PROMPTS, pipeline_latents
 from tests.gpu.bench import DTYPES, Bench, NotHere, Part, distance, expect
