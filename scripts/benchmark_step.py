@@ -13,9 +13,10 @@ A training step of the real loop (draws, all losses, backward passes, clipping, 
 sum of the passes it cannot do without, each timed as a bare call of the diffusers network: forward passes without
 gradients, and forward and backward passes (of SiD also backward to the input only). Of DisBack it is a step of stage 2
 with a node as its target. A student of several steps calls its network up to K - 1 times more for the states before the
-step that is trained, and as many are counted as were called. ``generate`` against a loop over the bare network at batch
-64. Everything alternates in one run, and the ratios are medians over the rounds, but other work on the machine still
-shows: run it alone.
+step that is trained, and as many are counted as were called; so are those of a correction's paths. ``generate`` against
+a loop over the bare network at batch 64. Everything alternates in one run, and the ratios are medians over the rounds,
+but other work on the machine still shows: run it alone, or on a CPU with ``--processor-time`` and one thread
+(OMP_NUM_THREADS=1), which leaves waiting out.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def check(config: Any) -> None:
     if method.name == "consistency" and (method.derivative == "jvp" or method.target == "ema"):
         raise UserError("the benchmark counts plain passes of teacher and student; set method.derivative to discrete "
                         "or finite_difference, and method.target to online")
-    if method.name == "flow_map_matching" and (method.derivative == "jvp" or method.correction_strength):
+    if method.name == "flow_map_matching" and method.derivative == "jvp":
         raise UserError("the benchmark counts plain passes of teacher and student; set method.derivative to discrete "
-                        "or finite_difference, and method.correction_strength to 0")
+                        "or finite_difference")
+    if getattr(method, "correction_strength", 0) and method.prediction_only_steps:
+        raise UserError("the benchmark counts a correction in every step; set method.prediction_only_steps to 0")
     if hasattr(method, "guidance_max"):
         if (method.guidance_min, method.guidance_max) != (1.0, 1.0):
             raise UserError("the benchmark counts passes without guidance; set method.guidance_min and guidance_max "
@@ -118,28 +121,61 @@ def host_passes(method: Any, batch: int) -> list[Pass]:
 
 
 STATES = "student, states of earlier steps"
+PATHS, SAMPLES = "student, paths of the correction", "student, the critic's samples"
 
 
-def count_states(method: Any) -> Callable[[], int]:
-    """A function that returns how many calls of the student's network the states before the trained step have taken
-    since it was called last; 0 where a student has one step, or states from data."""
+def count_states(method: Any) -> Callable[[], dict[str, int]]:
+    """A function that returns how many calls of the student's network the states before the trained step, and the
+    correction's paths, have taken since it was called last; nothing where each step takes the same."""
     host = getattr(method, "host", method)
-    drawn: list[int] = []
-    draw_step = getattr(host, "draw_step", None)
+    taken: dict[str, int] = {}
+    draw_step, correction = getattr(host, "draw_step", None), getattr(host, "correction", None)
+
+    def add(name: str, count: int) -> None:
+        taken[name] = taken.get(name, 0) + count
+
     if draw_step is not None and method.calls_without_gradient("student"):
 
         def remember(draw: Any) -> int:
-            drawn.append(draw_step(draw))
-            return drawn[-1]
+            k = draw_step(draw)
+            add(STATES, k - 1)
+            return int(k)
 
         host.draw_step = remember
+    if correction is not None and correction.critic is not None:
+        draw_path = correction.draw_path
 
-    def taken() -> int:
-        count = sum(k - 1 for k in drawn)
-        drawn.clear()
-        return count
+        def follow(velocity: Any, draw: Any, rows: int, learnt: int | None = None) -> Any:
+            path = draw_path(velocity, draw, rows, learnt)
+            if learnt is None:
+                add(PATHS, len(path.chain) - 1)
+            else:
+                add(SAMPLES, len(path.chain))
+            return path
 
-    return taken
+        correction.draw_path = follow
+
+    def since() -> dict[str, int]:
+        found = dict(taken)
+        taken.clear()
+        return found
+
+    return since
+
+
+def correction_passes(method: Any, batch: int) -> tuple[int, list[Pass]]:
+    """The rows of a batch that are not for the correction, and its passes besides the student's trained one."""
+    if not method.correction_strength:
+        return batch, []
+    corrected = min(round(method.correction_fraction * batch), batch - 1)
+    rows = max(1, round(method.critic_fraction * batch))
+    return batch - corrected, [
+        (PATHS, "student", corrected, NONE, 0),
+        ("teacher, correction", "teacher", corrected, NONE, 1),
+        ("critic, correction", "critic", corrected, NONE, 1),
+        (SAMPLES, "student", rows, NONE, 0),
+        ("critic, trained", "critic", rows, WEIGHTS, method.critic_updates),
+    ]
 
 
 def boot_passes(method: Any, batch: int) -> list[Pass]:
@@ -157,29 +193,31 @@ def boot_passes(method: Any, batch: int) -> list[Pass]:
 def consistency_passes(method: Any, batch: int) -> list[Pass]:
     """Of consistency distillation."""
     discrete = method.derivative == "discrete"
+    own, corrected = correction_passes(method, batch)
     passes = [
-        ("student, states", "student", batch, NONE, method.steps if method.states == "student" else 0),
-        ("teacher", "teacher", batch, NONE, 2 if discrete and method.solver == "heun" else 1),
-        ("student, target or derivative", "student", batch if discrete else 2 * batch, NONE, 1),
+        ("student, states", "student", own, NONE, method.steps if method.states == "student" else 0),
+        ("teacher", "teacher", own, NONE, 2 if discrete and method.solver == "heun" else 1),
+        ("student, target or derivative", "student", own if discrete else 2 * own, NONE, 1),
         ("student, trained", "student", batch, WEIGHTS, 1),
     ]
-    return [one for one in passes if one[4]]
+    return [one for one in passes if one[4]] + corrected
 
 
 def flow_map_passes(method: Any, batch: int) -> list[Pass]:
     """Of flow maps between any two times."""
-    still = min(round(method.velocity_share * batch), batch - 1)
-    later = batch - still
-    moved = batch - round(method.start_fraction * later) if method.states == "own" else 0
+    own, corrected = correction_passes(method, batch)
+    still = min(round(method.velocity_share * own), own - 1)
+    later = own - still
+    moved = own - round(method.start_fraction * later) if method.states == "own" else 0
     halves = method.objective == "semigroup"
     differences = not halves and method.derivative == "finite_difference"
     passes = [
         ("student, own states", "student", moved, NONE, 1),
         ("student, shorter jumps or derivative", "student", 2 * later if differences else later, NONE, 1 + halves),
-        ("teacher", "teacher", still if halves else batch, NONE, 1),
+        ("teacher", "teacher", still if halves else own, NONE, 1),
         ("student, trained", "student", batch, WEIGHTS, 1),
     ]
-    return [one for one in passes if one[2]]
+    return [one for one in passes if one[2]] + corrected
 
 
 def freeflow_passes(method: Any, batch: int) -> list[Pass]:
@@ -294,7 +332,9 @@ def sampling(trainer: Any) -> tuple[Thunk, Thunk]:
     return lambda: student.generate(num_images=count, batch_size=SAMPLING_BATCH), loop
 
 
-def measure(tasks: dict[str, Thunk], rounds: int, warmup: int, after: Thunk) -> dict[str, list[float]]:
+def measure(
+    tasks: dict[str, Thunk], rounds: int, warmup: int, after: Thunk, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every task in every round; the order turns round, so that no task always follows the same one."""
     import torch
 
@@ -303,19 +343,20 @@ def measure(tasks: dict[str, Thunk], rounds: int, warmup: int, after: Thunk) -> 
         for name in names if index % 2 else reversed(names):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = clock()
             tasks[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            taken = time.perf_counter() - began
+            taken = clock() - began
             after()
             if index >= 0:
                 seconds[name].append(taken)
     return seconds
 
 
-def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
-    """Medians in seconds, and the two ratios."""
+def benchmark(config: Any, rounds: int, warmup: int = 3, processor: bool = False) -> dict[str, Any]:
+    """Medians in seconds, and the two ratios; ``processor``: in seconds of this process on the CPU."""
+    clock = time.process_time if processor else time.perf_counter
     check(config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, folder)
@@ -338,12 +379,12 @@ def benchmark(config: Any, rounds: int, warmup: int = 3) -> dict[str, Any]:
             for network in bare_networks.values():
                 network.zero_grad(set_to_none=True)
 
-        timed = measure(steps, rounds, warmup, clear)
+        timed = measure(steps, rounds, warmup, clear, clock)
         generate, loop = sampling(trainer)
-        drawn = measure({"generate": generate, "loop": loop}, rounds, warmup, lambda: None)
+        drawn = measure({"generate": generate, "loop": loop}, rounds, warmup, lambda: None, clock)
     counts = {name: [count] * rounds for name, *_, count in passes}
-    if STATES in counts:
-        counts[STATES] = taken[-rounds:]
+    for name in counts.keys() & {STATES, PATHS, SAMPLES}:
+        counts[name] = [one.get(name, 0) for one in taken[-rounds:]]
     bare = [sum(counts[name][i] * timed[name][i] for name in counts) for i in range(rounds)]
     updates = [sum(timed[f"update {name}"][i] for name in trainer.roles) for i in range(rounds)]
     with_updates = [a + b for a, b in zip(bare, updates, strict=True)]
@@ -392,6 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", default="configs/digits/freeflow.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=40, metavar="N", help="default: 40")
+    parser.add_argument("--processor-time", action="store_true", help="of this process on the CPU, not of the clock")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args(arguments)
     from flowdistill.config import load_config
@@ -399,7 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.rounds < 1:
             raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
-        result = benchmark(load_config(options.config, options.overrides), options.rounds)
+        result = benchmark(load_config(options.config, options.overrides), options.rounds,
+                           processor=options.processor_time)
     except UserError as error:
         print(f"benchmark_step: error: {error}", file=sys.stderr)
         return 2

@@ -352,12 +352,16 @@ def test_passes_of_a_step_are_those_of_the_method():
     ("configs/digits/flow_map_matching.yaml", []),
     ("configs/digits/flow_map_matching.yaml", ["method.objective=eulerian", "method.derivative=discrete"]),
     ("configs/digits/flow_map_matching.yaml", ["method.objective=semigroup"]),
+    ("configs/digits/flow_map_matching.yaml", ["method.correction_strength=1"]),
+    ("configs/digits/consistency.yaml", ["method.pairs=16", "method.pairs_steps=1", "method.correction_strength=1",
+                                         "method.critic_fraction=0.5"]),
     ("configs/digits/sid.yaml", []),
     ("configs/digits/disback.yaml", []),
     ("configs/digits/dmd2_4step.yaml", []),
     ("configs/digits/dmd2_4step.yaml", ["method.step_inputs=data", "method.data=digits"]),
 ], ids=["freeflow", "boot", "boot heun without boundary", "dmd2", "consistency", "finite differences", "flow map",
-        "flow map, discrete", "semigroup", "sid", "disback", "dmd2 of four", "from data"])
+        "flow map, discrete", "semigroup", "flow map, corrected", "consistency, corrected",
+        "sid", "disback", "dmd2 of four", "from data"])
 def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     """The real step makes exactly the passes that its bare sum holds, so the ratio compares like with like."""
     import benchmark_step
@@ -381,15 +385,17 @@ def test_benchmark_counts_the_networks_calls(tmp_path, base, overrides):
     for name, role in trainer.roles.items():
         role.network.velocity.backbone.register_forward_hook(count(name))
     needed, states_taken = benchmark_step.needed_passes(config.method, 8), benchmark_step.count_states(trainer.method)
-    states = (benchmark_step.STATES, "student", 8, "forward", 0)
+    drawn = {name for name, *_, count in needed if not count}
     seen = set()
-    for _ in range(4 if "4step" in base else 1):
+    for _ in range(4 if drawn else 1):
         calls.clear()
         trainer.train_step()
-        seen.add(taken := states_taken())
-        passes = [(network, rows, kind != "forward") for _, network, rows, kind, n in needed for _ in range(n)]
-        assert sorted(calls) == sorted(passes + taken * [("student", 8, False)])
-    assert (states in needed) == (seen != {0})
+        taken = states_taken()
+        seen |= {name for name, count in taken.items() if count}
+        passes = [(network, rows, kind != "forward") for name, network, rows, kind, n in needed
+                  for _ in range(n or taken.get(name, 0))]
+        assert sorted(calls) == sorted(passes)
+    assert seen == drawn
 
 
 def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, capsys, monkeypatch):
@@ -412,10 +418,10 @@ def test_benchmark_prints_its_ratios_and_refuses_what_it_cannot_count(tmp_path, 
     assert benchmark_step.main([boot, "train.batch_size=8", "--rounds", "2"]) == 0
     assert "teacher, boundary: 8 rows, forward" in capsys.readouterr().out
     maps = "configs/digits/flow_map_matching.yaml"
-    assert benchmark_step.main([maps, "train.batch_size=8", "method.steps=2", "--rounds", "1"]) == 0
+    assert benchmark_step.main([maps, "train.batch_size=8", "method.steps=2", "--rounds", "1", "--processor-time"]) == 0
     assert "student, own states: 5 rows, forward" in capsys.readouterr().out
-    assert benchmark_step.main([maps, "method.correction_strength=1"]) == 2
-    assert "method.correction_strength to 0" in capsys.readouterr().err
+    assert benchmark_step.main([maps, "method.correction_strength=1", "method.prediction_only_steps=5"]) == 2
+    assert "method.prediction_only_steps to 0" in capsys.readouterr().err
     for overrides, part in ((["method.guidance_scale=2"], "without guidance"), (["method.metric=a:b"], "use l2"),
                             (["method.name=data_flow_map", "method.data=digits"],
                              "passes of freeflow, boot, consistency, flow_map_matching, dmd2")):
