@@ -30,7 +30,7 @@ def caption(label):
 def name_set(monkeypatch, images, labels):
     """Make them the named set ``few``."""
     monkeypatch.setitem(named_sets.IMAGE_SETS, "few", lambda: (images.clone(), labels.clone()))
-    monkeypatch.setitem(named_sets.CAPTIONS, "few", caption)
+    monkeypatch.setitem(named_sets.CAPTIONS, "few", lambda: [caption(label) for label in labels.tolist()])
 
 
 def png(image):
