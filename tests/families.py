@@ -49,7 +49,7 @@ from tests.pixel_families import (
     sit,
     trailing_ddim,
 )
-from tests.tiny import VP, lively, vae
+from tests.tiny import VP, built_once, lively, network, vae
 
 PROMPTS = ["a red cat", "two birds", "the sea at night"]
 NEGATIVE = "ugly"
@@ -107,6 +107,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
 
 
+@built_once()
 def clip_encoder(seed: int, projected: bool = False, **config: Any) -> nn.Module:
     settings = CLIPTextConfig(
         vocab_size=54, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -115,6 +116,7 @@ def clip_encoder(seed: int, projected: bool = False, **config: Any) -> nn.Module
     return lively((CLIPTextModelWithProjection if projected else CLIPTextModel)(settings), seed)
 
 
+@built_once()
 def condition_unet(cross: int = 16, **config: Any) -> UNet2DConditionModel:
     settings = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -152,12 +154,14 @@ def t5_tokenizer() -> T5Tokenizer:
     return tokenizer
 
 
+@built_once()
 def t5_encoder(width: int = 32) -> T5EncoderModel:
     return lively(T5EncoderModel(T5Config(
         vocab_size=30, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=1,
     )), 3)
 
 
+@built_once()
 def gemma() -> Gemma2Model:
     return lively(Gemma2Model(Gemma2Config(
         vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
@@ -166,11 +170,12 @@ def gemma() -> Gemma2Model:
 
 
 def sd3() -> diffusers.StableDiffusion3Pipeline:
-    transformer = lively(diffusers.SD3Transformer2DModel(
+    transformer = network(
+        diffusers.SD3Transformer2DModel,
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
         pos_embed_max_size=16, qk_norm="rms_norm",
-    ))
+    )
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.06),
         text_encoder=clip_encoder(1, projected=True), tokenizer=clip_tokenizer(),
@@ -180,10 +185,11 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
 
 
 def flux(guidance: bool = True) -> diffusers.FluxPipeline:
-    transformer = lively(diffusers.FluxTransformer2DModel(
+    transformer = network(
+        diffusers.FluxTransformer2DModel,
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
-    ))
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance, base_shift=0.5, max_shift=1.15,
         base_image_seq_len=4, max_image_seq_len=32,
@@ -197,28 +203,31 @@ def flux(guidance: bool = True) -> diffusers.FluxPipeline:
 def pixart(alpha: bool = False) -> diffusers.PixArtSigmaPipeline | diffusers.PixArtAlphaPipeline:
     # The pipeline of PixArt-alpha tells networks with 128 x 128 latents, and no others, their resolution.
     size = {"sample_size": 128, "patch_size": 16} if alpha else {"sample_size": 8, "patch_size": 2}
-    transformer = lively(diffusers.PixArtTransformer2DModel(
+    transformer = network(
+        diffusers.PixArtTransformer2DModel,
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=24, caption_channels=32, use_additional_conditions=alpha, **size,
-    ))
+    )
     kind = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
     return kind(tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae(mid_block_add_attention=not alpha),
                 transformer=transformer, scheduler=DPMSolverMultistepScheduler(**VP))
 
 
 def sana() -> diffusers.SanaPipeline:
-    transformer = lively(diffusers.SanaTransformer2DModel(
+    transformer = network(
+        diffusers.SanaTransformer2DModel,
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
         sample_size=8, patch_size=1,
-    ))
+    )
     blocks = {"block_types": ("ResBlock",) * 3, "block_out_channels": (8, 8, 8), "layers_per_block": (1, 1, 1),
               "qkv_multiscales": ((), (), ())}
-    autoencoder = lively(diffusers.AutoencoderDC(
+    autoencoder = network(
+        diffusers.AutoencoderDC,
         latent_channels=4, attention_head_dim=2, downsample_block_type="conv", upsample_block_type="interpolate",
         scaling_factor=0.41, **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
                                 blocks.items()},
-    ))
+    )
     return diffusers.SanaPipeline(
         tokenizer=t5_tokenizer(), text_encoder=gemma(), vae=autoencoder, transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
@@ -226,49 +235,61 @@ def sana() -> diffusers.SanaPipeline:
 
 
 def lumina2() -> diffusers.Lumina2Pipeline:
-    transformer = lively(diffusers.Lumina2Transformer2DModel(
+    transformer = network(
+        diffusers.Lumina2Transformer2DModel,
         sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), cap_feat_dim=16,
-    ))
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=2, max_image_seq_len=8)
     return diffusers.Lumina2Pipeline(transformer=transformer, scheduler=scheduler, vae=vae(shift_factor=0.1),
                                      text_encoder=gemma(), tokenizer=t5_tokenizer())
 
 
-def qwen_image() -> diffusers.QwenImagePipeline:
-    transformer = lively(diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
-    ))
-    autoencoder = lively(diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0],
-    ))
+@built_once()
+def qwen_text() -> Qwen2_5_VLForConditionalGeneration:
     text = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 10000.0,
             "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    encoder = lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), 5)
+    return lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), 5)
+
+
+def qwen_image() -> diffusers.QwenImagePipeline:
+    transformer = network(
+        diffusers.QwenImageTransformer2DModel,
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )
+    autoencoder = network(
+        diffusers.AutoencoderKLQwenImage,
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0],
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=4, max_image_seq_len=32,
         shift_terminal=0.02, time_shift_type="exponential",
     )
     return diffusers.QwenImagePipeline(transformer=transformer, scheduler=scheduler, vae=autoencoder,
-                                       text_encoder=encoder, tokenizer=t5_tokenizer())
+                                       text_encoder=qwen_text(), tokenizer=t5_tokenizer())
 
 
-def z_image() -> diffusers.ZImagePipeline:
-    transformer = lively(diffusers.ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
-    ))
-    encoder = lively(Qwen3Model(Qwen3Config(
+@built_once()
+def qwen3() -> Qwen3Model:
+    return lively(Qwen3Model(Qwen3Config(
         vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
         num_key_value_heads=1,
     )), 6)
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    transformer = network(
+        diffusers.ZImageTransformer2DModel,
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )
     return diffusers.ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.1),
-                                    text_encoder=encoder, tokenizer=t5_tokenizer(), transformer=transformer)
+                                    text_encoder=qwen3(), tokenizer=t5_tokenizer(), transformer=transformer)
 
 
 class EvenFlowEuler(FlowMatchEulerDiscreteScheduler):

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeOutput
 from torch import Tensor
 
-from tests.tiny import VP, lively, tiny_unet, vae
+from tests.tiny import VP, lively, network, tiny_unet, vae
 
 
 def ddim() -> diffusers.DDIMPipeline:
@@ -44,10 +44,11 @@ def karras_start(teacher: Any) -> float:
 
 
 def dit(**scheduler: Any) -> diffusers.DiTPipeline:
-    transformer = lively(diffusers.DiTTransformer2DModel(
+    transformer = network(
+        diffusers.DiTTransformer2DModel,
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=1000,
-    ))
+    )
     settings = VP | {"clip_sample": False} | scheduler  # as in the published DiT's
     return diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**settings), id2label={0: "zero"})
 

@@ -16,6 +16,7 @@ from flowdistill.teachers import load_teacher
 from flowdistill.utils import quantized
 from tests.copies import copied
 from tests.families import FAMILIES, clip_encoder, condition_unet
+from tests.tiny import tiny_unet
 
 PLAIN = (int, float, str, bool, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
          types.BuiltinFunctionType)
@@ -169,3 +170,15 @@ def test_hooks_of_a_copy_act_on_the_copy():
     made.second.register_forward_hook(lambda *_: None)
     made.empty[0]["a"] = made.empty[1].add(1)
     assert not network.second._forward_hooks and network.empty == ({}, set(), [])
+
+
+def test_tiny_networks_are_built_once_and_each_caller_has_its_own():
+    one, other = condition_unet(), condition_unet()
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        next(one.parameters()).zero_()
+    assert next(other.parameters()).any() and next(condition_unet().parameters()).any()
+    assert condition_unet(cross=8).config.cross_attention_dim == 8
+    torch.manual_seed(3)
+    tiny_unet(), (drawn := torch.rand(1)), torch.manual_seed(4), tiny_unet()
+    assert torch.equal(torch.rand(1), drawn)  # by its seed, built or copied

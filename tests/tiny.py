@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from diffusers import (
@@ -16,11 +18,41 @@ from diffusers import (
 )
 from torch import nn
 
+from flowdistill.utils.modules import copied
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
 POINTER = """version https://git-lfs.github.com/spec/v1
 oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
 size 12345
 """
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def built_once(seed: int | None = None) -> Callable[[Callable[P, M]], Callable[P, M]]:
+    """For what makes a network of plain settings: it is built once a process for each, and every call gets a copy.
+
+    Args:
+        seed: of torch's generator, which is then as after the building; None: the building leaves it as it is.
+    """
+    def decorated(make: Callable[P, M]) -> Callable[P, M]:
+        built: dict[str, tuple[M, torch.Tensor]] = {}
+
+        @functools.wraps(make)
+        def copy(*args: P.args, **settings: P.kwargs) -> M:
+            key = repr((args, sorted(settings.items())))
+            if key not in built:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed or 0)
+                    built[key] = make(*args, **settings), torch.get_rng_state()
+            network, state = built[key]
+            if seed is not None:
+                torch.set_rng_state(state)
+            return copied(network)
+
+        return copy
+
+    return decorated
 
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -35,6 +67,13 @@ def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
+@built_once()
+def network(kind: type[M], seed: int = 0, **settings: Any) -> M:
+    """One of diffusers' networks with random weights."""
+    return lively(kind(**settings), seed)
+
+
+@built_once()
 def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
     return lively(AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8), norm_num_groups=4,
@@ -43,11 +82,11 @@ def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
     ))
 
 
+@built_once(seed=0)
 def tiny_unet(
     num_class_embeds: int | None = 4, channels: int = 1, out_channels: int | None = None, sample_size: Any = 8,
     **settings: Any,
 ) -> UNet2DModel:
-    torch.manual_seed(0)
     blocks = {"block_out_channels": (8, 16), "down_block_types": ("DownBlock2D",) * 2,
               "up_block_types": ("UpBlock2D",) * 2}
     return UNet2DModel(
@@ -60,8 +99,9 @@ def tiny_unet_pipeline(scheduler=None, **unet) -> DDPMPipeline:
     return DDPMPipeline(tiny_unet(**unet), scheduler or FlowMatchEulerDiscreteScheduler())
 
 
-def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True, layers: int = 2, **settings: Any) -> DiTPipeline:
-    torch.manual_seed(0)
+@built_once(seed=0)
+def tiny_dit(learned_sigma: bool, layers: int, **settings: Any) -> nn.ModuleDict:
+    """The networks of a DiT's pipeline."""
     size = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8} | settings
     transformer = DiTTransformer2DModel(
         in_channels=4, out_channels=8 if learned_sigma else 4, num_layers=layers, patch_size=2, num_embeds_ada_norm=4,
@@ -74,4 +114,10 @@ def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True, layers: int = 
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8,
         down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
     ).eval()
-    return DiTPipeline(transformer, vae, scheduler or DDIMScheduler(clip_sample=False), id2label={0: "zero"})
+    return nn.ModuleDict({"transformer": transformer, "vae": vae})
+
+
+def tiny_dit_pipeline(scheduler=None, learned_sigma: bool = True, layers: int = 2, **settings: Any) -> DiTPipeline:
+    networks = tiny_dit(learned_sigma, layers, **settings)
+    return DiTPipeline(networks["transformer"], networks["vae"], scheduler or DDIMScheduler(clip_sample=False),
+                       id2label={0: "zero"})
