@@ -1,6 +1,6 @@
 """Every block of the README runs, as it stands and in the order in which it stands, in a copy of the checkout.
 
-Runs are short: the steps of a configuration are scaled down (fewer stay fewer), at most 40 images are measured, and
+Runs are short: the steps of a configuration are scaled down (fewer stay fewer), at most 20 images are measured, and
 training scripts get ``--steps 2``. The README's placeholders are there: ``path/to/pipeline`` is the digits' teacher,
 ``my.yaml`` the README's own YAML, and the features "inception", whose weights nothing ships, are the digits'.
 """
@@ -29,7 +29,7 @@ from flowdistill.training import run
 from flowdistill.utils.images import save_images
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_IMAGES = 40
+MOST_IMAGES = 20
 
 
 class Block(NamedTuple):
