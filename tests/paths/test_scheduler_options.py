@@ -1,6 +1,8 @@
 """Every supported scheduler class, with each of its boolean options turned round, at 1, 2 and 3 steps: what the teacher
 makes of it against the scheduler's own steps. What cannot be equal is refused, or said by ``describe_call``."""
 
+import copy
+import functools
 import inspect
 import itertools
 
@@ -44,6 +46,12 @@ def options_of(name):
 
 def make(name, option=None, **settings):
     """A scheduler of class ``name`` with one boolean option turned round."""
+    return copy.deepcopy(made(name, option, **settings))
+
+
+@functools.cache
+def made(name, option=None, **settings):
+    """Once: some work out all their thousand levels in Python."""
     accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
     given = LIMITS | FIRST_ORDER | settings
     if option is not None:

@@ -61,12 +61,19 @@ def shared(name, prompted=False):
     return teacher_of(name, **{"prompts": PROMPTS} if prompted else {})
 
 
+@functools.cache
+def drawn(name, scale, negative, steps):
+    """What the pipeline's own call makes, once for all that is compared with it."""
+    pipeline, teacher = shared(name)
+    return pipeline_latents(pipeline, SAMPLED[name], noise(teacher), steps, scale, negative)
+
+
 def difference(name, scale, negative=None, steps=4, change=None):
     """Largest difference of latents between a teacher's Euler steps and its pipeline's own call.
 
     ``change(teacher, condition, settings)`` may spoil something, and returns the condition.
     """
-    family, (pipeline, teacher) = SAMPLED[name], shared(name) if change is None else teacher_of(name)
+    family, (_, teacher) = SAMPLED[name], shared(name) if change is None else teacher_of(name)
     n = noise(teacher)
     if family.prompts:
         negatives = None if negative is None else [negative] * len(n)
@@ -77,7 +84,7 @@ def difference(name, scale, negative=None, steps=4, change=None):
     if change is not None:
         condition = change(teacher, condition, settings)
     ours = teacher.sample(n * family.start(teacher), condition, steps=steps, **settings)
-    theirs = pipeline_latents(pipeline, family, n, steps, scale, negative)
+    theirs = drawn(name, scale, negative, steps)
     ours = ours if family.prompts else teacher.decode(ours)
     assert 0.05 < theirs.std() < 30
     return (ours - theirs).abs().max().item()
@@ -228,7 +235,7 @@ def train_one_step(name, method):
             trained.begin_step(step, Path(folder))
     for role, network in networks.items():
         before = {key: p.detach().clone() for key, p in network.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
         loss, _ = trained.loss(role, networks, Draw(0, 1, rows=4))
         loss.backward()
         optimizer.step()
