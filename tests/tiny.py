@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import nn
 
-from flowdistill.utils.modules import copied
+from tests.copies import copied
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
