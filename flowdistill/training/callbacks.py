@@ -80,7 +80,8 @@ class Reporter:
             with disk_errors(str(self.folder / METRICS)):
                 truncate_metrics(self.folder / METRICS, -1 if anew else step)
         with disk_errors(f"the trackers' files in {self.folder}"):
-            settings = flat(self.config) if self.accelerator.log_with else None  # nobody else asks for them
+            asked = self.accelerator.log_with or self.accelerator.trackers  # nobody else wants the settings
+            settings = flat(self.config) if asked else None
             self.accelerator.init_trackers(PROJECT, config=settings)
         if self.main and on_terminal():
             self._bar = tqdm(

@@ -182,7 +182,7 @@ def test_a_nan_loss_is_skipped_counted_and_forgotten(tmp_path):
     assert lines(tmp_path)[0]["loss/student"] is not None
     state = weights(trainer)
     assert all(torch.isfinite(value).all() for value in state.values())
-    assert state["student.optimizer.0.step"] == 5 and state["critic.optimizer.0.step"] == 8
+    assert state["student.optimizer.0.weight/step"] == 5 and state["critic.optimizer.0.weight/step"] == 8
     assert trainer.roles["student"].consecutive == 0
 
 
