@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from scripts import accept_gpu
+from scripts import accept_gpu, benchmark_parts
 from tests.gpu import runner
 from tests.gpu.bench import NotHere, Part, expect
 from tests.gpu.parts import PARTS
+from tests.processes import ROOT
 
 
 def passes(bench):
@@ -107,3 +108,20 @@ def test_the_list_says_what_there_is(capsys):
     assert accept_gpu.main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out and part.proves in out for name, part in PARTS.items()) and out.count("(CUDA only)") > 3
+
+
+def test_the_page_has_every_part():
+    """Its cells say what was run: nothing, so far."""
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.endswith("| not run | |")]
+    assert rows == [[f"| {name}", part.proves] for name, part in PARTS.items()]
+
+
+def test_parts_of_a_step_are_measured_in_pairs(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_parts, "CHANNELS", (32, 32))
+    monkeypatch.setattr(benchmark_parts, "SIDE", 8)
+    assert benchmark_parts.main(["--rounds", "1"]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 8 and all(float(row[4]) > 0 for row in rows)
+    assert benchmark_parts.main(["--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "benchmark_parts: error: --rounds is 0; it must be at least 1\n"
