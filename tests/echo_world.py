@@ -46,7 +46,8 @@ def settings(folder, echo=None, **changes):
         "student_prompts": [f"a {TOKEN} on b"], "validation_prompts": [f"a {TOKEN}", f"a {TOKEN} on d"],
         "optimizer": OptimizerConfig(lr=1e-3), "teacher_optimizer": OptimizerConfig(lr=1e-3),
     } | changes  # fmt: skip
-    stage = {"steps": 2, "num_samples": 6, "num_validation": 2, "min_level": -1e9, "tolerance": None} | (echo or {})
+    stage = {"steps": 2, "num_samples": 6, "num_validation": 2, "min_level": -1e9, "tolerance": None,
+             "min_separation": None} | (echo or {})
     return EchoDistillConfig(**values, echo=EchoConfig(**stage))
 
 

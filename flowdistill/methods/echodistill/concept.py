@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.methods.echodistill.concept_images import augmented, load_concept_images
+from flowdistill.methods.echodistill.concept_images import augmented, load_concept_images, load_concept_masks
 from flowdistill.methods.echodistill.echo import Pool
 from flowdistill.methods.echodistill.settings import EchoDistillConfig
 from flowdistill.methods.echodistill.token import TokenEncoder
@@ -22,17 +22,19 @@ class Concept:
 
     Attributes:
         images: (N, 3, *size) in [0, 1].
+        masks: (N, 1, *size) in [0, 1], where they show the object; None without masks.
         prompts: all of them, each once.
         echo: numbers of those of the echo stage.
 
     Raises:
-        UserError: see ``load_concept_images``; a prompt without the new word.
+        UserError: see ``load_concept_images`` and ``load_concept_masks``; a prompt without the new word.
     """
 
     def __init__(self, config: EchoDistillConfig, word: TokenEncoder, size: tuple[int, int]) -> None:
         self.config = config
         word.check(config.instance_prompt, "method.instance_prompt")
         self.images, captions = load_concept_images(config.instance_data_dir, size, config.instance_prompt)
+        self.masks = load_concept_masks(config.instance_data_dir, size)
         trained = [*captions, *config.student_prompts]
         echoed = list(dict.fromkeys(config.echo.prompts or trained))
         for texts, what in (
@@ -52,6 +54,7 @@ class Concept:
     def to(self, device: torch.device | str) -> None:
         for name in ("images", "captions", "_trained", "echo", "ids"):
             setattr(self, name, getattr(self, name).to(device))
+        self.masks = None if self.masks is None else self.masks.to(device)
 
     def draw_prompts(self, draw: Draw, pool: Pool | None) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of what the student is trained on, captions and ``student_prompts`` evenly, and which of them (B,)

@@ -20,6 +20,7 @@ from flowdistill.utils.randomness import Draw
 from flowdistill.utils.text import read_json_lines, text_of
 
 CAPTIONS = "metadata.jsonl"
+MASK = ".mask.png"
 
 
 class ConceptImages(NamedTuple):
@@ -33,7 +34,7 @@ def load_concept_images(folder: str | os.PathLike[str], size: int | tuple[int, i
     """All pictures of a folder in the order of their names: turned upright, in RGB, cut to ``size`` and shrunk.
 
     How they are read: ``flowdistill.data.pictures``. Files that are no pictures are left out, with a warning unless
-    they are descriptions (.json, .jsonl) or hidden.
+    they are descriptions (.json, .jsonl) or hidden; masks are of :func:`load_concept_masks`.
 
     Args:
         size: (height, width) in pixels, or a square's side.
@@ -49,7 +50,7 @@ def load_concept_images(folder: str | os.PathLike[str], size: int | tuple[int, i
     if not folder.is_dir():
         raise UserError(f"method.instance_data_dir {folder} is no folder; give one with a few pictures of the concept")
     found = find_pictures(folder, recursive=False)
-    pictures = found.pictures
+    pictures = [file for file in found.pictures if not _is_mask(file)]
     if not pictures:
         have = f"it has {', '.join(file.name for file in found.others[:3])}" if found.others else "it is empty"
         raise UserError(f"method.instance_data_dir {folder} has no picture that can be read ({have}); put a few in it, "
@@ -61,6 +62,67 @@ def load_concept_images(folder: str | os.PathLike[str], size: int | tuple[int, i
     captions = _captions(folder / CAPTIONS, {file.name for file in pictures})
     images = torch.stack([_fitted(file, height, width) for file in pictures])
     return ConceptImages(images, [captions.get(file.name, caption) for file in pictures])
+
+
+def load_concept_masks(folder: str | os.PathLike[str], size: int | tuple[int, int]) -> Tensor | None:
+    """Where the pictures of :func:`load_concept_images` show the object, cut alike: (N, 1, H, W) in [0, 1].
+
+    ``NAME.mask.png`` beside NAME.png, NAME.jpg and so on is white there and black elsewhere; else an alpha channel
+    says so. None when no picture has either.
+
+    Raises:
+        UserError: a mask without its picture, of another shape, or without an object; or pictures with and without.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    folder = local_path(folder)
+    found = find_pictures(folder, recursive=False).pictures
+    pictures, files = [file for file in found if not _is_mask(file)], [file for file in found if _is_mask(file)]
+    owners = {file: [picture for picture in pictures if picture.stem == _name_of(file)] for file in files}
+    for file, owner in owners.items():
+        if len(owner) != 1:
+            raise UserError(f"{file} is the mask of {_name_of(file)}, and {folder} has {len(owner) or 'no'} "
+                            f"picture{'s' * (len(owner) > 1)} of this name; it needs one")
+    files_of = {owner[0]: file for file, owner in owners.items()}
+    masks = {picture: _mask(picture, files_of.get(picture)) for picture in pictures}
+    without = [picture.name for picture, mask in masks.items() if mask is None]
+    if len(without) == len(masks):
+        return None
+    if without:
+        raise UserError(f"{len(masks) - len(without)} of {len(masks)} pictures in {folder} have a mask, and "
+                        f"{', '.join(without[:3])} {'has' if len(without) == 1 else 'have'} none; give all of them one "
+                        f"(NAME{MASK} or an alpha channel), or none")
+    shape = (width, height)
+    cut = [ImageOps.fit(mask, shape, Image.Resampling.LANCZOS) for mask in masks.values() if mask is not None]
+    values = torch.stack([pil_to_tensor(mask).float() / 255 for mask in cut])
+    for picture, part in zip(pictures, values.mean((1, 2, 3)).tolist(), strict=True):
+        if not 0 < part < 1:
+            raise UserError(f"the mask of {picture} has {'no object' if part == 0 else 'nothing but the object'} in "
+                            f"the part of {width} x {height} that is used; make it white where the object is and black "
+                            "elsewhere")
+    return values
+
+
+def _is_mask(file: Path) -> bool:
+    return file.name.lower().endswith(MASK)
+
+
+def _name_of(mask: Path) -> str:
+    return mask.name[: -len(MASK)]
+
+
+def _mask(picture: Path, file: Path | None) -> Image.Image | None:
+    """In grey, turned as the picture is; None without one."""
+    if file is not None:
+        mask, shape = open_picture(file).convert("L"), open_picture(picture).size
+        if mask.size != shape:
+            raise UserError(f"{file} is {mask.width} x {mask.height} pixels and {picture.name} {shape[0]} x {shape[1]}"
+                            "; a mask needs the shape of its picture")
+        return mask
+    with Image.open(picture) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema() != (255, 255) else None
 
 
 def augmented(images: Tensor, draw: Draw, flip: bool, zoom: float) -> Tensor:

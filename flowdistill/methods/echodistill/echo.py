@@ -7,8 +7,9 @@ samples are filtered, mixed, gated and taken back is ours.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.images import save_grid
+from flowdistill.utils.logging import say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.text import JsonObject
 
@@ -46,6 +48,9 @@ class EchoConfig:
                                   at_most=1)
     min_level: float = option(0.5, "a picture must be this much like the concept: 0 is a picture of the initializer's "
                                    "word, 1 as alike as the concept's own images are")
+    min_separation: float | None = option(1.5, "d' at which the identity network must tell the concept's pictures, "
+                                               "each left out in turn, from ordinary ones of the same prompts; below "
+                                               "it the run is refused; null: do not ask", at_least=0)
     real_fraction: float = option(0.5, "share of the concept's own images in the batches of the stage", at_least=0,
                                   at_most=1)
     rate: float = option(0.5, "factor on the learning rates", above=0)
@@ -85,13 +90,22 @@ class EchoStage:
         self.history: list[JsonObject] = []
         self.pool: Pool | None = None
         self._current = -1  # the round whose pool is in memory
+        self._checked = config.min_separation is None
 
     def rate(self, step: int) -> float:
         return 1.0 if self.config.start is None or step < self.config.start else self.config.rate
 
     def begin(self, step: int, folder: Path) -> bool:
-        """Whatever is due before the updates of ``step``; tells whether the last round was taken back."""
-        if self.config.start is None or step < self.config.start:
+        """Whatever is due before the updates of ``step``; tells whether the last round was taken back.
+
+        Raises:
+            UserError: before the first update, if the identity network cannot tell the concept; a lost file of a round.
+        """
+        if self.config.start is None:
+            return False
+        if not self._checked:
+            self._check()
+        if step < self.config.start:
             return False
         number, inside = divmod(step - self.config.start, self.config.steps)
         taken_back = False
@@ -110,6 +124,29 @@ class EchoStage:
         if start is not None and start < step <= start + self.config.rounds * self.config.steps:
             self._close((step - start - 1) // self.config.steps, folder)
 
+    def _check(self) -> None:
+        """Refuse a stage that would choose by chance."""
+        limit = self.config.min_separation
+
+        def refusal() -> str:
+            found = self.judge.separation
+            if math.isnan(found.d_prime):
+                return "one picture of the concept cannot be compared with others"
+            figures = (f"d' {found.d_prime:.2f}, {100 * found.overlap:.0f} % of pairs in which the ordinary one is at "
+                       "least as alike")
+            if limit is None or found.d_prime >= limit:
+                say(f"echo stage: the identity network tells the concept's pictures from ordinary ones ({figures})")
+                return ""
+            return (f"the identity network hardly tells the concept's pictures from ordinary ones of the same prompts "
+                    f"({figures}; method.echo.min_separation asks for d' {limit:g})")
+
+        reason = Processes.current().on_main(refusal)
+        if reason:
+            raise UserError(f"the echo stage would choose by chance: {reason}; give another network as "
+                            "method.identity, masks beside the pictures (NAME.mask.png) or more pictures, or train "
+                            "without the stage (method.echo.start=null)")
+        self._checked = True
+
     def _open(self, number: int, folder: Path) -> None:
         """Measure, remember the weights, make the student's pictures and keep the best."""
         WeightSnapshots(folder / FOLDER).write(number, self.tensors(), self.tensors())
@@ -124,7 +161,9 @@ class EchoStage:
                 output.write(save(content))
             if len(kept):
                 save_grid(images[kept[:SHOWN]], self._file(number, folder).with_suffix(".png"))
-            return {"round": number + 1, **figures, "before": before}
+            separation = {name: value if math.isfinite(value) else None  # infinity is no JSON
+                          for name, value in asdict(self.judge.separation).items()}
+            return {"round": number + 1, "separation": separation, **figures, "before": before}
 
         entry = Processes.current().on_main(make)
         self.history = [*self.history[:number], entry]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,45 @@ from flowdistill.utils.randomness import indexed_noise
 TIMES = (0.35, 0.5, 0.65)  # where the prompt decides much, as shares of the teacher's t_max
 RIVALS = 3
 AT_ONCE = 64
+PLAIN = (1.0, 0.75, 0.5, 0.25, 0.0)  # grays that a cut-out object is put on
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well identity features tell the concept's pictures from ordinary ones of the same prompts.
+
+    ``d_prime``: difference of the mean cosines in their common standard deviation (0: not at all, 3: almost always; NaN
+    of a single picture). ``overlap``: share of pairs of one of each in which the ordinary one is at least as alike, in
+    [0, 1] (0.5: chance).
+    """
+
+    d_prime: float
+    overlap: float
+
+    @classmethod
+    def of(cls, own: Tensor, ordinary: Tensor) -> Separation:
+        """
+        Args:
+            own: cosines (N,) of the concept's pictures, each to the others alone.
+            ordinary: cosines (M,) of ordinary pictures.
+        """
+        if len(own) < 2:
+            return cls(math.nan, math.nan)
+        own, ordinary = own.double(), ordinary.double()
+        apart = (own.mean() - ordinary.mean()).item()
+        spread = math.sqrt((own.var() + ordinary.var(correction=min(1, len(ordinary) - 1))).item() / 2)
+        pairs = ordinary[None, :] - own[:, None]
+        overlap = ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean().item()
+        return cls(apart / spread if spread > 0 else math.copysign(math.inf, apart) if apart else 0.0, overlap)
 
 
 class Judge:
     """Two scores of pictures made for known prompts.
 
     The level is the mean cosine of their identity features to the references', on a scale where 0 is what pictures of
-    the initializer's word have and 1 what the references have among themselves. The margin is how much worse the frozen
+    the initializer's word have and 1 what the references have among themselves, each left out in turn. With masks a
+    reference's features are those of its object alone: the mean over plain backgrounds that it is put on, grays and
+    the colours around the objects. The margin is how much worse the frozen
     teacher denoises a picture under other prompts than under its own, the new word replaced by the initializer; below
     0 another prompt fits better.
 
@@ -33,33 +67,40 @@ class Judge:
         references: the concept's pictures (N, 3, H, W) in [0, 1].
         ordinary: pictures of the initializer's word in the same prompts.
         prompts: the prompts with the initializer in the place of the word.
+        masks: (N, 1, H, W) in [0, 1], 1 where a reference shows the object.
+
+    Attributes:
+        separation: how much the level can be trusted.
     """
 
     def __init__(
-        self, teacher: Teacher, feature_network: Vision, references: Tensor, ordinary: Tensor, prompts: Sequence[str]
+        self,
+        teacher: Teacher,
+        feature_network: Vision,
+        references: Tensor,
+        ordinary: Tensor,
+        prompts: Sequence[str],
+        masks: Tensor | None = None,
     ) -> None:
         self.teacher, self.feature_network = teacher, feature_network
-        self.references = self._features(references)
-        self.low = self._cosine(ordinary).mean().item()
+        seen = self._features(references)
+        self.references = seen if masks is None else self._of_objects(references, masks)
         count = len(references)
-        alike = self.references @ self.references.T
-        self.high = ((alike.sum() - count) / (count * (count - 1))).item() if count > 1 else 1.0
+        alike = (seen @ self.references.T).cpu().fill_diagonal_(0)
+        own, plain = alike.sum(1) / max(1, count - 1), self._cosine(ordinary)
+        self.low, self.high = plain.mean().item(), own.mean().item() if count > 1 else 1.0
+        self.separation = Separation.of(own, plain)
         self.names = list(prompts)
         condition = teacher.encode(prompts=self.names)
         assert condition is not None
         self.condition = condition
 
-    @property
-    def separates(self) -> bool:
-        """Whether the identity network sees the concept at all: the references are more alike than ordinary pictures
-        are to them."""
-        return self.high > self.low + 1e-4
-
     @torch.no_grad()
     def levels(self, images: Tensor) -> Tensor:
         """The level (B,) of images (B, 3, H, W); -inf where the identity network cannot tell."""
         cosine = self._cosine(images)
-        return (cosine - self.low) / (self.high - self.low) if self.separates else torch.full_like(cosine, -torch.inf)
+        blind = self.high <= self.low
+        return torch.full_like(cosine, -torch.inf) if blind else (cosine - self.low) / (self.high - self.low)
 
     @torch.no_grad()
     def margins(self, latents: Tensor, prompts: Tensor) -> Tensor:
@@ -101,6 +142,15 @@ class Judge:
     def _features(self, images: Tensor) -> Tensor:
         parts = [self.feature_network(part.to(self.teacher.device)).pooled for part in images.split(AT_ONCE)]
         return F.normalize(torch.cat(parts), dim=1)
+
+    def _of_objects(self, references: Tensor, masks: Tensor) -> Tensor:
+        """Features (N, D) of length 1 of the objects alone."""
+        around = ((1 - masks) * references).sum((2, 3)) / (1 - masks).sum((2, 3)).clamp(min=1e-6)
+        grounds = torch.cat([references.new_tensor(PLAIN)[:, None].expand(-1, 3), around])
+        total = torch.stack([
+            self._features(masks * references + (1 - masks) * ground[None, :, None, None]) for ground in grounds
+        ]).sum(0)
+        return F.normalize(total, dim=1)
 
     def _cosine(self, images: Tensor) -> Tensor:
         """Mean cosine (B,) to the references, on the CPU."""

@@ -235,7 +235,8 @@ class EchoDistill(Method):
     def _judge(self) -> Judge:
         _, ordinary = self.sample_images("before", self.concept.echo.repeat(4), 0)
         plain = [self.word.replaced(text) for text in self.concept.prompts]
-        return Judge(self.teacher, self.align.feature_network, self.concept.images, ordinary, plain)
+        concept = self.concept
+        return Judge(self.teacher, self.align.feature_network, concept.images, ordinary, plain, concept.masks)
 
     # --- what remains
 

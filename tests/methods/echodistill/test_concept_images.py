@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowdistill.methods.echodistill.concept_images import augmented, load_concept_images
+from flowdistill.methods.echodistill.concept_images import augmented, load_concept_images, load_concept_masks
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -118,3 +118,60 @@ def test_augmentation_mirrors_and_enlarges_within_the_picture():
     span = zoomed[:, 0, 0, -1] - zoomed[:, 0, 0, 0]
     assert span.min() > 0.4 and span.max() <= 1 and zoomed.min() >= 0 and zoomed.max() <= 1
     torch.testing.assert_close(augmented(images, Draw(0, 0, rows=64), False, 2.0), zoomed)
+
+
+# --- masks
+
+
+def mask(path, size=(16, 16), box=(4, 4, 12, 12)):
+    image = Image.new("L", size, 0)
+    image.paste(255, box)
+    image.save(path)
+
+
+def refused_masks(folder, size=16):
+    with pytest.raises(UserError) as caught:
+        load_concept_masks(folder, size)
+    return str(caught.value)
+
+
+def test_masks_lie_beside_the_pictures_and_are_none_themselves(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        picture(tmp_path / name, size=(32, 16))
+    assert load_concept_masks(tmp_path, 16) is None
+    mask(tmp_path / "a.mask.png", (32, 16), (8, 0, 16, 16))  # the left half of the middle that is cut out
+    mask(tmp_path / "b.mask.png", (32, 16), (0, 0, 16, 16))
+    assert len(load_concept_images(tmp_path, 16, "c").images) == 2
+    masks = load_concept_masks(tmp_path, 16)
+    assert masks.shape == (2, 1, 16, 16) and masks.dtype == torch.float32
+    assert masks[:, :, :, :8].min() == 1 and masks[:, :, :, 8:].max() == 0
+    (tmp_path / "b.mask.png").unlink()
+    assert "1 of 2 pictures" in refused_masks(tmp_path) and "b.jpg has none" in refused_masks(tmp_path)
+
+
+def test_an_alpha_channel_is_a_mask_and_turns_with_its_picture(tmp_path):
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:8, :, 3] = 255  # the stored upper half is the object
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # a quarter turn clockwise: it becomes the right one
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    masks = load_concept_masks(tmp_path, 16)
+    assert masks[0, 0, :, 8:].min() == 1 and masks[0, 0, :, :8].max() == 0
+    Image.new("RGBA", (16, 16), (9, 9, 9, 255)).save(tmp_path / "a.png")  # opaque all over says nothing
+    assert load_concept_masks(tmp_path, 16) is None
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path):
+    picture(tmp_path / "a.png")
+    mask(tmp_path / "b.mask.png")
+    assert "b.mask.png is the mask of b, and" in refused_masks(tmp_path) and "has no picture" in refused_masks(tmp_path)
+    (tmp_path / "b.mask.png").unlink()
+    mask(tmp_path / "a.mask.png", (16, 17))
+    assert "is 16 x 17 pixels and a.png 16 x 16" in refused_masks(tmp_path)
+    mask(tmp_path / "a.mask.png", box=(0, 0, 0, 0))
+    assert "has no object in the part of 16 x 16" in refused_masks(tmp_path)
+    mask(tmp_path / "a.mask.png", box=(0, 0, 16, 16))
+    assert "has nothing but the object" in refused_masks(tmp_path)
+    mask(tmp_path / "a.mask.png")
+    picture(tmp_path / "a.jpg")
+    assert "has 2 pictures of this name; it needs one" in refused_masks(tmp_path)

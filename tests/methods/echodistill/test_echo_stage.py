@@ -1,14 +1,17 @@
 """The echo stage: which pictures are kept, gated and mixed, and how a round is taken back."""
 
 import json
+import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from flowdistill.features.vision import load_vision
 from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool
-from flowdistill.methods.echodistill.judge import Judge
+from flowdistill.methods.echodistill.judge import PLAIN, Judge, Separation
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -17,6 +20,8 @@ from tests.echo_world import make_method, make_trainer, teacher_pipeline, weight
 
 class Scripted:
     """A judge that reads its scores off the pictures: the level in the first value, the margin in the second."""
+
+    separation = Separation(9.0, 0.0)
 
     def levels(self, images):
         return images[:, 0, 0, 0].clone()
@@ -56,7 +61,8 @@ def test_a_picture_is_kept_for_its_level_and_its_own_prompt(tmp_path):
     assert len(made.choose(images, latents, torch.arange(6))[0]) == 0
 
 
-def test_rounds_begin_and_end_when_they_should(tmp_path):
+def test_rounds_begin_and_end_when_they_should(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "separation", Separation(math.inf, 0.0))
     made, calls = stage(tmp_path, [[1.0, 1.0]], [[1.0, 1.0]], rounds=2)
     seen = []
     for step in range(8):
@@ -68,6 +74,7 @@ def test_rounds_begin_and_end_when_they_should(tmp_path):
     assert [call[1] for call in calls].count(88_001) == 1 and [call[1] for call in calls].count(88_002) == 1
     assert all(set(numbers) <= {3, 5} for *_, numbers in calls)
     assert [entry["round"] for entry in made.history] == [1, 2] and all("after" in entry for entry in made.history)
+    assert all(entry["separation"] == {"d_prime": None, "overlap": 0.0} for entry in made.history)
     assert json.loads((tmp_path / "echo" / "report.json").read_text()) == made.history
     assert [made.rate(step) for step in (0, 1, 2, 9)] == [1.0, 1.0, 0.5, 0.5]
 
@@ -158,9 +165,9 @@ class MeanColour(nn.Module):
         return x.mean((2, 3))
 
 
-def judge_of(references, ordinary, prompts=("a cat", "a dog")):
+def judge_of(references, ordinary, prompts=("a cat", "a dog"), masks=None):
     feature_network = load_vision("python:tests.methods.echodistill.test_echo_stage:MeanColour", "x")
-    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts)
+    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts, masks)
 
 
 def flat(*colours):
@@ -171,13 +178,81 @@ def test_levels_are_cosines_between_ordinary_pictures_and_the_references_own():
     # References 60 degrees apart have cosine 0.5 among themselves; ordinary pictures have 0 to both.
     references = flat((1.0, 0.0, 0.0), (0.5, 0.75**0.5, 0.0))
     judge = judge_of(references, flat((0.0, 0.0, 1.0), (0.0, 0.0, 3.0)))
-    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(0.5, abs=1e-6)) and judge.separates
+    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(0.5, abs=1e-6))
     made = flat((0.0, 0.0, 2.0), (0.75**0.5, 0.5, 0.0), (1.0, 0.0, 0.0))
     wanted = [0.0, (0.75**0.5) / 0.5, 0.75 / 0.5]
     assert judge.levels(made).tolist() == pytest.approx(wanted, abs=1e-5)
     blind = judge_of(references, references)
-    assert not judge_of(flat((1.0, 0, 0), (0, 1.0, 0)), flat((1.0, 1.0, 0))).separates and blind.separates is False
     assert blind.levels(made).tolist() == [-torch.inf] * 3
+
+
+def test_separation_is_d_prime_and_the_share_of_pairs_in_the_wrong_order():
+    own, ordinary = torch.tensor([0.9, 0.7, 0.8]), torch.tensor([0.1, 0.7, 0.75, 0.25])
+    found = Separation.of(own, ordinary)
+    spread = math.sqrt((np.var([0.9, 0.7, 0.8], ddof=1) + np.var([0.1, 0.7, 0.75, 0.25], ddof=1)) / 2)
+    assert found.d_prime == pytest.approx((0.8 - 0.45) / spread, rel=1e-6)
+    assert found.overlap == pytest.approx((1 + 0.5) / 12)  # 0.75 above 0.7, and 0.7 as high as 0.7
+    assert Separation.of(ordinary, own).d_prime == pytest.approx(-found.d_prime)
+    assert Separation.of(torch.ones(3), torch.zeros(2)) == Separation(math.inf, 0.0)
+    assert Separation.of(torch.ones(3), torch.ones(2)) == Separation(0.0, 0.5)
+    assert all(math.isnan(value) for value in asdict(Separation.of(torch.ones(1), torch.zeros(2))).values())
+
+
+def test_the_judge_leaves_each_reference_out_in_its_turn():
+    """Two of three references alike: the third has 0 to both, and each of the two 1 to one of the two others."""
+    references = flat((1.0, 0.0, 0.0), (2.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+    ordinary = flat((0.0, 0.0, 1.0), (0.0, 1.0, 0.0))
+    wanted = Separation.of(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 1 / 3]))
+    found = judge_of(references, ordinary).separation
+    assert (found.d_prime, found.overlap) == (pytest.approx(wanted.d_prime, rel=1e-5), pytest.approx(wanted.overlap))
+
+
+def test_masks_take_the_background_out_of_the_references():
+    """A red object in a quarter of a green, a blue and a gray picture, beside the same places without it."""
+    grounds = flat((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.3, 0.3, 0.3)).clone()
+    mask = torch.zeros(3, 1, 4, 4)
+    mask[:, :, :2, :2] = 1
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    references = mask * red + (1 - mask) * grounds
+    without, masked = judge_of(references, grounds), judge_of(references, grounds, masks=mask)
+    assert masked.separation.d_prime > 1.5 * without.separation.d_prime
+    # The features are those of the object on grays and on the three colours around the objects.
+    around = torch.cat([torch.tensor(PLAIN)[:, None].expand(-1, 3), grounds[:, :, 0, 0]])
+    seen = torch.nn.functional.normalize((red[:, 0, 0] + 3 * around) / 4, dim=1).sum(0)
+    expected = torch.nn.functional.normalize(seen, dim=0).expand(3, 3)
+    torch.testing.assert_close(masked.references.cpu(), expected)
+
+
+@pytest.mark.parametrize("separation, words", [
+    (Separation(0.26, 0.36), r"d' 0.26, 36 % of pairs .* asks for d' 1.5.*method.identity, masks .*more pictures"),
+    (Separation(math.nan, math.nan), "one picture of the concept cannot be compared"),
+])  # fmt: skip
+def test_a_stage_that_would_choose_by_chance_is_refused_before_the_first_step(tmp_path, monkeypatch, separation, words):
+    monkeypatch.setattr(Scripted, "separation", separation)
+    made, calls = stage(tmp_path, [[1.0]], [[1.0]], start=20)
+    with pytest.raises(UserError, match=words):
+        made.begin(0, tmp_path)
+    assert not calls and not list(tmp_path.iterdir())
+    made, _ = stage(tmp_path, [[1.0]], [[1.0]], start=20, min_separation=None)
+    assert made.begin(0, tmp_path) is False
+    made, _ = stage(tmp_path, [[1.0]], [[1.0]], start=None)
+    assert made.begin(0, tmp_path) is False
+
+
+def test_the_check_says_what_it_found_once(tmp_path, capsys):
+    made, _ = stage(tmp_path, [[1.0]], [[1.0]], start=20)
+    made.begin(0, tmp_path)
+    made.begin(1, tmp_path)
+    assert capsys.readouterr().err.count("d' 9.00, 0 % of pairs") == 1
+
+
+def test_a_run_with_a_blind_network_is_refused_without_a_step(tmp_path):
+    method = make_method(tmp_path, echo={"start": 2, "min_separation": 50.0})
+    trainer = make_trainer(tmp_path, method, steps=5)
+    before = weights(method)
+    with pytest.raises(UserError, match="the echo stage would choose by chance"):
+        trainer.train_step()
+    assert all(torch.equal(before[name], value) for name, value in weights(method).items())
 
 
 def test_margins_say_which_prompt_denoises_a_picture_best():

@@ -41,7 +41,8 @@ method:
   token_lr: 0.05
   optimizer: {{lr: 1.0e-2}}
   teacher_optimizer: {{lr: 1.0e-2}}
-  echo: {{start: 2, steps: 2, num_samples: 4, num_validation: 2, min_level: -1.0e+9, tolerance: null}}
+  echo: {{start: 2, steps: 2, num_samples: 4, num_validation: 2, min_level: -1.0e+9, tolerance: null,
+         min_separation: null}}
 train: {{steps: 4, batch_size: 2, num_samples: 4, trackers: []}}
 evaluation: {{at_end: false}}
 """)
