@@ -40,6 +40,10 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
         ("config.json", "model.safetensors"),
         "python scripts/train_fashion_classifier.py --out assets/fashion-classifier",
     ),
+    "fashion-flow": (
+        ("model_index.json", "flowdistill.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        "python scripts/train_fashion_teacher.py --path flow --steps 12600 --out assets/fashion-flow",
+    ),
     "shapes/classifier": (
         ("config.json", "model.safetensors"), "python scripts/train_shapes_networks.py classifier",
     ),

@@ -14,6 +14,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from flowdistill import load_teacher
+from flowdistill.data.assets import asset_path
+from flowdistill.features import load_features
+from flowdistill.utils.images import to_uint8
 from tests.data.fashion import FOLDER_VARIABLE, write_fashion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,3 +131,15 @@ def test_states_that_do_not_fit_are_refused(script, capfd):
     assert run(script, "other", "--steps", 10, state="run.pt") == 2
     assert "run.pt is damaged or no state of this script" in capfd.readouterr().err
     assert not Path("other").exists()
+
+
+def test_the_shipped_teacher_makes_garments_that_the_classifier_names():
+    """Two images of each of the ten classes, with six steps; by chance two of the twenty would be named."""
+    teacher, labels = load_teacher(asset_path("fashion-flow")), torch.arange(20) % 10
+    noise = torch.randn(20, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    images = teacher.decode(teacher.sample(noise, teacher.encode(labels), 6))
+    named = load_features("fashion", "cpu").classify(to_uint8(images)) == labels
+    assert named.sum() >= 15
+    record = json.loads((asset_path("fashion-flow") / "flowdistill.json").read_text())
+    assert record["data"] == "fashion" and record["command"].startswith("python scripts/train_fashion_teacher.py")
+    assert sum(file.stat().st_size for file in asset_path("fashion-flow").rglob("*") if file.is_file()) < 6e6
