@@ -35,7 +35,7 @@ from flowdistill.methods.echodistill.student import load_adapted_pipeline
 from flowdistill.students import generated, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
-from flowdistill.training.optimizer import apply_update, backward, learning_rate
+from flowdistill.training.optimizer import apply_update, backward, learning_rate, set_rate
 from flowdistill.training.optimizers import make_optimizer
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
@@ -166,8 +166,7 @@ def on_the_student(
     off = torch.amp.GradScaler("cpu", enabled=False)
     networks = {role: each.network for role, each in method.roles().items()}
     for step in range(config.train.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings.teacher_optimizer, step, config.train.steps)
+        set_rate(optimizer, learning_rate(settings.teacher_optimizer, step, config.train.steps))
         loss, _ = method.loss("teacher", networks, Draw(config.seed, step, rows=config.train.batch_size))
         backward(loss, off)
         apply_update(optimizer, off, config.train.max_grad_norm)

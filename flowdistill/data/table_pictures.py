@@ -71,7 +71,12 @@ class TablePictures:
                             "data_options.image")
         self.image, self.columns = chosen, {name: kind for name, kind in columns.items() if name != chosen}
         # Bytes, or the path of a file: what is decoded here is decoded as every other picture is.
-        self.table = table.cast_column(chosen, datasets.Image(decode=False))
+        try:
+            self.table = table.cast_column(chosen, datasets.Image(decode=False))
+        except Exception as error:  # of pyarrow, by the type of the column
+            kind = getattr(columns[chosen], "dtype", type(columns[chosen]).__name__)
+            raise UserError(f"the column {chosen} of {source} holds no pictures, but {kind}; name another one "
+                            "in data_options.image") from error
         self.place = f"{source} {split} {image} {table._fingerprint}"
         if not len(table):
             raise UserError(f"{source} has no rows")

@@ -63,6 +63,17 @@ def test_every_source_has_the_pictures_captions_and_labels(made, datasets, kind)
     assert len({found.facts(i) for i in range(7)}) == len({found.title(i) for i in range(7)}) == 7
 
 
+def test_a_column_that_holds_something_else_than_pictures(made, datasets, monkeypatch):
+    place = made("table")
+
+    def cast(table, name, kind):
+        raise NotImplementedError("Unsupported cast from int64 to struct")  # as pyarrow says it
+
+    monkeypatch.setattr(stored.Table, "cast_column", cast)
+    with pytest.raises(UserError, match="the column label of .*/table holds no pictures, but SimpleNamespace; name an"):
+        open_pictures(place, DataOptions(image="label"))
+
+
 @pytest.mark.parametrize("ending", ["txt", "TXT", "Txt"])
 def test_a_caption_beside_a_picture_may_have_any_case(tmp_path, ending):
     for name in ("1.png", "2.PNG"):
