@@ -3,8 +3,10 @@
     python scripts/echodistill_experiment.py --out runs/echodistill-experiment --concepts striped-star --seeds 0
 
 Every model is judged on three things together: the concept alone (prompts without a background), the concept in places
-where no picture shows it, and old prompts. ``results.jsonl`` gets a line a model; what it has already is not made
-again. ``--table`` prints the means of all lines and makes nothing, ``--write-docs`` puts them into a page.
+where no picture shows it, and old prompts; and by the strict judge of the shapes, which has no network, beside the row
+"drawn, through the autoencoder", above which no method can come. ``results.jsonl`` gets a line a model; what it has
+already is not made again. ``--table`` prints the means of all lines and makes nothing, ``--write-docs`` puts them into
+a page.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,6 +33,7 @@ from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.pictures import read_picture
 from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, draw_concept, held_out_prompts, references
+from flowdistill.evaluation.shapes_judge import Judged, judge_concept, spread
 from flowdistill.features.shapes_networks import JUDGE_HEADS, load_shapes_classifier, load_shapes_judge
 from flowdistill.methods.echodistill.method import EchoDistill
 from flowdistill.methods.echodistill.student import load_adapted_pipeline
@@ -49,6 +54,14 @@ IMAGES = 96  # of the concept alone, and as many in its contexts
 OLD = 216  # one of each class
 DRAWN = 64
 FEWER = 2  # at many steps: half as many
+STRICT_MEASURES = ("distance", "colour", "contrast", "blur", "pattern", "outline", "ghosts")
+# What the strict judge's table shows: the figure, its title and its form.
+STRICT_COLUMNS = (
+    ("alone", "accepted alone", ".0%"), ("in_context", "accepted in context", ".0%"), ("distance", "distance", ".1f"),
+    ("colour", "colour", ".1f"), ("contrast", "contrast", ".2f"), ("blur", "blur", ".2f"),
+    ("pattern", "pattern", ".2f"), ("outline", "outline", ".2f"), ("ghosts", "ghosts", ".3f"),
+    ("position", "spread of position", ".2f"), ("size", "of size", ".2f"),
+)
 Sampler = Callable[[Sequence[str], int], Tensor]
 
 
@@ -78,11 +91,12 @@ class Case:
         ]  # fmt: skip
 
 
-def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, float]:
+def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict[str, Any]:
     """The figures of 1 / ``share`` of the images; ``subject`` is what the prompts call the concept.
 
     Beside the three: the background alone; likeness, the mean cosine of the judge's features of the concept alone to
-    the references'; variety, how much pictures of one background differ, as a share of how much drawn ones do.
+    the references'; variety, how much pictures of one background differ, as a share of how much drawn ones do. And
+    ``strict``, see :func:`strict_figures`.
     """
     images_each, old_images = IMAGES // share, OLD // share
     judge, classifier = load_shapes_judge(), load_shapes_classifier()
@@ -110,7 +124,35 @@ def measure(sample: Sampler, concept: str, subject: str, share: int = 1) -> dict
     kept = classifier(sample(old, 3)).argmax(1) == classifier.prompt_labels(old)
     rates = {"alone": found, "in_context": objects(images) & placed, "background": placed, "old_prompts": kept,
              "likeness": likeness, "variety": variety}
-    return {name: value.double().mean().item() for name, value in rates.items()}
+    means = {name: value.double().mean().item() for name, value in rates.items()}
+    return means | {"strict": strict_figures(shown, images, concept, [background for _, background in listed])}
+
+
+def strict_figures(alone: Tensor, placed: Tensor, concept: str, backgrounds: Sequence[str]) -> dict[str, float | None]:
+    """What the strict judge makes of pictures of the concept alone and in its places.
+
+    ``alone``, ``in_context``: share accepted; medians of the measures in its places; ``position`` and ``size``: the
+    spread of pictures of one background as a share of drawn ones', None where fewer than two have the outline.
+    """
+    by_ground = {}
+    for ground in dict.fromkeys(backgrounds):
+        rows = torch.tensor([background == ground for background in backgrounds])
+        by_ground[ground] = judge_concept(placed[rows], concept, [ground] * int(rows.sum()))
+
+    def joined(value: Callable[[Judged], Tensor]) -> Tensor:
+        return torch.cat([value(judged) for judged in by_ground.values()])
+
+    figures: dict[str, float | None] = {
+        "alone": judge_concept(alone, concept, [None] * len(alone)).accepted.double().mean().item(),
+        "in_context": joined(lambda judged: judged.accepted).double().mean().item(),
+    }
+    for name in STRICT_MEASURES:
+        figures[name] = joined(lambda judged, name=name: getattr(judged.measures, name)).median().item()
+    spreads = [spread(judged) for judged in by_ground.values()]
+    for name in ("position", "size"):
+        known = [each[name] for each in spreads if not math.isnan(each[name])]
+        figures[name] = statistics.fmean(known) if known else None
+    return figures
 
 
 def show(sample: Sampler, subject: str, file: Path) -> None:
@@ -136,6 +178,25 @@ def many_steps(teacher: Teacher, steps: int, guidance: float) -> Sampler:
 
 
 # --- the models
+
+
+def ceiling(case: Case) -> dict[str, Sampler]:
+    """What the drawing code draws, as the autoencoder gives it back."""
+    codec = load_teacher(load_config(CONFIG, case.overrides("ceiling")).teacher.source).codec
+
+    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+        grounds, pictures = list(shapes.BACKGROUNDS), []
+        for i, prompt in enumerate(prompts):
+            number = seed * len(prompts) + i
+            known = shapes.read_caption(prompt)[2]
+            if "<new1>" in prompt:
+                ground = grounds[i % len(grounds) if known is None else known]
+                pictures.append(draw_concept(case.concept, [ground], number))
+            else:
+                pictures.append(shapes.draw_shapes(torch.tensor([shapes.class_of(prompt)]), number))
+        return codec.decode(codec.encode(torch.cat(pictures)))
+
+    return {"drawn, through the autoencoder": sample}
 
 
 def before(case: Case) -> dict[str, Sampler]:
@@ -197,6 +258,7 @@ def echodistill(case: Case, name: str, changes: Sequence[str], teacher_too: bool
 
 NO_ECHO = "method.echo.start=null"
 MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
+    "ceiling": ceiling,
     "before": before,
     "word": lambda case: on_the_student(case, "textual inversion on the student", word_only=True, prior=False),
     "lora_plain": lambda case: on_the_student(case, "LoRA DreamBooth on the student, no prior", prior=False),
@@ -220,7 +282,7 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip
-MAIN = tuple(MODELS)[:7]
+MAIN = tuple(MODELS)[:8]
 SHOWN = ("student before", "textual inversion on the student", "LoRA DreamBooth on the student",
          "EchoDistill: teacher, one step", "EchoDistill, no echo", "EchoDistill", "EchoDistill: teacher")
 
@@ -232,6 +294,24 @@ def compared(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     whole = [line for line in lines if line["key"] == "no_echo" and ":" not in line["model"]]
     beside = [line for line in whole if (line["concept"], line["seed"]) in cases]
     return {"echodistill": [line for line in lines if line["key"] in MAIN], "echodistill_ablation": beside + ablation}
+
+
+def strict_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: mean and range over concepts and seeds of the strict judge's figures, where they were measured."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if "strict" in line:
+            groups[line["model"]].append(line["strict"])
+    text = [f"| model | runs | {' | '.join(title for _, title, _ in STRICT_COLUMNS)} |",
+            "|" + "---|" * (2 + len(STRICT_COLUMNS))]
+    for model, rows in groups.items():
+        cells = []
+        for column, _, form in STRICT_COLUMNS:
+            values = [row[column] for row in rows if row[column] is not None]
+            cell = f"{statistics.fmean(values):{form}}" if values else "-"
+            cells.append(cell + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""))
+        text.append(f"| {model} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -328,8 +408,10 @@ def run(args: argparse.Namespace) -> None:
                     append_line(file, line)
                     print(json.dumps(line), flush=True)
                 lines += made
-    for name, part in compared(lines).items():
-        text = table(part) + "\n"
+    texts = {name: table(part) + "\n" for name, part in compared(lines).items()}
+    if any("strict" in line for line in lines):
+        texts["echodistill_strict"] = strict_table(lines) + "\n"
+    for name, text in texts.items():
         print(text)
         if args.write_docs:
             write_docs(args.write_docs, name, text)

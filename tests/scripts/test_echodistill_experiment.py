@@ -12,6 +12,7 @@ from PIL import Image
 from flowdistill.config import load_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, held_out_prompts
+from flowdistill.features.shapes_networks import load_shapes_classifier
 from flowdistill.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +55,40 @@ def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
         return torch.cat(images)
 
     perfect = script.measure(lambda prompts, seed: paint(prompts, False), "striped-star", "<new1> star", share=4)
-    likeness, variety = perfect.pop("likeness"), perfect.pop("variety")
+    likeness, variety, strict = (perfect.pop(name) for name in ("likeness", "variety", "strict"))
+    assert (strict["alone"], strict["in_context"]) == (1.0, 1.0) and strict["distance"] < 0.2 and strict["blur"] == 0
+    assert 0.4 < strict["position"] < 1.6 and 0.4 < strict["size"] < 1.6
     assert 0.7 < variety < 1.3
     assert all(value > 0.9 for value in perfect.values()), perfect
     plain = script.measure(lambda prompts, seed: paint(["a red star on a white background"] * len(prompts), False),
                            "striped-star", "<new1> star", share=4)
-    assert likeness > 0.5 and plain["likeness"] < 0.4 and plain["alone"] < 0.1
+    assert likeness > 0.5 and plain["likeness"] < 0.4 and plain["alone"] < 0.1 and plain["strict"]["alone"] == 0
     forgetful = script.measure(lambda prompts, seed: paint(prompts, True), "striped-star", "<new1> star", share=4)
     assert forgetful["alone"] > 0.9 and forgetful["in_context"] < 0.1 and forgetful["background"] < 0.1
+    assert forgetful["strict"]["alone"] == 1 and forgetful["strict"]["in_context"] == 0
+
+
+def test_the_strict_table_has_what_was_measured(script):
+    strict = {column: 0.5 for column, _, _ in script.STRICT_COLUMNS}
+    lines = [{"model": "old"}, {"model": "a", "strict": strict},
+             {"model": "a", "strict": {column: 0.25 for column in strict} | {"size": None}},
+             {"model": "b", "strict": strict | {"size": None}}]
+    rows = script.strict_table(lines).splitlines()
+    assert len(rows) == 4 and rows[0].count("|") == rows[1].count("|") == rows[2].count("|")
+    assert rows[2].startswith("| a | 2 | 38% (25% to 50%) | 38% (25% to 50%) | 0.4 (0.2 to 0.5) |")
+    assert rows[2].endswith("| 0.38 (0.25 to 0.50) | 0.50 |") and rows[3].endswith("| 0.50 | - |")
+
+
+def test_the_ceiling_is_drawn_as_the_prompts_say(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (name, sample), = script.ceiling(script.Case("halved-heart", 0, Path("runs/x"), [])).items()
+    assert name == "drawn, through the autoencoder"
+    prompts = ["a <new1> heart on a cyan background", "a <new1> heart", "a red star on a white background"]
+    images = sample(prompts, 3)
+    assert images.shape == (3, 3, 32, 32)
+    judged = script.judge_concept(images[:2], "halved-heart", ["cyan", None])
+    assert judged.passed["pattern"].all() and judged.passed["background"].all()
+    assert load_shapes_classifier()(images[2:]).argmax(1).item() == shapes.class_of(prompts[2])
 
 
 def test_the_table_has_mean_and_range(script):
