@@ -1,6 +1,6 @@
 """A device that is not the CPU, in Python: what a GPU refuses it refuses, and what makes the host wait it writes down.
 
-It has torch's dispatch key for devices of other makers (PrivateUse1) and is called ``other:0``. Each of its tensors
+It has torch's dispatch key for devices of other makers (PrivateUse1) and is called ``python_device:0``. Each of its tensors
 holds one on the CPU, on which every operation computes, so the numbers are the CPU's up to rounding; but tensors of two
 devices do not mix, except for a single number of the CPU's (0-d), as on CUDA. The host waits, also as on CUDA, for a
 number that is read (``.item()``, ``bool()``), a shape that depends on values (``nonzero``, a mask as index), and a copy
@@ -27,7 +27,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from flowdistill.networks import velocity
 from flowdistill.utils import quantized
 
-NAME = "other"
+NAME = "python_device"
 CPU = torch.device("cpu")
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
          "aten::unique_consecutive", "aten::equal", "aten::bincount", "aten::repeat_interleave"}
@@ -42,7 +42,7 @@ _watching: list[list[str]] = []
 
 
 class Elsewhere(Tensor):
-    """A tensor on ``other:0``; ``held`` has its values."""
+    """A tensor on ``python_device:0``; ``held`` has its values."""
 
     held: Tensor
 

@@ -43,7 +43,7 @@ def test_it_computes_refuses_and_writes_down_as_a_gpu_does(device):
     mistakes = (lambda: there + here, lambda: torch.cat([there, here]), lambda: there @ here.T,
                 lambda: torch.stack([there[0, 0], torch.tensor(1.0)]), lambda: there.clone().add_(here))
     for mixed in mistakes:
-        with pytest.raises(RuntimeError, match="all tensors to be on other:0"):
+        with pytest.raises(RuntimeError, match="all tensors to be on python_device:0"):
             mixed()
     with pytest.raises((RuntimeError, TypeError)):
         there.numpy()
@@ -161,7 +161,7 @@ def test_a_step_of_every_method_mixes_nothing_and_never_waits(name, device, tmp_
     assert waited == []
     for role in trainer.roles.values():
         assert all(p.device == device for p in role.network.parameters())
-    here, there = found["cpu"], found["other"]
+    here, there = found["cpu"], found["python_device"]
     assert here.keys() == there.keys() and any(key.startswith("loss/") for key in here)
     for key, value in here.items():
         assert value is None or there[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -149,8 +148,7 @@ def load_dataset(name, data_files=None, split=None):
 
 
 def fake_datasets():
-    """The module, in the place of the package."""
+    """A module for the place of the package in ``sys.modules``."""
     module = ModuleType("datasets")
     module.Image, module.load_from_disk, module.load_dataset = Image, load_from_disk, load_dataset
-    sys.modules["datasets"] = module
     return module

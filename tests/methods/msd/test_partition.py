@@ -121,9 +121,12 @@ def test_uniform_labels_through_the_router_are_the_classes_of_uniform_sampling()
 class Integers:
     """A draw that gives the numbers 0 ... n - 1 and remembers n."""
 
-    def integers(self, high, rows=None):
+    def integers(self, high, rows=None, on_cpu=False):
         self.high = high
         return torch.arange(high)
+
+    def placed(self, values):
+        return values
 
 
 def test_a_restricted_teacher_draws_and_shows_its_own_classes():
