@@ -1,11 +1,11 @@
 """A device that is not the CPU, in Python: what a GPU refuses it refuses, and what makes the host wait it writes down.
 
 It has torch's dispatch key for devices of other makers (PrivateUse1) and is called ``python_device:0``. Each of its
-tensors holds one on the CPU, on which every operation computes, so the numbers are the CPU's up to rounding; but tensors of two
-devices do not mix, except for a single number of the CPU's (0-d), as on CUDA. The host waits, also as on CUDA, for a
-number that is read (``.item()``, ``bool()``), a shape that depends on values (``nonzero``, a mask as index), and a copy
-between host and device that is not ``non_blocking``. What is missing: pinned memory, streams, forward-mode derivatives,
-and kernels of lower precision under autocast.
+tensors holds one on the CPU, on which every operation computes, so the numbers are the CPU's up to rounding; but
+tensors of two devices do not mix, except for a single number of the CPU's (0-d), as on CUDA. The host waits, also as
+on CUDA, for a number that is read (``.item()``, ``bool()``), a shape that depends on values (``nonzero``, a mask as
+index), and a copy between host and device that is not ``non_blocking``. What is missing: pinned memory, streams,
+forward-mode derivatives, and kernels of lower precision under autocast.
 
 torch has it to the end of a process that has entered :func:`other_device` once.
 """
