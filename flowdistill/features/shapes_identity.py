@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from flowdistill.data import shapes
 from flowdistill.data.assets import asset_path, load_network
 from flowdistill.data.shapes_concepts import CONCEPTS
-from flowdistill.features.shapes_networks import spoil
-from flowdistill.utils.errors import UserError
+from flowdistill.features.shapes_networks import spoil, trunk_features
 from flowdistill.utils.randomness import generator_of
 
 PATTERNS = 4
@@ -54,11 +53,7 @@ class ShapesIdentity(nn.Module):
         Raises:
             UserError: the images are not (B, 3, 32, 32).
         """
-        if images.ndim != 4 or images.shape[1:] != (3, shapes.SIZE, shapes.SIZE):
-            raise UserError(f"the networks of the shapes read images of shape (B, 3, {shapes.SIZE}, {shapes.SIZE}), "
-                            f"not {tuple(images.shape)}")
-        weight = next(self.parameters())
-        return self.trunk(2.0 * images.to(weight.dtype) - 1.0)
+        return trunk_features(self.trunk, images)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)

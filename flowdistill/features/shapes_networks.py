@@ -27,6 +27,19 @@ CLASSIFIER_HEADS = {
 JUDGE_HEADS = {"object": [*shapes.SHAPES, "other", *CONCEPTS], "background": list(shapes.BACKGROUNDS)}
 
 
+def trunk_features(trunk: nn.Module, images: Tensor) -> Tensor:
+    """What a trunk makes of images (B, 3, 32, 32) in [0, 1]: float (B, D).
+
+    Raises:
+        UserError: the images are not (B, 3, 32, 32).
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, shapes.SIZE, shapes.SIZE):
+        raise UserError(f"the networks of the shapes read images of shape (B, 3, {shapes.SIZE}, {shapes.SIZE}), "
+                        f"not {tuple(images.shape)}")
+    weight = next(trunk.parameters())
+    return trunk(2.0 * images.to(weight.dtype) - 1.0)
+
+
 class ShapesNet(nn.Module):
     """Four convolutions and a linear layer on images (B, 3, 32, 32) in [0, 1], with a linear head for each question.
 
@@ -56,11 +69,7 @@ class ShapesNet(nn.Module):
         Raises:
             UserError: the images are not (B, 3, 32, 32).
         """
-        if images.ndim != 4 or images.shape[1:] != (3, shapes.SIZE, shapes.SIZE):
-            raise UserError(f"the networks of the shapes read images of shape (B, 3, {shapes.SIZE}, {shapes.SIZE}), "
-                            f"not {tuple(images.shape)}")
-        weight = next(self.parameters())
-        return self.trunk(2.0 * images.to(weight.dtype) - 1.0)
+        return trunk_features(self.trunk, images)
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) of each question."""
