@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""How far quantised teachers are from those of float32: the table in docs/memory.md, of the teachers that ship.
+"""How far quantised teachers are from those of float32: the table in docs/experiments/memory.md.
 
-    python scripts/measure_quantization.py             measure, and write the table into docs/memory.md
+    python scripts/measure_quantization.py             measure, and write the table into docs/experiments/memory.md
     python scripts/measure_quantization.py --print     measure, and print it
 
 Each figure is the norm of the difference of two velocities over the norm of the one in float32, of the same states,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flowdistill.teachers import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "memory.md"
+PAGE = ROOT / "docs" / "experiments" / "memory.md"
 BEGIN, END = "<!-- made by scripts/measure_quantization.py -->", "<!-- end of the differences -->"
 TEACHERS = ("assets/digits-flow", "assets/digits-ddpm", "assets/shapes/teacher", "assets/shapes/turbo")
 TIMES = (0.2, 0.5, 0.8)

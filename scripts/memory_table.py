@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write the tables of docs/memory.md: the plans of the shipped configurations. Nothing is loaded or downloaded.
+"""Write the tables of docs/experiments/memory.md: the plans of the shipped configurations. Nothing is loaded.
 
-    python scripts/memory_table.py             plan, and write the tables into docs/memory.md
+    python scripts/memory_table.py             plan, and write the tables into docs/experiments/memory.md
     python scripts/memory_table.py --print     plan, and print them
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flowdistill.plan.memory import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "memory.md"
+PAGE = ROOT / "docs" / "experiments" / "memory.md"
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
 BEGIN_CARDS, END_CARDS = "<!-- cards by scripts/memory_table.py -->", "<!-- end of the cards -->"
 CARDS = (12, 16, 24, 48, 80)

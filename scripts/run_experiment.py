@@ -2,7 +2,8 @@
 """Run a comparison: every setting with every seed, then a table with mean and spread and a figure.
 
     python scripts/run_experiment.py configs/experiments/freeflow_quick.yaml
-    python scripts/run_experiment.py configs/experiments/freeflow_ablation.yaml --jobs 2 --write-docs docs/freeflow.md
+    python scripts/run_experiment.py configs/experiments/freeflow_ablation.yaml --jobs 2 \\
+        --write-docs docs/methods/freeflow.md
 
 Run it where the base configuration's own paths hold (the repository). The same command goes on where it stopped. An
 experiment file has the keys:

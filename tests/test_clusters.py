@@ -26,7 +26,7 @@ from tests.processes import BIN, ROOT, TIMEOUT, environment, ranks
 from tests.toy_method import figures
 
 SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*.sh"))
-PAGE = ROOT / "docs" / "clusters.md"
+PAGE = ROOT / "docs" / "guides" / "clusters.md"
 CONFIGS = {"array": "configs/digits/msd.yaml"}
 STUBS = {
     # What a node's task runs, and what a launcher or a run does: to end, to fail, or to wait for a signal.

@@ -4,7 +4,7 @@
 # Students of another shape have a shared start, which comes first, as student -1:
 #   first=$(sbatch --parsable --export=ALL,STUDENT=-1 configs/slurm/array.sh CONFIG.yaml)
 #   sbatch --dependency=afterok:$first --array=0-3 configs/slurm/array.sh CONFIG.yaml
-# Each student has one GPU, and the precision that the file says (train.precision=bf16). See docs/clusters.md.
+# Each student has one GPU, and the precision that the file says (train.precision=bf16). See docs/guides/clusters.md.
 #SBATCH --job-name=flowdistill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A run on all GPUs of several nodes:
 #   sbatch --nodes=8 configs/slurm/multi_node.sh configs/sdxl/dmd2_4step.yaml output_dir=runs/sdxl train.gradient_accumulation=2 train.ema_device=cpu
-# With FSDP2: ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml sbatch ... See docs/clusters.md.
+# With FSDP2: ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml sbatch ... See docs/guides/clusters.md.
 #SBATCH --job-name=flowdistill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -2,7 +2,7 @@
 # A run on all GPUs of one node:
 #   sbatch configs/slurm/single_node.sh configs/sdxl/dmd2_4step.yaml output_dir=runs/sdxl train.gradient_accumulation=16 train.ema_device=cpu
 # Options of sbatch go before the file: sbatch --partition=gpu --gpus-per-node=4 configs/slurm/single_node.sh ...
-# With FSDP2: ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml sbatch ... See docs/clusters.md.
+# With FSDP2: ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml sbatch ... See docs/guides/clusters.md.
 #SBATCH --job-name=flowdistill
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
