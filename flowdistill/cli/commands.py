@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
+from flowdistill.cli import settings
 from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
@@ -556,4 +557,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL", help="pipeline (folder, hub id), run or student folder")
     inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
     inspect.add_argument("--variant", metavar="NAME", help=VARIANT)
+
+    for module in (settings,):
+        module.add(command)
     return parser

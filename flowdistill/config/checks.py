@@ -61,7 +61,7 @@ def rename_former_keys(layer: Layer, method: type) -> None:
 
 
 def _rename(values: JsonObject, schema: type, prefix: str, origin: str, method: type) -> None:
-    sections = dict(_sections(schema, method))
+    sections = dict(sections_of(schema, method))
     former = {item.metadata["was"]: item.name for item in fields(schema) if "was" in item.metadata}
     for name in [name for name in values if name in former]:
         if former[name] in values:
@@ -105,7 +105,7 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
 
 def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(full key, type) of everything below ``schema`` that is not a section."""
-    sections = dict(_sections(schema, method))
+    sections = dict(sections_of(schema, method))
     for name, hint in get_type_hints(schema).items():
         if name in sections:
             yield from leaf_types(sections[name][0], method, f"{prefix}{name}.")
@@ -115,7 +115,7 @@ def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[s
 
 def is_text(hint: object) -> bool:
     """Whether a setting of this type is a text or null."""
-    return set(_alternatives(hint)) <= {str, type(None)}
+    return set(type_alternatives(hint)) <= {str, type(None)}
 
 
 def is_textual(hint: object) -> bool:
@@ -124,7 +124,7 @@ def is_textual(hint: object) -> bool:
         return all(is_textual(part) for part in get_args(hint) if part is not Ellipsis)
     if get_origin(hint) is dict:
         return is_textual(get_args(hint)[1])
-    parts = _alternatives(hint)
+    parts = type_alternatives(hint)
     return is_text(hint) or (len(parts) > 1 and all(part is type(None) or is_textual(part) for part in parts))
 
 
@@ -134,8 +134,8 @@ def in_words(hint: object) -> str:
         many = {int: "integers", float: "numbers", str: "texts"}
         count = f"{len(get_args(hint))} " if _is_fixed(hint) else ""
         return f"a list of {count}{many.get(get_args(hint)[0], 'values')}"
-    if len(_alternatives(hint)) > 1:
-        return " or ".join(in_words(part) for part in _alternatives(hint))
+    if len(type_alternatives(hint)) > 1:
+        return " or ".join(in_words(part) for part in type_alternatives(hint))
     one: dict[object, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text",
                               type(None): "null"}
     return one.get(hint, "a mapping" if get_origin(hint) is dict else f"a {getattr(hint, '__name__', hint)}")
@@ -157,7 +157,7 @@ def replaced(values: JsonObject, path: Sequence[str], value: object) -> JsonObje
 
 def section_type(schema: type, name: str) -> type:
     """The dataclass of a section of ``schema``."""
-    return dict(_sections(schema, schema))[name][0]
+    return dict(sections_of(schema, schema))[name][0]
 
 
 def raw_value(values: JsonObject, key: str) -> Any:
@@ -194,7 +194,7 @@ def pruned(values: Values, schema: type, prefix: str) -> tuple[JsonObject, list[
     """
     kept: JsonObject = {}
     dropped: list[str] = []
-    sections, hints = dict(_sections(schema, schema)), get_type_hints(schema)
+    sections, hints = dict(sections_of(schema, schema)), get_type_hints(schema)
     limits = {item.name: item.metadata for item in fields(schema)}
     for name, value in values.items():
         if name in sections and isinstance(value, Mapping):
@@ -215,7 +215,7 @@ def _has_place(value: object, is_section: bool, hint: object, limits: Limits) ->
 
 
 def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: type) -> None:
-    sections, hints = dict(_sections(schema, method)), get_type_hints(schema)
+    sections, hints = dict(sections_of(schema, method)), get_type_hints(schema)
     names = [item.name for item in fields(schema)]
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -228,7 +228,8 @@ def _check_keys(values: Values, schema: type, prefix: str, origin: str, method: 
             hint = f"; did you mean {listed(inner)}?" if inner else (
                 _of_others(name, schema) or closest(name, names, prefix))
             allowed = f" allowed in {owner}: {listed(names)}" if not hint or len(names) <= NAMES else ""
-            raise UserError(f"unknown key '{shortened(key)}' ({origin}){hint or ';'}{allowed}")
+            see = f" (see 'flowdistill config {method.name}')" if hasattr(method, "name") else ""
+            raise UserError(f"unknown key '{shortened(key)}' ({origin}){hint or ';'}{allowed}{see}")
         if name not in sections:
             if isinstance(value, Mapping) and hints[name] is not Any and get_origin(hints[name]) is not dict:
                 raise UserError(f"'{key}' must be {in_words(hints[name])}, not keys below it ({origin})")
@@ -255,10 +256,10 @@ def _of_others(name: str, schema: type) -> str:
     return f"; it is a setting of {listed(others)}, not of {own}" if others else ""
 
 
-def _sections(schema: type, method: type) -> Iterator[tuple[str, tuple[type, bool]]]:
+def sections_of(schema: type, method: type) -> Iterator[tuple[str, tuple[type, bool]]]:
     """The fields of ``schema`` that are sections: (name, (dataclass, whether null is allowed))."""
     for name, hint in get_type_hints(schema).items():
-        alternatives = _alternatives(method if schema is RunConfig and name == "method" else hint)
+        alternatives = type_alternatives(method if schema is RunConfig and name == "method" else hint)
         for candidate in alternatives:
             if isinstance(candidate, type) and is_dataclass(candidate):
                 yield name, (candidate, type(None) in alternatives)
@@ -269,7 +270,8 @@ def _is_fixed(hint: object) -> bool:
     return get_origin(hint) is tuple and Ellipsis not in get_args(hint)
 
 
-def _alternatives(hint: object) -> tuple[object, ...]:
+def type_alternatives(hint: object) -> tuple[object, ...]:
+    """What a union is of; of another type, that type."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 

@@ -48,7 +48,13 @@ def option(
 
 
 class HostingConfig(ABC):
-    """What the settings of a method over another one, the host, inherit: the host's own settings are a section."""
+    """What the settings of a method over another one, the host, inherit: the host's own settings are a section.
+
+    Attributes:
+        usual_host: the host whose settings are shown where none is named.
+    """
+
+    usual_host = ""  # without an annotation, which would make it a setting's type
 
     @classmethod
     @abstractmethod

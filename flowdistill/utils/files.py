@@ -72,6 +72,27 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
 
 
+def write_new(path: str | os.PathLike[str], text: str, name: str = "the file") -> Path:
+    """Write a text file where none is yet, complete or not at all; returns its path.
+
+    Args:
+        path: the file; folders that are missing are made.
+        text: what it holds, written in UTF-8.
+        name: words for it in errors, such as the option that names it.
+
+    Raises:
+        UserError: something is there already, or it cannot be written.
+    """
+    target = local_path(path)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{name} {target} exists already and is left as it is; choose another name, or remove it")
+    check_writable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as file:
+        file.write(text.encode())
+    return target
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file for binary writing that takes its name only once it is complete and on disk.

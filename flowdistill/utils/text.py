@@ -216,9 +216,12 @@ def parse_yaml(text: str, name: str, as_written: bool = False) -> Any:
         loader.dispose()
 
 
-def dump_yaml(value: object) -> str:
+def dump_yaml(value: object, compact: bool = False) -> str:
     """Mappings, lists, texts, numbers, truth values and null as YAML that :func:`parse_yaml` and readers of YAML 1.1
-    take for the same: texts that either would take for something else are quoted."""
+    take for the same: texts that either would take for something else are quoted.
+
+    ``compact``: in one line, with lists and mappings in brackets.
+    """
     import yaml
 
     resolvers = _yaml_loaders()[False].yaml_implicit_resolvers
@@ -235,7 +238,9 @@ def dump_yaml(value: object) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, quoted)
-    written: str = yaml.dump(value, Dumper=Dumper, allow_unicode=True, sort_keys=False)
+    width = float("inf") if compact else None
+    written: str = yaml.dump(value, Dumper=Dumper, allow_unicode=True, sort_keys=False, default_flow_style=compact,
+                             width=width)
     return written
 
 

@@ -25,7 +25,7 @@ from flowdistill.students import FlowMap, StudentInfo
 from tests.processes import Child
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
-COMMANDS = ("distill", "sample", "evaluate", "export", "inspect")
+COMMANDS = ("distill", "sample", "evaluate", "export", "inspect", "config")
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,7 @@ def test_unknown_keys_name_the_closest(good: Path, override: str, key: str, near
     assert f"unknown key '{key}'" in text
     assert f"did you mean '{near}'?" in text
     assert f"in the override '{override}'" in text
+    assert text.endswith("(see 'flowdistill config toy')")
 
 
 def test_an_unknown_key_with_nothing_near_lists_what_is_allowed(good: Path) -> None:

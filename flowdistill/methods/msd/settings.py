@@ -39,6 +39,7 @@ class AdversarialStage:
 class MsdConfig(HostingConfig):
     """Settings of MSD. The paper has K = 4, consecutive classes, and quadrants of text embeddings."""
 
+    usual_host = "dmd2"
     name: str = "msd"
     num_students: int = option(2, "K; 1 is the host alone", at_least=1)
     partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans "

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Bring the tables of settings in Markdown pages up to date with the settings' own help texts, defaults and ranges.
+
+    python scripts/settings_tables.py               write every table in docs/ and README.md anew
+    python scripts/settings_tables.py --check       say which pages are not up to date, and end with 1 if any
+    python scripts/settings_tables.py page.md ...   the same for these pages
+
+A table stands between two lines, ``<!-- settings:NAME -->`` and ``<!-- /settings -->``. NAME is a method, or a section
+that all methods share: teacher, train or evaluation. It is what ``flowdistill config NAME --markdown`` prints, or
+``flowdistill config --section NAME --markdown``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flowdistill.config.listing import as_markdown, method_settings, run_settings_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("teacher", "train", "evaluation")
+MARKED = re.compile(r"^(<!-- settings:(\S+) -->\n).*?^(<!-- /settings -->)$", re.MULTILINE | re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The pages in which tables are looked for."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def table(name: str) -> str:
+    """The table of a method, or of a section that all methods share."""
+    if name in SECTIONS:
+        return as_markdown(run_settings_of(None), f"{name}.")
+    return as_markdown(run_settings_of(method_settings(name)))
+
+
+def updated(text: str, table: Callable[[str], str] = table) -> str:
+    """A page's text with its tables as they are now."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", metavar="PAGE", nargs="*", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    old = 0
+    for page in args.pages or pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := updated(text)) != text:
+            old += 1
+            print(f"{page}: {'not up to date' if args.check else 'written'}")
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    return 1 if args.check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
