@@ -2,7 +2,7 @@
 """Score distillation with and without backtracking on a ring of eight Gaussians in two dimensions.
 
     python scripts/ring_benchmark.py configs/experiments/ring.yaml
-    python scripts/ring_benchmark.py configs/experiments/ring.yaml --seed 0 --write-docs docs/methods/disback.md
+    python scripts/ring_benchmark.py configs/experiments/ring.yaml --seed 0 --write-docs docs/experiments/ring.md
 
 The methods and the loop are those of ``flowdistill distill``; teacher, generator and critic are a perceptron with EDM's
 preconditioning, so that a run takes a fraction of a minute. The file has the keys of ``run_experiment.py``, with

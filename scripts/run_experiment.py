@@ -3,7 +3,7 @@
 
     python scripts/run_experiment.py configs/experiments/freeflow_quick.yaml
     python scripts/run_experiment.py configs/experiments/freeflow_ablation.yaml --jobs 2 \\
-        --write-docs docs/methods/freeflow.md
+        --write-docs docs/experiments/freeflow.md
 
 Run it where the base configuration's own paths hold (the repository). The same command goes on where it stopped. An
 experiment file has the keys:
