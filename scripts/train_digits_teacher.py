@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from flowdistill.cli.arguments import seed_number
 from flowdistill.data import load_digits
+from flowdistill.utils.devices import sent
 from flowdistill.utils.files import local_path
 from flowdistill.utils.logging import say
 
@@ -58,14 +59,18 @@ def build_scheduler(path: str) -> FlowMatchEulerDiscreteScheduler | DDPMSchedule
 
 
 def flow_loss(network: UNet2DModel, data: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow matching: half of the times uniform, half logit-normal (Esser et al. 2024), shuffled into one batch."""
-    noise = torch.randn(data.shape, generator=generator)
+    """Flow matching: half of the times uniform, half logit-normal (Esser et al. 2024), shuffled into one batch.
+
+    What is drawn is drawn on the host, so that it is the same on every device of the data's.
+    """
+    noise = sent(torch.randn(data.shape, generator=generator), data.device)
     uniform = torch.rand(len(data), generator=generator)
     t = torch.where(
         torch.rand(len(data), generator=generator) < 0.5,
         uniform,
         torch.randn(len(data), generator=generator).sigmoid(),
     )
+    t = sent(t, data.device)
     wide = t[:, None, None, None]
     output = network((1.0 - wide) * data + wide * noise, 1000.0 * t, class_labels=labels).sample
     return (output - (noise - data)).square().mean()
@@ -74,10 +79,11 @@ def flow_loss(network: UNet2DModel, data: Tensor, labels: Tensor, generator: tor
 def ddpm_loss(
     network: UNet2DModel, scheduler: DDPMScheduler, data: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
-    noise = torch.randn(data.shape, generator=generator)
+    noise = sent(torch.randn(data.shape, generator=generator), data.device)
     steps = torch.randint(scheduler.config.num_train_timesteps, (len(data),), generator=generator)
+    steps = sent(steps, data.device)
     output = network(scheduler.add_noise(data, noise, steps), steps, class_labels=labels).sample
-    weight = (1.0 / scheduler.alphas_cumprod[steps]).clamp(max=MAX_EPSILON_WEIGHT)
+    weight = (1.0 / scheduler.alphas_cumprod[steps]).clamp(max=MAX_EPSILON_WEIGHT)  # add_noise moves them there
     return (weight * (output - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
@@ -97,13 +103,14 @@ def sample_grid(
     scheduler = pipeline.scheduler
     if path == "ddpm":
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    labels = torch.arange(NUM_CLASSES).repeat(rows)
-    size = pipeline.unet.config.sample_size
-    x = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
+    device, size = pipeline.unet.device, pipeline.unet.config.sample_size
+    labels = torch.arange(NUM_CLASSES).repeat(rows).to(device)
+    x = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         x = scheduler.step(pipeline.unet(x, t, class_labels=labels).sample, t, x).prev_sample
-    images = ((x + 1.0) / 2.0).clamp(0.0, 1.0).repeat_interleave(enlarged, dim=2).repeat_interleave(enlarged, dim=3)
+    images = ((x.cpu() + 1.0) / 2.0).clamp(0.0, 1.0)
+    images = images.repeat_interleave(enlarged, dim=2).repeat_interleave(enlarged, dim=3)
     save_image(images, file, nrow=NUM_CLASSES, padding=4, pad_value=0.5)
 
 

@@ -19,11 +19,11 @@ def usable_device(name: str | None, key: str) -> torch.device | None:
     """
     if name is None:
         return None
-    device = torch.device(name)
     try:
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{key} is {device}, which cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key} is {name}, which cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import signal
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from flowdistill.data.assets import asset_path
 from flowdistill.features import load_features
 from flowdistill.utils.images import to_uint8
 from tests.data.fashion import FOLDER_VARIABLE, write_fashion
+from tests.other_device import other_device, waits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +31,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import train_fashion_teacher
 
-    monkeypatch.setattr(train_fashion_teacher, "CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(train_fashion_teacher, "CHANNELS", (8, 8, 8))  # also the default of --channels
     monkeypatch.setattr(train_fashion_teacher, "GRID_STEPS", 2)
     monkeypatch.setattr(train_fashion_teacher, "WARMUP", 2)
     monkeypatch.setenv(FOLDER_VARIABLE, str(write_fashion(tmp_path / "fashion")))
@@ -124,6 +127,12 @@ def test_states_that_do_not_fit_are_refused(script, capfd):
         (("--lr", 0.5), "is the state of another run, with lr 0.001; name another file"),
         (("--decay", 1.0), "--decay is 1.0; it is a share"),
         (("--look-every", 0), "--look-every is 0; it must be at least 1"),
+        (("--threads", 0), "--threads is 0; it must be at least 1"),
+        (("--channels", "8,16,16"), "is the state of another run, with channels None; name another file"),
+        (("--channels", "8,16,20"), "--channels is 8,16,20; each must be a multiple of 8"),
+        (("--within", 0), "--within is 0.0; it must be above 0 minutes"),
+        (("--device", "cuda:99"), "--device is cuda:99, which cannot be used here"),
+        (("--device", "gpu"), "--device is gpu, which cannot be used here"),
     ):
         assert run(script, "other", *more, state="run.pt") == 2
         assert words in capfd.readouterr().err
@@ -131,6 +140,50 @@ def test_states_that_do_not_fit_are_refused(script, capfd):
     assert run(script, "other", "--steps", 10, state="run.pt") == 2
     assert "run.pt is damaged or no state of this script" in capfd.readouterr().err
     assert not Path("other").exists()
+
+
+def test_time_ends_a_training_of_another_size_and_the_rate_falls_by_it(script, monkeypatch, capfd):
+    """The clock here goes on by 15 seconds a step, so that a minute has four, of which the last half falls."""
+    now, rates = [0.0], []
+    monkeypatch.setattr(script.time, "process_time", lambda: now[0])
+    step = script.Training.train_step
+
+    def timed(self, *batch):
+        rates.append(self.rate())
+        loss = step(self, *batch)
+        now[0] += 15.0
+        return loss
+
+    monkeypatch.setattr(script.Training, "train_step", timed)
+    monkeypatch.setattr(script, "WARMUP", 1)
+    command = ("--within", 1, "--decay", 0.5, "--channels", "8,16,16", "--blocks", 2)
+    assert run(script, "timed", *command) == 0
+    assert rates == [1e-3, 1e-3, 1e-3, pytest.approx(5e-4)]
+    record = json.loads(Path("timed/flowdistill.json").read_text())
+    assert record["steps"] == 4 and record["training_cpu_seconds"] == 60
+    assert "--within 1 --decay 0.5" in record["command"] and record["command"].endswith("--channels 8,16,16 --blocks 2")
+    assert DiffusionPipeline.from_pretrained("timed").unet.config.block_out_channels == [8, 16, 16]
+    assert run(script, "timed", *command) == 0 and len(rates) == 4  # what is over stays over
+    assert "wrote timed: 4 steps, 60 s of CPU" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+def test_a_step_on_a_device_is_the_cpus_and_does_not_wait(script, path, tmp_path):
+    """On the device in Python. The first step moves the table of noise levels there."""
+    losses = {}
+    for name in ("cpu", "other"):
+        with other_device() if name == "other" else contextlib.nullcontext(torch.device("cpu")) as device:
+            arguments = argparse.Namespace(
+                path=path, device=str(device), within=float("inf"), channels=[8, 8, 8], blocks=1, compile=False, seed=0,
+                lr=1e-3, steps=10, decay=0.2, precision="fp32", batch_size=4, threads=1, state=tmp_path / "state.pt")
+            training = script.Training(arguments)
+            data, labels = (part.to(device) for part in script.load_images("fashion"))
+            first = training.train_step(data, labels)
+            with waits() as waited:
+                second = training.train_step(data, labels)
+            losses[name] = [first.item(), second.item()]
+        assert not waited
+    assert losses["other"] == pytest.approx(losses["cpu"], rel=1e-5)
 
 
 def test_the_shipped_teacher_makes_garments_that_the_classifier_names():
