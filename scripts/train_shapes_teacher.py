@@ -70,12 +70,13 @@ def word_merges(words: list[str]) -> list[tuple[str, str]]:
     return list(merges)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModel:
+    """A text encoder of ``width`` numbers a token; that it ends at the tokenizer's last token is in its settings."""
     end = tokenizer.convert_tokens_to_ids(EOS)
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, projection_dim=64, bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=end, pad_token_id=end,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=width,
+        bos_token_id=tokenizer.convert_tokens_to_ids(BOS), eos_token_id=end, pad_token_id=end,
     ))
 
 
@@ -113,9 +114,16 @@ def strange_shapes(count: int, seed: int) -> Tensor:
 
 
 class Training:
-    """A resumable loop: modules, their average, one AdamW with a cosine rate, randomness that belongs to the step."""
+    """A resumable loop: modules, their average, one AdamW with a cosine rate, randomness that belongs to the step.
 
-    def __init__(self, name: str, modules: nn.ModuleDict, lr: float, steps: int, args: argparse.Namespace) -> None:
+    With ``limit``, in seconds, it also ends when they are over, and the rate falls by the time where that is further.
+    """
+
+    def __init__(
+        self, name: str, modules: nn.ModuleDict, lr: float, steps: int, args: argparse.Namespace,
+        limit: float = math.inf,
+    ) -> None:
+        self.limit = limit
         self.name, self.modules, self.lr, self.steps, self.seed = name, modules, lr, steps, args.seed
         self.file = args.work / f"{name}.pt"
         self.average = {key: value.detach().clone() for key, value in modules.named_parameters()}
@@ -123,7 +131,7 @@ class Training:
         self.step, self.seconds = 0, 0.0
         self.plans = [[0, steps, lr]]  # from which step on: at which step the rate ends, and where it started
         if self.file.is_file():
-            state = torch.load(self.file, weights_only=True)
+            state = torch.load(self.file, weights_only=True, map_location=next(modules.parameters()).device)
             modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
@@ -140,13 +148,14 @@ class Training:
         partial.rename(self.file)
 
     def run(self, loss_of: Callable[[torch.Generator], Tensor], deadline: float) -> bool:
-        """Train until ``steps`` or the deadline; whether the end was reached."""
-        started, running = time.monotonic(), 0.0
+        """Train until ``steps``, ``limit`` or the deadline; whether one of the first two was reached."""
+        started = time.monotonic()
+        running: Tensor | float = 0.0
         before = self.seconds
-        while self.step < self.steps and time.monotonic() < deadline:
+        while not self.done and time.monotonic() < deadline:
             generator = torch.Generator().manual_seed(self.seed * 10_000_019 + self.step)
             torch.manual_seed(self.seed * 10_000_019 + self.step)  # the autoencoder draws from the global generator
-            progress = self.step / self.steps
+            progress = max(self.step / self.steps, self.seconds / self.limit)
             rate = self.lr * min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -160,7 +169,7 @@ class Training:
             keep = min(EMA_DECAY, (1.0 + self.step) / (10.0 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), 1.0 - keep)
-            running += loss.item()
+            running += loss.detach()  # read once in a while: that waits for the device
             self.seconds = before + time.monotonic() - started
             if self.step % 100 == 0:
                 print(f"{self.name} {self.step}/{self.steps} loss {running / 100:.5f} {self.seconds:.0f} s", flush=True)
@@ -168,7 +177,11 @@ class Training:
             if self.step % 500 == 0:
                 self.save()
         self.save()
-        return self.step >= self.steps
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps or self.seconds >= self.limit
 
     def averaged(self) -> nn.ModuleDict:
         self.modules.load_state_dict({**self.modules.state_dict(), **self.average})
