@@ -38,6 +38,7 @@ from flowdistill.utils.tf32 import tf32
 from tests.every_method import CASES
 from tests.families import FAMILIES, PROMPTS, pipeline_latents
 from tests.gpu.bench import DTYPES, Bench, NotHere, Part, distance, expect
+from tests.gpu.beside import fastgen_dmd2, lcm_script
 from tests.measured_memory import real_peak
 from tests.tiny import tiny_dit_pipeline
 from tests.toy_method import weights
@@ -545,6 +546,8 @@ def _parts() -> dict[str, Part]:
         key = f"memory-{size.lower().replace(' ', '-')}"
         parts[key] = Part(f"a run of {size}'s size against its plan", partial(memory_of, size=size), on_cpu=False)
     parts["throughput"] = Part("a step of DMD2 against its bare passes", throughput)
+    parts["beside-fastgen"] = Part("a step of DMD2 against FastGen's", fastgen_dmd2)
+    parts["beside-lcm-script"] = Part("a step of latent consistency against diffusers' script", lcm_script)
     parts["copies"] = Part("copies from pinned memory, timed", copies, on_cpu=False)
     parts["two-processes"] = Part("two processes train what one trains", two_processes)
     return parts

@@ -1,5 +1,6 @@
 """The acceptance without a GPU: its parts at tiny sizes, what is kept and run again, and what is refused."""
 
+import importlib
 import multiprocessing
 import os
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from scripts import accept_gpu, benchmark_parts
-from tests.gpu import runner
+from tests.gpu import beside, runner
 from tests.gpu.bench import NotHere, Part, expect
 from tests.gpu.parts import PARTS
 from tests.processes import ROOT
@@ -115,6 +116,61 @@ def test_the_page_has_every_part():
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     rows = [line.split(" | ")[:2] for line in page.splitlines() if line.endswith("| not run | |")]
     assert rows == [[f"| {name}", part.proves] for name, part in PARTS.items()]
+
+
+STAND_IN = """
+import argparse
+from accelerate import Accelerator
+
+SDText2ImageDataset = tqdm = None
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--train_batch_size", type=int)
+    return parser.parse_known_args()[0]
+
+def main(arguments):
+    Accelerator(mixed_precision="bf16", cpu=True)
+    bar = tqdm(range(1000))
+    for step, (images, texts) in enumerate(SDText2ImageDataset(resolution=8).train_dataloader):
+        assert len(images) == len(texts) == arguments.train_batch_size
+        bar.update(1)
+        bar.set_postfix(loss=LOSS, lr=1.0)
+"""
+
+
+@pytest.mark.parametrize("project", [beside.FASTGEN, beside.LCM_SCRIPT])
+def test_what_stands_beside_may_be_missing(project, tmp_path, monkeypatch):
+    part = PARTS["beside-fastgen" if project is beside.FASTGEN else "beside-lcm-script"]
+    monkeypatch.delenv(project.variable, raising=False)
+    outcome = runner.run_part(part, torch.device("cpu"))
+    assert outcome.result == "not here" and outcome.sentence == (
+        f"{project.name} is not installed beside: git clone {project.address}, install what it imports, and set "
+        f"{project.variable} to the folder")
+    monkeypatch.setenv(project.variable, str(tmp_path))
+    outcome = runner.run_part(part, torch.device("cpu"))
+    assert outcome.result == "failed" and outcome.sentence == (
+        f"{project.variable} is {tmp_path}, which has no {project.file}")
+    (tmp_path / project.file).parent.mkdir(parents=True)
+    (tmp_path / project.file).write_text("import no_such_package")
+    assert beside.checkout(project) == (tmp_path, "unknown, no git checkout")
+    with pytest.raises(NotHere, match="does not import here: No module named"), beside.their_imports(project):
+        importlib.import_module("no_such_package")
+
+
+@pytest.mark.parametrize("loss", ["0.5", "float('nan')"])
+def test_a_script_and_our_step_go_in_turns(loss, tmp_path, monkeypatch):
+    """Its loop runs, with the batch that it is given, until there are rounds enough; a broken one proves nothing."""
+    file = tmp_path / beside.LCM_SCRIPT.file
+    file.parent.mkdir(parents=True)
+    file.write_text(STAND_IN.replace("LOSS", loss))
+    monkeypatch.setenv(beside.LCM_SCRIPT.variable, str(tmp_path))
+    outcome = runner.run_part(PARTS["beside-lcm-script"], torch.device("cpu"))
+    if loss == "0.5":
+        assert outcome.result == "passed", outcome.sentence
+        assert outcome.figures["rounds"] == 3 and outcome.figures["the LCM script / flowdistill"] < 0.5
+    else:
+        assert outcome.sentence == "the script's loss is not finite"
 
 
 def test_parts_of_a_step_are_measured_in_pairs(monkeypatch, capsys):
