@@ -36,7 +36,7 @@ def report(
 
 def table(cards: Sequence[Card]) -> str:
     """What makes a run fit, a line for each size of a card."""
-    lines = [f"what makes it fit; GiB of a card, {RESERVED:g} of them for the driver and the allocator",
+    lines = [f"what makes it fit; sizes in GiB, of which {RESERVED:g} is kept free for the driver and the allocator",
              f"{'card':>8}{'cards':>8}{'peak':>10}  add"]
     for card in cards:
         count = f"{card.gpus}" if card.fits else "-"
@@ -110,14 +110,14 @@ def passes(plan: Plan) -> str:
 
 def verdict(plan: Plan, steps: list[Step], gpu_memory: float) -> str:
     """Whether it fits, and with what."""
-    room = f"{gpu_memory:g} GiB, {RESERVED:g} of it for the driver and the allocator"
+    room = f"{gpu_memory:g} GiB, of which {RESERVED:g} GiB is kept free for the driver and the allocator"
     if fits(plan, gpu_memory):
-        return f"fits in {room}"
-    lines = [f"does not fit in {room}; with"]
+        return f"it fits in {room}"
+    lines = [f"it does not fit in {room}.", "Each of these is added to the ones before it:"]
     lines += [f"  {step.words:30}{' '.join(step.overrides):40}peak {_gib(step.plan.peak):>8}" for step in steps]
     if steps and fits(steps[-1].plan, gpu_memory):
         lines.append(passes(steps[-1].plan))
-        lines.append(f"it fits: add {' '.join(text for step in steps for text in step.overrides)}")
+        lines.append(f"it fits with: {' '.join(text for step in steps for text in step.overrides)}")
     else:
         lines.append("it still does not" if steps else "  (there is no option left)")
         lines.append("FSDP2 cuts weights that train, their average and their moments into one part a GPU "

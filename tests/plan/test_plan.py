@@ -250,12 +250,12 @@ def test_the_command_says_what_fits(tmp_path, cli):
     assert not (tmp_path / "run").exists()
     for name in ("teacher", "autoencoder", "student", "critic", "update of the student, 4 rows", "peak"):
         assert any(line.startswith(name) for line in out.out.splitlines()), name
-    assert f"fits in 8 GiB, {RESERVED:g} of it" in cli("plan", file, "--gpu-memory", 8).out
+    assert f"it fits in 8 GiB, of which {RESERVED:g} GiB" in cli("plan", file, "--gpu-memory", 8).out
     tight = RESERVED + plan.peak * 0.94 / GIB
     out = cli("plan", file, "--gpu-memory", tight).out
     steps = advise(file, [], plan, tight)
     assert "does not fit" in out and steps and fits(steps[-1].plan, tight)
-    advised = out.split("it fits: add ")[1].split()
+    advised = out.split("it fits with: ")[1].split()
     assert fits(make_plan(load_config(file, advised)), tight)
     assert [step.plan.peak for step in steps] == sorted((step.plan.peak for step in steps), reverse=True)
     assert "a step updates the critic once, the student once, each time in one pass of 4 rows: 2 passes" in out
