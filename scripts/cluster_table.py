@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write the tables of docs/guides/clusters.md: what a process of many sends, draws and stores. Nothing is loaded.
+"""Write the tables of docs/experiments/clusters.md: what a process of many sends, draws and stores. Nothing is loaded.
 
-    python scripts/cluster_table.py             compute, and write the tables into docs/guides/clusters.md
+    python scripts/cluster_table.py             compute, and write the tables into docs/experiments/clusters.md
     python scripts/cluster_table.py --print     compute, and print them
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "guides" / "clusters.md"
+PAGE = ROOT / "docs" / "experiments" / "clusters.md"
 BEGIN, END = "<!-- made by scripts/cluster_table.py -->", "<!-- end of the tables -->"
 CONFIGS = {"SDXL, full": ("sdxl/dmd2_4step", ["train.gradient_accumulation=128"]),
            "Qwen-Image, LoRA": ("qwen_image/dmd2_4step_lora", [])}

@@ -1,6 +1,6 @@
 """Show that the strict judge of the shapes agrees with an eye: a sheet of twenty pictures from good to bad.
 
-    python scripts/shapes_judge_sheet.py --write-docs docs/reference/shapes.md
+    python scripts/shapes_judge_sheet.py --write-docs docs/experiments/shapes.md
 
 Sixteen are renderings with one fault of some size, four are what EchoDistill's student makes in one step and its
 teacher in ten. What an eye made of each, looking at the sheet without any figure, is written down in ``EYE``; the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write the table of docs/reference/teachers.md from what the tests' own functions measure.
+"""Write the table of docs/experiments/teachers.md from what the tests' own functions measure.
 
-    python scripts/teacher_table.py             measure, and write the table into docs/reference/teachers.md
+    python scripts/teacher_table.py             measure, and write the table into docs/experiments/teachers.md
     python scripts/teacher_table.py --print     measure, and print it
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "reference" / "teachers.md"
+PAGE = ROOT / "docs" / "experiments" / "teachers.md"
 BEGIN, END = "<!-- made by scripts/teacher_table.py -->", "<!-- end of the table -->"
 HEAD = ("tiny pipeline", "class", "backbone", "path", "prediction", "conditions", "guidance", "difference",
         "trains a step of", "export", "export's difference", "LoRA export's difference", "LoRA file's difference")
