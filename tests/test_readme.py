@@ -1,15 +1,14 @@
-"""Every block of the README runs, as it stands and in the order in which it stands, in a copy of the checkout.
+"""Every block of the README, and of the page about Python, runs as it stands and in order, in a copy of the checkout.
 
-Runs are short: the steps of a configuration are scaled down (fewer stay fewer), at most 20 images are measured, and
-training scripts get ``--steps 2``. The README's placeholders are there: ``path/to/pipeline`` is the digits' teacher,
-``my.yaml`` the README's own YAML, and the features "inception", whose weights nothing ships, are the digits'.
+Runs are short: the steps of a configuration are scaled down (fewer stay fewer), and at most 20 images are measured. The
+README's placeholders are there: ``path/to/pipeline`` is the digits' teacher, ``my.yaml`` the README's own YAML, and the
+features "inception", whose weights nothing ships, are the digits'.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
 
 from flowdistill.config import load_config
 from flowdistill.data import load_digits
@@ -56,21 +54,24 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-BLOCKS = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+PAGES = {"README.md": ("runs/digits-freeflow/report.json", "grid.png", "report.json",
+                       "my-one-step-pipeline/model_index.json"),
+         "docs/reference/api/index.md": ("runs/short/student",)}  # and what their blocks make
+BLOCKS = {page: blocks((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what the README uses, as the working folder, with its placeholders; runs in it are short."""
-    for name in ("configs", "scripts", "pyproject.toml"):
+    for name in ("configs", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("digits-classifier", "digits-flow", "digits-ddpm"):
+    for name in ("digits-classifier", "digits-flow"):
         shutil.copytree(ROOT / "assets" / name, tmp_path / "assets" / name)
     for place in ("path/or/hub-id", "path/to/pipeline"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).symlink_to(tmp_path / "assets" / "digits-flow")
     save_images(load_digits()[0][:MOST_IMAGES], tmp_path / "path" / "to" / "images")
-    (yaml,) = (block for block in BLOCKS if block.language == "yaml")
+    (yaml,) = (block for block in BLOCKS["README.md"] if block.language == "yaml")
     (tmp_path / "my.yaml").write_text(yaml.text)
     monkeypatch.chdir(tmp_path)
 
@@ -106,49 +107,37 @@ def run_command(words: list[str], cli: Callable, monkeypatch: pytest.MonkeyPatch
             assert re.search(rf"^{extra} = \[", Path("pyproject.toml").read_text(), re.M), extra
     elif program == "python" and arguments[:2] == ["-m", "pytest"]:
         assert "-n" not in arguments or importlib.util.find_spec("xdist")  # the suite, which this test is in
-    elif program == "accelerate":
-        assert arguments[:2] == ["launch", "--config_file"] and arguments[3:5] == ["-m", "flowdistill"]
-        load_config_from_file(arguments[2])
-        run_command(["flowdistill", *arguments[5:]], cli, monkeypatch)
     elif program == "flowdistill":
         outcome = cli(*arguments)
         assert outcome.code == 0, outcome.err
-    elif program == "python" and arguments[0] == "scripts/run_experiment.py":  # hours of runs
-        monkeypatch.syspath_prepend("scripts")
-        experiment = runpy.run_path(arguments[0])["read_experiment"](Path(arguments[1]))
-        page = (ROOT / arguments[arguments.index("--write-docs") + 1]).read_text()
-        assert f"<!-- table:{experiment.name} -->" in page
     else:
-        assert program == "python" and arguments[0].startswith("scripts/"), words
-        short = ["--steps", "2"] if "train_" in arguments[0] else []
-        monkeypatch.setattr(sys, "argv", [*arguments, *short])
-        try:
-            runpy.run_path(arguments[0], run_name="__main__")
-        except SystemExit as stop:
-            assert not stop.code
+        raise AssertionError(f"not a command that a reader could give: {words}")
 
 
-def test_every_block_runs_in_its_order(checkout, cli, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs_in_its_order(page, checkout, cli, monkeypatch):
     monkeypatch.setattr("flowdistill.utils.exit.exit_process", sys.exit)  # which ends the process at once
-    seen = set()
-    for block in BLOCKS:
-        seen.add(block.language)
+    for block in BLOCKS[page]:
         try:
             if block.language == "python":
-                exec(compile(block.text, f"README.md, line {block.line}", "exec"), {})
+                exec(compile(block.text, f"{page}, line {block.line}", "exec"), {})
             elif block.language == "":
                 for words in commands(block):
                     run_command(words, cli, monkeypatch)
             else:
                 assert block.language == "yaml"  # my.yaml, which the commands read
         except Exception as error:
-            raise AssertionError(f"the block at line {block.line} of README.md fails: {error}") from error
-    assert seen == {"", "python", "yaml"}
-    for made in ("runs/digits-freeflow/report.json", "runs/short/student", "grid.png", "report.json",
-                 "my-one-step-pipeline/model_index.json"):
+            raise AssertionError(f"the block at line {block.line} of {page} fails: {error}") from error
+    for made in PAGES[page]:
         assert (checkout / made).exists(), made
-    assert load_config(checkout / "runs" / "digits-freeflow" / "config.yaml").train.steps == 2
-    assert load_config(checkout / "runs" / "short" / "config.yaml").train.steps == 1
+    steps = {"README.md": ("digits-freeflow", 2), "docs/reference/api/index.md": ("short", 1)}
+    run_name, short = steps[page]
+    assert load_config(checkout / "runs" / run_name / "config.yaml").train.steps == short
+
+
+def test_the_blocks_are_of_every_kind():
+    assert {block.language for block in BLOCKS["README.md"]} == {"", "python", "yaml"}
+    assert [block.language for block in BLOCKS["docs/reference/api/index.md"]] == ["python"]
 
 
 def test_a_block_is_found_with_its_line():
