@@ -33,10 +33,3 @@ def test_commands_fill_the_tables_of_their_page(page):
 def test_no_table_stands_on_two_pages():
     found = [name for page in PAGES for name in tables(page.read_text(encoding="utf-8"))]
     assert found and len(found) == len(set(found))
-
-
-@pytest.mark.parametrize("folder", ["scripts", "configs"])
-def test_named_pages_exist(folder):
-    for file in (file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml", ".sh")):
-        for target in re.findall(r"docs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
-            assert (ROOT / target).is_file(), f"{file.relative_to(ROOT)} names {target}"
