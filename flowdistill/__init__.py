@@ -25,7 +25,7 @@ for _noisy in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree",
                "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Condition", "UserError", "__version__", "distill", "evaluate", "load_student", "load_teacher"]
 
