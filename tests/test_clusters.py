@@ -141,7 +141,7 @@ def test_a_job_leaves_time_for_a_checkpoint_and_may_be_queued_again(script: Path
 
 def test_what_is_told_to_be_submitted_can_be() -> None:
     """In the scripts' own words and on the page."""
-    sources = {source.name: source.read_text() for source in (*SCRIPTS, PAGE)}
+    sources = {source.name: source.read_text().replace("\\\n", " ") for source in (*SCRIPTS, PAGE)}
     lines = [(name, shlex.split(line.strip("# `)"))) for name, text in sources.items()
              for line in re.findall(r"sbatch [^\n]*configs/slurm/[^\n]*", text)]
     assert {name for name, _ in lines} == set(sources)
