@@ -14,6 +14,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.text import read_json_object, read_text
 
 PAIRS, PAIR_STEPS, PAIR_SEED = 256, 50, 1  # the seed differs from the evaluation's
+FLOOR = " The two halves are smaller sets than the whole, which makes their FID larger: rows may be below it."
 Line = dict[str, Any]
 
 
@@ -100,7 +101,8 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
     more = [name for name in ("precision", "recall") if any(row.get(name) is not None for row in rows)]
     several = any(row.get("stored_parameters") != row.get("active_parameters") for row in rows)
     sizes = ["parameters: of an image", "of all students"] if several else []
-    head = ["model", "network calls", "FID", *more, "label accuracy", "paired error", "training", *sizes]
+    better = ["FID ↓", *(f"{name} ↑" for name in more), "label accuracy ↑", "paired error ↓"]
+    head = ["model", "network calls", *better, "training", *sizes]
     text = [_cells(head), "|" + "---|" * len(head)]
     for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
         shares = [_share([row.get(name)]) for name in more]
@@ -131,7 +133,8 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
     of_label = {label: sorted(line["seed"] for line in lines if line["label"] == label) for label in labels}
     fewer = [f"{label} {', '.join(map(str, own))} only" for label, own in of_label.items() if own and own != seeds]
     text += ["", f"{lines[0]['num_images']:,} images a row; {'; '.join([said, *fewer])}: mean ± standard deviation. "
-             f"Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}."]
+             f"Runs at a time: {lines[0]['jobs']}, CPU threads of each: {lines[0]['threads']}. ↓: lower is better, ↑: "
+             f"higher.{'' if lines[0]['fid_floor'] is None else FLOOR}"]
     return "\n".join(text) + "\n"
 
 

@@ -107,7 +107,11 @@ def test_table_has_the_teacher_once_and_mean_and_spread():
     # Sample standard deviations: of 10 and 12 it is the root of 2, of 90 % and 92 % too.
     assert "| one | 1 | 11.00 ± 1.41 | 91.00 ± 1.41 % | 0.1000 ± 0.0000 | 2.0 ± 0.0 min |" in text
     assert "| two | 1 | 20.00 | 90.00 % | 0.1000 | 2.0 min |" in text
-    assert "| two random halves of the real images | | 1.50 |" in text
+    assert "| two random halves of the real images | | 1.50 |" in text and "rows may be below it" in text
+    assert "| FID ↓ | label accuracy ↑ | paired error ↓ |" in text and "↓: lower is better, ↑: higher." in text
+    for one in lines:
+        one["fid_floor"] = None
+    assert "halves" not in table(["one", "two"], lines)
 
 
 def test_precision_and_recall_have_columns_where_they_were_measured():
@@ -118,7 +122,8 @@ def test_precision_and_recall_have_columns_where_they_were_measured():
     for one, recall in zip(lines[:2], (0.5, 0.6), strict=True):
         one["rows"][1] |= {"precision": 0.9, "recall": recall}
     text = table(["one", "two"], lines)
-    assert "| model | network calls | FID | precision | recall | label accuracy | paired error | training |" in text
+    head = "| model | network calls | FID ↓ | precision ↑ | recall ↑ | label accuracy ↑ | paired error ↓ | training |"
+    assert head in text
     assert "| teacher | 50 | 8.00 | | | 99.00 % | | |" in text
     assert "| one | 1 | 11.00 ± 1.41 | 0.900 ± 0.000 | 0.550 ± 0.071 | 91.00 ± 1.41 % | 0.1000 ± 0.0000 |" in text
     assert "| two | 1 | 20.00 | | | 90.00 % | 0.1000 | 2.0 min |" in text
