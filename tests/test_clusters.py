@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
-from flowdistill.cli.commands import _parser
+from flowdistill.cli.commands import make_parser
 from flowdistill.config import load_config
 from flowdistill.training.checkpoint import checkpoints
 from tests.processes import BIN, ROOT, TIMEOUT, environment, ranks
@@ -90,7 +90,7 @@ def checked(command: list[str]) -> dict[str, object]:
         assert options.module and options.training_script == "flowdistill"
         assert load_config_from_file(str(ROOT / options.config_file)) is not None
         told, command = vars(options), ["flowdistill", *options.training_script_args]
-    given = _parser().parse_args(command[1:])
+    given = make_parser().parse_args(command[1:])
     assert load_config(ROOT / given.config, given.overrides).output_dir
     return told | {"overrides": given.overrides, "command": command[1]}
 

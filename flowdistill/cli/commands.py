@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli import settings
+from flowdistill.cli import completion, environment, settings, starting, tables
 from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
@@ -48,7 +48,7 @@ def command() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Bad input: one sentence on standard error and 2."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -409,7 +409,8 @@ def _is_main() -> bool:
 # --- the arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = Parser(prog="flowdistill", description="Distil a diffusers pipeline into a one-step generator.")
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
@@ -558,6 +559,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
     inspect.add_argument("--variant", metavar="NAME", help=VARIANT)
 
-    for module in (settings,):
+    for module in (starting, settings, tables, environment, completion):
         module.add(command)
     return parser

@@ -28,7 +28,14 @@ from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import PixelCodec
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
-from flowdistill.training.method import Method, SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    Method,
+    SingleStudentMethod,
+    Suggestion,
+    register_method,
+    start_before_noise,
+)
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.objects import is_object, load_object
 from flowdistill.utils.randomness import Draw
@@ -64,6 +71,8 @@ class Boot(SingleStudentMethod):
 
     name = "boot"
     Config = BootConfig
+    about = About("a flow map that bootstraps along the teacher's trajectory from noise, by one loss and without a "
+                  "critic", "BOOT, arXiv 2306.05544")
 
     def __init__(
         self, config: BootConfig, teacher: Teacher, student_network: nn.Module | None = None,
@@ -93,6 +102,10 @@ class Boot(SingleStudentMethod):
         if isinstance(self.metric, nn.Module):
             self.metric.to(device)
         return super().to(device)
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [*start_before_noise(teacher), *super().suggest(teacher, guidance)]
 
     # --- the algorithm
 

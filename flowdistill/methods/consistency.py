@@ -46,7 +46,15 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.start_states import check_guidance
 from flowdistill.training.average import follow
-from flowdistill.training.method import Method, Role, SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    Method,
+    Role,
+    SingleStudentMethod,
+    Suggestion,
+    register_method,
+    start_before_noise,
+)
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -167,6 +175,9 @@ class Consistency(SingleStudentMethod):
 
     name = "consistency"
     Config = ConsistencyConfig
+    about = About("a generator whose jump is the same all along a trajectory of the teacher",
+                  "CD, arXiv 2303.01469; LCM, 2310.04378; PCM, 2405.18407; sCM, 2410.11081",
+                  networks="critic, with correction_strength")
 
     def __init__(
         self, config: ConsistencyConfig, teacher: Teacher, student_network: nn.Module | None = None,
@@ -200,6 +211,10 @@ class Consistency(SingleStudentMethod):
         self.samples = config.samples(config.states, teacher, scale, images)
         self.scales = None if scales == (1.0, 1.0) else scales
         self.correction = PathCorrection(config, teacher, chains_of(self.steps), self.scales, False, critic_network)
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [*start_before_noise(teacher), *super().suggest(teacher, guidance)]
 
     def to(self, device: torch.device | str) -> Method:
         self.grid, self.aims, self.calls = (times.to(device) for times in (self.grid, self.aims, self.calls))

@@ -26,7 +26,13 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.real_data import RealData
-from flowdistill.training.method import SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    SingleStudentMethod,
+    Suggestion,
+    register_method,
+    start_before_noise,
+)
 from flowdistill.utils.randomness import Draw
 
 
@@ -50,6 +56,8 @@ class DataFlowMap(SingleStudentMethod):
 
     name = "data_flow_map"
     Config = DataFlowMapConfig
+    about = About("the same flow map learnt on noised images: a baseline with data", "MeanFlow, arXiv 2505.13447, with "
+                  "the teacher's velocity")
 
     def __init__(
         self, config: DataFlowMapConfig, teacher: Teacher, student_network: nn.Module | None = None,
@@ -61,6 +69,10 @@ class DataFlowMap(SingleStudentMethod):
         self.data = RealData(teacher, config.data, images, config.data_options)
         info = StudentInfo(method=self.name, base_model=teacher.source)
         self._student = FlowMap.from_teacher(teacher, info, student_network, lora=config.student_lora)
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [*start_before_noise(teacher), *super().suggest(teacher, guidance)]
 
     def shown(self, role: str) -> str | None:
         return "residual"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.config import option, validate
-from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation
+from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation, suggestions
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
-from flowdistill.training.method import Method, Role, register_method
+from flowdistill.training.method import About, Method, Role, Suggestion, register_method
 from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
@@ -152,6 +152,12 @@ class DisBack(Method):
 
     name = "disback"
     Config = DisBackConfig
+    about = About("score distillation whose target walks from the untrained student's distribution to the teacher's",
+                  "DisBack, arXiv 2408.15991", data="optional", calls="1 to 8", networks="critic")
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return suggestions(teacher, guidance, "method.host.")
 
     def __init__(
         self, config: DisBackConfig, teacher: Teacher, student_network: nn.Module | None = None,

@@ -39,7 +39,15 @@ from flowdistill.students.steps import MOST_STEPS, STEPPINGS, Steps, start_scale
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.start_states import check_guidance
-from flowdistill.training.method import Method, Role, SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    Method,
+    Role,
+    SingleStudentMethod,
+    Suggestion,
+    register_method,
+    start_before_noise,
+)
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -164,6 +172,9 @@ class FlowMapMatching(SingleStudentMethod):
 
     name = "flow_map_matching"
     Config = FlowMapMatchingConfig
+    about = About("a flow map between any two times: one training, and the number of calls is chosen afterwards",
+                  "LMD, arXiv 2406.07507; AYF, 2506.14603; Shortcut, 2410.12557",
+                  networks="critic, with correction_strength")
 
     def __init__(
         self, config: FlowMapMatchingConfig, teacher: Teacher, student_network: nn.Module | None = None,
@@ -192,6 +203,10 @@ class FlowMapMatching(SingleStudentMethod):
         self.calls = None if own is None else torch.tensor(own, dtype=torch.float64)
         self.samples = config.samples(config.states, teacher, info.guidance_scale, images)
         self.correction = PathCorrection(config, teacher, self.chains, self.scales, self.guidance_input, critic_network)
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [*start_before_noise(teacher), *super().suggest(teacher, guidance)]
 
     def to(self, device: torch.device | str) -> Method:
         self.calls = None if self.calls is None else self.calls.to(device)

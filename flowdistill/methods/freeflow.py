@@ -31,7 +31,14 @@ from flowdistill.objectives import flow_map as fm
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.start_states import StartStates, at_t_max, check_guidance, draw_start_states
-from flowdistill.training.method import Role, SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    Role,
+    SingleStudentMethod,
+    Suggestion,
+    register_method,
+    start_before_noise,
+)
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -90,6 +97,8 @@ class FreeFlow(SingleStudentMethod):
 
     name = "freeflow"
     Config = FreeFlowConfig
+    about = About("a flow map from noise that predicts the teacher's trajectory and corrects its own samples",
+                  "FreeFlow, arXiv 2511.19428")
 
     def __init__(
         self, config: FreeFlowConfig, teacher: Teacher, student_network: nn.Module | None = None,
@@ -112,6 +121,10 @@ class FreeFlow(SingleStudentMethod):
         if config.prediction_fraction < 1:
             scalars = ("guidance",) if self.guidance_input else ()
             self.critic = critic_network or make_critic(teacher.network, config.critic_lora, scalars)
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [*start_before_noise(teacher), *super().suggest(teacher, guidance)]
 
     def roles(self) -> dict[str, Role]:
         critic = {} if self.critic is None else {"critic": Role(self.critic, self.config.critic_optimizer)}

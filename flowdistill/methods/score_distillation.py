@@ -49,7 +49,14 @@ from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.real_data import RealData
 from flowdistill.teachers.start_states import check_guidance
 from flowdistill.training.average import follow
-from flowdistill.training.method import Role, SingleStudentMethod, register_method
+from flowdistill.training.method import (
+    About,
+    Role,
+    SingleStudentMethod,
+    Suggestion,
+    guidance_for,
+    register_method,
+)
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -370,12 +377,34 @@ class ScoreDistillation(SingleStudentMethod):
         state = (1 - t) * real + t * draw.normal(self.teacher.shape)
         return estimate(networks["student"], state, t, condition), condition
 
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return suggestions(teacher, guidance)
+
     def generate(
         self, networks: Networks, noise: Tensor, condition: Condition | None, draw: Draw, k: int | None = None
     ) -> Tensor:
         """The student's estimates (B, *shape) at step k (None: its samples) from the noise, by its own steps."""
         return rollout(networks["student"], noise, self.steps, condition, lambda step: draw.normal(self.teacher.shape),
                        k)
+
+
+def suggestions(teacher: Teacher, guidance: float | None, section: str = "method.") -> list[Suggestion]:
+    """What score distillation wants of a first configuration; ``section``: where its settings are.
+
+    The one call of a generator for an epsilon teacher starts at timestep 399 of 1,000, as those of DMD2 and DisBack
+    for SDXL do: it owes nothing to the trajectory, and errors are multiplied by 2.3 there and not by 157.
+    """
+    found, path = guidance_for(HostConfig, teacher, guidance, section), teacher.path
+    if path.prediction != "epsilon" or path.kind != "vp":
+        return found
+    last = 1000 if teacher.scheduler is None else int(teacher.scheduler.config.get("num_train_timesteps", 1000))
+    first, second, start, fourth = (round(share * last) - 1 for share in (0.8, 0.6, 0.4, 0.2))
+    why = (f"the teacher predicts epsilon: from its last timestep an error of the one call is multiplied by "
+           f"{1 / (1 - teacher.t_max):.0f}, from {start} by about 2; with steps: 4 set step_times: [{first}, {second}, "
+           f"{start}, {fourth}] in its place")
+    return [*found, Suggestion(f"{section}start", float(start), why),
+            Suggestion(f"{section}start_unit", "timestep", "")]
 
 
 def steps_of(config: HostConfig, teacher: Teacher) -> Steps:
@@ -452,6 +481,8 @@ class DiffInstruct(ScoreDistillation):
 
     name = "diff_instruct"
     Config = DiffInstructConfig
+    about = About("score distillation by the Kullback-Leibler divergence at every noise level",
+                  "Diff-Instruct, arXiv 2305.18455")
 
 
 @register_method
@@ -460,6 +491,10 @@ class Dmd2(ScoreDistillation):
 
     name = "dmd2"
     Config = Dmd2Config
+    about = About("score distillation with DMD2's weight: the samples' distribution is drawn to the teacher's",
+                  "DMD2, arXiv 2405.14867",
+                  usual="it needs no images, takes every kind of teacher, is published for text to image, and makes "
+                        "students of one to eight calls")
 
 
 @register_method
@@ -468,3 +503,5 @@ class Sid(ScoreDistillation):
 
     name = "sid"
     Config = SidConfig
+    about = About("score distillation with SiD's loss, whose gradient goes through teacher and critic",
+                  "SiD, arXiv 2404.04057")

@@ -27,7 +27,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.teachers.real_data import RealData
-from flowdistill.training.method import SingleStudentMethod, register_method
+from flowdistill.training.method import About, SingleStudentMethod, Suggestion, register_method
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 
@@ -61,6 +61,12 @@ class TeacherScoreMatching(SingleStudentMethod):
     name = "teacher_score_matching"
     former_names = ("tsm",)
     Config = ScoreMatchingConfig
+    about = About("a smaller network that learns the teacher's velocity, for other methods' students to start as",
+                  "MSD, arXiv 2410.23274, Eq. 8", calls="as the teacher")
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        return [Suggestion("method.student_size", 0.5, "parameters of the student as a share of the teacher's")]
 
     def __init__(self, config: ScoreMatchingConfig, teacher: Teacher, student_network: nn.Module | None = None) -> None:
         """``student_network``: of one's own, called as ``(x, t, condition) -> velocity``."""

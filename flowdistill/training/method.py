@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowdistill.config import METHODS, OptimizerConfig, RunConfig, register_method
+from flowdistill.config import METHODS, MISSING, OptimizerConfig, RunConfig, register_method
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
 from flowdistill.utils.randomness import Draw
@@ -20,7 +20,8 @@ from flowdistill.utils.text import JsonObject
 if TYPE_CHECKING:
     from flowdistill.training.run import Run
 
-__all__ = ["METHODS", "Draw", "Figures", "Method", "Networks", "Role", "SingleStudentMethod", "register_method"]
+__all__ = ["METHODS", "About", "Draw", "Figures", "Method", "Networks", "Role", "SingleStudentMethod", "Suggestion",
+           "facts_of", "guidance_for", "register_method", "start_before_noise"]
 
 NetworkCall = Callable[..., Any]
 """A network as it is called; it returns what its ``forward`` does."""
@@ -47,6 +48,35 @@ class Role:
     ema: bool = False
 
 
+@dataclass(frozen=True)
+class About:
+    """What a table of the methods says of one; see :func:`facts_of` for what stands in the place of an empty text.
+
+    Attributes:
+        sentence: what it does.
+        paper: where it was published.
+        data: whether it needs images: no, optional or yes.
+        calls: of the student for an image.
+        networks: what trains beside the student; "none" where nothing does.
+        usual: why it is taken for a teacher for which nobody has named a method; empty: it is not.
+    """
+
+    sentence: str = ""
+    paper: str = ""
+    data: str = ""
+    calls: str = ""
+    networks: str = ""
+    usual: str = ""
+
+
+class Suggestion(NamedTuple):
+    """A setting for a certain teacher, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
 class Method(ABC):
     """A distillation method: which networks train, in which order, on which loss.
 
@@ -59,6 +89,7 @@ class Method(ABC):
         Config: the dataclass of its settings, with the field ``name``.
         shards: whether its networks may be sharded (FSDP).
         student_roles: the roles whose networks make a student; what is kept of the best one (``train.stop_when``).
+        about: what a table says of it.
         teacher: what it distils.
     """
 
@@ -66,6 +97,7 @@ class Method(ABC):
     Config: ClassVar[type]
     shards: ClassVar[bool] = True
     student_roles: ClassVar[Sequence[str]] = ("student",)
+    about: ClassVar[About] = About()
     teacher: Teacher
 
     TOGETHER: ClassVar[tuple[tuple[str, str], ...]] = (("state_dict", "load_state_dict"),)
@@ -198,6 +230,16 @@ class Method(ABC):
         return None
 
     @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        """Settings that a first configuration for this teacher should have beside the defaults.
+
+        Args:
+            teacher: perhaps on the meta device: its path, its conditions and its shape may be looked at.
+            guidance: the guidance scale that its pipeline has by default; None where it has none.
+        """
+        return guidance_for(cls.Config, teacher, guidance)
+
+    @classmethod
     def distill(cls, config: RunConfig) -> Run | None:
         """Do the runs of a method that is a plan of several runs; None for a method of one run of the loop."""
         return None
@@ -225,3 +267,69 @@ class SingleStudentMethod(Method):
         return self._student if network is None else self._student.with_network(network)
 
 
+# --- what is asked of a class, before there is a run
+
+
+def facts_of(method: type[Method]) -> About:
+    """What a table says of a method: its ``about``, and what follows from its class where that is silent.
+
+    The sentence is the first one of the class's docstring; images are needed as ``Config.data`` is mandatory, may be
+    null or is not there; calls are 1, or up to what bounds ``Config.steps``; and a network trains for each
+    ``<name>_optimizer`` of ``Config``.
+    """
+    about: About = getattr(method, "about", About())
+    settings = {item.name: item for item in fields(method.Config)}
+    sentence = (method.__doc__ or "").strip().split("\n\n")[0]
+    data = "no"
+    if "data" in settings:
+        data = "yes" if settings["data"].default == MISSING else "optional"
+    most = settings["steps"].metadata.get("at_most", 1) if "steps" in settings else 1
+    others = [name.removesuffix("_optimizer") for name in settings if name.endswith("_optimizer")]
+    return replace(
+        about,
+        sentence=about.sentence or " ".join(sentence.split()),
+        data=about.data or data,
+        calls=about.calls or ("1" if most == 1 else f"1 to {most}"),
+        networks=about.networks or ", ".join(others) or "none",
+    )
+
+
+def guidance_for(
+    settings: type, teacher: Teacher, guidance: float | None, section: str = "method."
+) -> list[Suggestion]:
+    """The settings of guidance that a class of settings has, for a teacher that can be guided.
+
+    Args:
+        guidance: its pipeline's own scale; None: it has none.
+        section: the path of these settings, with a dot behind it.
+    """
+    names = {item.name for item in fields(settings)}
+    if not teacher.can_guide:
+        return []
+    scale = 1.0 if guidance is None else float(guidance)
+    whose = "1: without guidance; this teacher can be guided, which makes samples more typical and less varied"
+    if guidance is not None:
+        whose = "guidance of the teacher that the student learns; this is the pipeline's own default"
+    found = [Suggestion(f"{section}guidance_scale", scale, whose)] if "guidance_scale" in names else []
+    if {"guidance_min", "guidance_max"} <= names:
+        found.append(Suggestion(f"{section}guidance_min", scale, whose))
+        found.append(Suggestion(f"{section}guidance_max", scale, "above guidance_min: the student learns the range"))
+    return found
+
+
+LATEST_START = 0.97
+"""See :func:`start_before_noise`."""
+
+
+def start_before_noise(teacher: Teacher) -> list[Suggestion]:
+    """For a map along the teacher's trajectory: a start a little before pure noise, where the teacher predicts epsilon.
+
+    At the end of a DDPM's schedule an error of the prediction is multiplied by 1 / (1 - t), 157 with the usual one, in
+    the denoised estimate; at t = 0.97 by 33, and the state there is noise for all practical purposes.
+    """
+    if teacher.path.prediction != "epsilon" or teacher.path.kind != "vp" or teacher.t_max <= LATEST_START:
+        return []
+    factor = 1 / (1 - teacher.t_max)
+    return [Suggestion("teacher.t_max", LATEST_START,
+                       f"the teacher predicts epsilon, and at its last time, {teacher.t_max:.4f}, errors of the "
+                       f"denoised estimate are multiplied by {factor:.0f}; at 0.97 by 33, and that is still noise")]

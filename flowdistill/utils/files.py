@@ -72,6 +72,15 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
 
 
+def check_new(path: str | os.PathLike[str], name: str = "the file") -> Path:
+    """The path of a file that :func:`write_new` may write; the same errors."""
+    target = local_path(path)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{name} {target} exists already and is left as it is; choose another name, or remove it")
+    check_writable(target)
+    return target
+
+
 def write_new(path: str | os.PathLike[str], text: str, name: str = "the file") -> Path:
     """Write a text file where none is yet, complete or not at all; returns its path.
 
@@ -83,10 +92,7 @@ def write_new(path: str | os.PathLike[str], text: str, name: str = "the file") -
     Raises:
         UserError: something is there already, or it cannot be written.
     """
-    target = local_path(path)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{name} {target} exists already and is left as it is; choose another name, or remove it")
-    check_writable(target)
+    target = check_new(path, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file:
         file.write(text.encode())

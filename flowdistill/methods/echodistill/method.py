@@ -42,7 +42,7 @@ from flowdistill.objectives import adversarial, alignment
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import StudentInfo, generated
 from flowdistill.teachers import Teacher, load_teacher
-from flowdistill.training.method import Figures, Method, Networks, Role, register_method
+from flowdistill.training.method import About, Figures, Method, Networks, Role, register_method
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw, indexed_noise
@@ -57,6 +57,9 @@ class EchoDistill(Method):
 
     name = "echodistill"
     Config = EchoDistillConfig
+    about = About("a new concept, from a few pictures, for a student of one call that is there already",
+                  "EchoDistill, arXiv 2510.20512", data="a few pictures", calls="1",
+                  networks="teacher, discriminators")
     shards = False  # its pictures are made by the main process alone
     student_roles = ("student", "teacher")  # the word is the teacher's to learn
 

@@ -14,10 +14,12 @@ set, ``partition`` the parts, ``runs`` the runs and their configurations, ``stud
 from __future__ import annotations
 
 from flowdistill.config import RunConfig, register_method
+from flowdistill.methods.msd.partition import PROMPT_RULES
 from flowdistill.methods.msd.runs import distill_students, host_run
 from flowdistill.methods.msd.settings import MsdConfig
-from flowdistill.training.method import Method
-from flowdistill.training.run import Run
+from flowdistill.teachers import Teacher
+from flowdistill.training.method import About, Method, Suggestion
+from flowdistill.training.run import Run, method_class
 
 
 @register_method
@@ -26,6 +28,17 @@ class Msd(Method):
 
     name = "msd"
     Config = MsdConfig
+    about = About("several students, each for its share of the classes or prompts, by another method",
+                  "MSD, arXiv 2410.23274", data="as the host", calls="as the host", networks="as the host")
+
+    @classmethod
+    def suggest(cls, teacher: Teacher, guidance: float | None = None) -> list[Suggestion]:
+        host = method_class(MsdConfig.usual_host)
+        found = [Suggestion("method.host.name", MsdConfig.usual_host, "the method that trains each student")]
+        if teacher.prompts is not None:
+            found.insert(0, Suggestion("method.partition", PROMPT_RULES[0], "how the prompts are shared out"))
+        return found + [each._replace(key=each.key.replace("method.", "method.host.", 1))
+                        if each.key.startswith("method.") else each for each in host.suggest(teacher, guidance)]
 
     @classmethod
     def distill(cls, config: RunConfig) -> Run:

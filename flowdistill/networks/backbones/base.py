@@ -74,6 +74,7 @@ class BackboneFamily(ABC):
         student_pipeline: class name of the stock pipeline that a student without prompts becomes.
         masked: whether its attention gets a mask over the prompt's tokens.
         ragged: whether :meth:`encode` makes rows as long as the longest of the prompts that it is given needs.
+        told, guided: for a table, what the network is told and how it is guided; empty: :meth:`in_words` says it.
     """
 
     backbone_class: str
@@ -81,6 +82,19 @@ class BackboneFamily(ABC):
     student_pipeline: str = ""
     masked: bool = False
     ragged: bool = False
+    told: str = ""
+    guided: str = ""
+
+    def in_words(self) -> tuple[str, str]:
+        """What the network is told, and how it is guided."""
+        own = type(self)
+        told = "prompts" if self.pipelines else "nothing"
+        if not self.pipelines and own.labels is not BackboneFamily.labels:
+            told = "class labels"
+        guided = {"prompts": "classifier-free", "class labels": "classifier-free, with a null label"}.get(told, "none")
+        if own.guide is not BackboneFamily.guide:
+            guided += ", the norm kept"
+        return self.told or told, self.guided or guided
 
     @abstractmethod
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:

@@ -32,6 +32,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of it
 class FluxFamily(BackboneFamily):
     backbone_class = "FluxTransformer2DModel"
     pipelines = {"FluxPipeline": PipelineFacts(no_guidance="", even_times=True, rounded_times=True)}
+    guided = "an input of the network (dev), or none (schnell)"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -35,6 +35,7 @@ class StableDiffusionFamily(BackboneFamily):
         "StableDiffusionPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
         "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
     }
+    guided = "classifier-free; of latent consistency models an input of the network"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

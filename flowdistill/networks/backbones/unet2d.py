@@ -22,6 +22,8 @@ from flowdistill.utils.text import JsonObject
 class UNet2DFamily(BackboneFamily):
     backbone_class = "UNet2DModel"
     student_pipeline = "ConsistencyModelPipeline"
+    told = "class labels, or nothing"
+    guided = "classifier-free, where teacher.null_label names one"
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         labels = None if condition is None else condition.tensors["class_labels"]

@@ -1,0 +1,299 @@
+"""A first configuration for a pipeline: what it is, what a method wants of it, and what fits the card, with reasons."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from flowdistill.config import METHODS, TeacherConfig, load_config
+from flowdistill.config.listing import as_yaml_value, method_settings, run_settings_of
+from flowdistill.networks.velocity import VelocityNetwork
+from flowdistill.plan.advice import GIB, RESERVED, advise, fits
+from flowdistill.plan.memory import make_plan
+from flowdistill.plan.meta_teacher import Architecture, meta_teacher, read_architecture
+from flowdistill.teachers import Teacher
+from flowdistill.training.method import Method, Suggestion, facts_of
+from flowdistill.training.optimizers import optimizers_by_key
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.logging import quiet_libraries
+from flowdistill.utils.quantized import parameter_count
+from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import parse_yaml
+
+LARGE = 100e6
+"""Parameters from which a network is trained in half precision, with small rates and for long."""
+WIDTH = 100
+
+
+@dataclass
+class Start:
+    """A first configuration.
+
+    Attributes:
+        settings: in the order in which they are written.
+        missing: the keys that have to be set by hand, with their help texts.
+        remarks: what was found, in words, for the top of the file.
+    """
+
+    settings: list[Suggestion]
+    missing: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """By key."""
+        return {each.key: each.value for each in self.settings}
+
+    def set(self, key: str, value: object, reason: str) -> None:
+        """Give a setting a value, in the place that it has, or behind the others of its section."""
+        for number, each in enumerate(self.settings):
+            if each.key == key:
+                self.settings[number] = Suggestion(key, value, reason)
+                return
+        self.settings.append(Suggestion(key, value, reason))
+
+    def text(self, title: str) -> str:
+        """The file, with ``title`` as its first line."""
+        lines = [f"# {title}"]
+        for remark in self.remarks:
+            lines += [f"# {line}" for line in textwrap.wrap(remark, WIDTH, break_on_hyphens=False)]
+        tree: dict[str, Any] = {}
+        for each in self.settings:
+            node, *parts = tree, *each.key.split(".")
+            for part in parts[:-1]:
+                node = node.setdefault(part, {})
+            node[parts[-1]] = each
+        return "\n".join([*lines, "", *_lines(tree, 0)]) + "\n"
+
+
+def _lines(tree: dict[str, Any], depth: int) -> list[str]:
+    lines, left = [], "  " * depth
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            lines += [f"{left}{name}:", *_lines(node, depth + 1)]
+            continue
+        lines += [f"{left}# {line}" for line in textwrap.wrap(node.reason, WIDTH, break_on_hyphens=False)]
+        lines.append(f"{left}{name}: {as_yaml_value(node.value)}")
+    return lines
+
+
+def start(
+    source: str, method: str | None = None, gpu_memory: float | None = None, overrides: Sequence[str] = ()
+) -> Start:
+    """A first configuration for the pipeline at ``source``.
+
+    Args:
+        source: a pipeline folder, a hub id, of which the configurations alone are downloaded, or one of those of which
+            flowdistill has a description.
+        method: its name; None: the usual one.
+        gpu_memory: GiB of the card that it is to fit; None: of the first one here, if there is one.
+        overrides: settings, ``key=value``, that are given; they are written in the place of what would be chosen.
+
+    Raises:
+        UserError: no pipeline there, one that cannot be a teacher, no such method, or a malformed override.
+    """
+    given = dict(_given(text) for text in overrides)
+    architecture = configurations(source)
+    with quiet_libraries():
+        teacher = meta_teacher(TeacherConfig(source=source), architecture, listed=False)
+    name, kind, why = _method(method)
+    found = Start([Suggestion("output_dir", f"runs/{_short(source)}-{name}", "where the run is kept; the same command "
+                                                                            "resumes there")])
+    found.remarks += [_in_words(teacher, architecture), why]
+    about = facts_of(kind)
+    found.settings.append(Suggestion("seed", 0, ""))
+    suggested = kind.suggest(teacher, _usual_guidance(teacher, architecture)) if issubclass(kind, Method) else []
+    large = parameter_count(_backbone(teacher)) >= LARGE
+    found.settings += _teacher(source, teacher, large)
+    found.settings += [each for each in suggested if each.key.startswith("teacher.")]
+    found.settings.append(Suggestion("method.name", name, about.sentence))
+    found.settings += [each for each in suggested if each.key.startswith("method.")]
+    _add_missing(found, name, given)
+    host = str(found.values["method.host.name"]) if "method.host.name" in found.values else None
+    _add_training(found, method_settings(name, host), large)
+    for key, value in given.items():
+        found.set(key, value, "given")
+    found.settings = [each for section in ("output_dir", "seed", "teacher", "method", "train", "evaluation")
+                      for each in found.settings if each.key.partition(".")[0] == section]
+    _fit(found, gpu_memory, given)
+    return found
+
+
+def configurations(source: str) -> Architecture:
+    """What a pipeline is made of; of a hub id that is not in the cache the configurations are downloaded, no weights.
+
+    Raises:
+        UserError: it is neither here nor there.
+    """
+    try:
+        return read_architecture(source)
+    except UserError:
+        if find_path(source).exists() or source.count("/") != 1:
+            raise
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(source, allow_patterns=["*.json"])
+        except Exception as error:  # no network, no such repository, a gate: each has a class of its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"teacher source {source} is no pipeline folder here, and the hub does not give its "
+                            f"configurations: {reason}") from error
+        return read_architecture(source)
+
+
+def _given(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"the override {text!r} must have the form key=value, for example teacher.prompts=prompts.txt")
+    return key.strip(), parse_yaml(value, f"the override {text!r}")
+
+
+def _method(name: str | None) -> tuple[str, type, str]:
+    """The name and the class of a method, and why it is this one."""
+    if name is not None:
+        method_settings(name)  # says which there are
+        return name, METHODS.get(name), f"The method {name} was asked for; 'flowdistill methods' lists the others."
+    for each in METHODS:
+        kind = METHODS.get(each)
+        if usual := facts_of(kind).usual:
+            return each, kind, (f"The method {each} was chosen, because {usual}; 'flowdistill methods' lists the "
+                                "others, and --method takes one.")
+    raise UserError("no method is the usual one here; name one with --method, as 'flowdistill methods' lists them")
+
+
+def _short(source: str) -> str:
+    """The last part of a path or hub id, fit for the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.rstrip("/\\")).name).strip("-.") or "teacher"
+
+
+def _backbone(teacher: Teacher) -> torch.nn.Module:
+    network = teacher.network
+    return network.backbone if isinstance(network, VelocityNetwork) else network
+
+
+def _in_words(teacher: Teacher, architecture: Architecture) -> str:
+    """The pipeline in one sentence."""
+    count = parameter_count(_backbone(teacher)) / 1e6
+    told = "takes nothing"
+    if teacher.prompts is not None:
+        told = "takes prompts"
+    elif teacher.classes is not None:
+        null = "no null label" if teacher.null_label is None else f"null label {teacher.null_label}"
+        told = f"takes class labels 0 to {teacher.classes.num_classes - 1}, {null}"
+    return (f"The teacher is a {architecture.pipeline} with a {type(_backbone(teacher)).__name__} of "
+            f"{count:,.{0 if count >= 100 else 2}f} M parameters; it predicts {teacher.path.prediction} "
+            f"({teacher.path.scheduler_name}), makes samples of {' x '.join(map(str, teacher.shape))} and {told}.")
+
+
+def _usual_guidance(teacher: Teacher, architecture: Architecture) -> float | None:
+    """The guidance scale of the pipeline's own call, 1 being none; None where it has none that is known."""
+    network = teacher.network
+    pipeline = getattr(diffusers, architecture.pipeline, None)
+    if teacher.prompts is None or pipeline is None or not isinstance(network, VelocityNetwork):
+        return None
+    facts = network.family.pipelines.get(architecture.pipeline)
+    off = "" if facts is None else facts.no_guidance
+    argument, _, none = (off or "guidance_scale=1").partition("=")
+    parameter = inspect.signature(pipeline.__call__).parameters.get(argument)
+    if parameter is None or not isinstance(parameter.default, (int, float)):
+        return None
+    return float(parameter.default) + 1 - float(none)
+
+
+def _teacher(source: str, teacher: Teacher, large: bool) -> list[Suggestion]:
+    found = [Suggestion("teacher.source", source, "")]
+    if teacher.prompts is not None:
+        found.append(Suggestion("teacher.prompts", "prompts.txt",
+                                "the prompts that the student learns, one a line; a .jsonl, .csv or .parquet file or "
+                                "a folder of pictures with captions will do too"))
+    if teacher.classes is not None and teacher.null_label is None:
+        found.append(Suggestion("teacher.null_label", None,
+                                "the label that means 'no class', where the teacher was trained with one: without it "
+                                "there is no guidance"))
+    if large:
+        found.append(Suggestion("teacher.dtype", "bfloat16", "precision of the frozen weights"))
+    return found
+
+
+def _add_missing(found: Start, name: str, given: dict[str, object]) -> None:
+    """Write settings without a default, which nobody has set, for the user to fill in."""
+    host = str(found.values["method.host.name"]) if "method.host.name" in found.values else None
+    for each in run_settings_of(method_settings(name, host)):
+        if each.required and each.active and each.key not in found.values and each.section is None:
+            if each.key not in given:
+                found.missing[each.key] = each.help
+                found.settings.append(Suggestion(each.key, each.default, f"{each.help}; has to be set"))
+
+
+def _add_training(found: Start, method: type, large: bool) -> None:
+    steps, rows = (10_000, 32) if large else (2000, 64)
+    found.settings += [
+        Suggestion("train.steps", steps, "a start: the pictures in the run folder's samples/ say whether more help"),
+        Suggestion("train.batch_size", rows, "of one optimiser step, over all processes and accumulation"),
+    ]
+    if large:
+        found.settings.append(Suggestion("train.precision", "bf16", "of the networks' passes; weights stay float32"))
+        for key, _ in _optimizers(method):
+            found.settings.append(Suggestion(f"{key}.lr", 1e-5, "peak learning rate for a network of this size; for "
+                                                                "adapters (LoRA) 5e-5"))
+    found.settings += [
+        Suggestion("train.sample_every", 250, "steps between grids of samples"),
+        Suggestion("train.checkpoint_every", 500, "steps between the places at which a run resumes"),
+        Suggestion("evaluation.at_end", False,
+                   "true measures the student when it is done; set evaluation.features and evaluation.reference too, "
+                   "such as inception and a folder of images"),
+    ]
+
+
+def _optimizers(method: type) -> list[tuple[str, object]]:
+    """Keys and settings of the optimisers; a section that is null by default has none."""
+    return list(optimizers_by_key(method(), "method."))
+
+
+def _fit(found: Start, gpu_memory: float | None, given: dict[str, object]) -> None:
+    """Add what a plan advises for the card, or say why none was made."""
+    whose = f"{gpu_memory:g} GiB" if gpu_memory is not None else ""
+    if gpu_memory is None:
+        if not torch.cuda.is_available():
+            found.remarks.append("Whether it fits a card was not looked at: --gpu-memory GIB asks for that, as does "
+                                 "'flowdistill plan'.")
+            return
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        whose = f"{gpu_memory:.0f} GiB, this machine's card"
+    if found.missing:
+        found.remarks.append(f"Whether it fits {whose} was not looked at, for {', '.join(found.missing)} must be set "
+                             f"first; then run 'flowdistill plan' with --gpu-memory {gpu_memory:.0f}.")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(found.text("a plan"), encoding="utf-8")
+        with quiet_libraries():
+            plan = make_plan(load_config(file))
+            steps = [] if fits(plan, gpu_memory) else advise(file, (), plan, gpu_memory)
+    last = steps[-1].plan if steps else plan
+    for step in steps:
+        for text in step.overrides:
+            key, value = _given(text)
+            if key not in given:
+                found.set(key, value, f"{step.words}, to fit {gpu_memory:.0f} GiB")
+    for key in [key for key, value in found.values.items() if value == "lora"]:  # of a student or a critic
+        rate = f"{key.rpartition('.')[0]}.{'critic_' if key.endswith('.critic') else ''}optimizer.lr"
+        if rate in found.values and rate not in given:
+            found.set(rate, 5e-5, "peak learning rate for adapters (authors of DMD2 for SDXL: 5e-5)")
+    found.settings.sort(key=lambda each: ("output_dir", "seed", "teacher", "method", "train", "evaluation").index(
+        each.key.partition(".")[0]))
+    peak = f"The peak is estimated as {last.peak / GIB:.2f} GiB, and {RESERVED:g} more goes to driver and allocator"
+    if fits(last, gpu_memory):
+        found.remarks.append(f"{peak}: it fits {whose}.")
+    else:
+        found.remarks.append(f"{peak}: it does not fit {whose} with all that helps; 'flowdistill plan' with --cards "
+                             "says what would do on several cards.")
