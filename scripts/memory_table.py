@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Write the tables of docs/experiments/memory.md: the plans of the shipped configurations. Nothing is loaded.
+"""Write the tables of docs/experiments/memory.md, and docs/gpu.md's of cards: the plans of the shipped configurations.
 
-    python scripts/memory_table.py             plan, and write the tables into docs/experiments/memory.md
+Nothing is loaded.
+
+    python scripts/memory_table.py             plan, and write the tables into the two pages
     python scripts/memory_table.py --print     plan, and print them
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "experiments" / "memory.md"
+GPU_PAGE, GPU_CARDS = ROOT / "docs" / "gpu.md", (24, 48, 80)
 BEGIN, END = "<!-- made by scripts/memory_table.py -->", "<!-- end of the table -->"
 BEGIN_CARDS, END_CARDS = "<!-- cards by scripts/memory_table.py -->", "<!-- end of the cards -->"
 CARDS = (12, 16, 24, 48, 80)
@@ -90,23 +93,31 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     plans = {name: planned(name) for name in CONFIGS}
     made = table([row(name, plan) for name, (plan, _) in plans.items()])
-    cards = table([[f"`configs/{name}.yaml`", *map(cell, found)] for name, (_, found) in plans.items()],
-                  ("configuration", *(f"{size} GB" for size in CARDS)))
+    cells = {name: dict(zip(CARDS, map(cell, found), strict=True)) for name, (_, found) in plans.items()}
+    cards, some = card_table(cells, CARDS), card_table(cells, GPU_CARDS)
     if options.print:
         print(f"{made}\n\n{cards}")
         return 0
     write(made, BEGIN, END)
     write(cards, BEGIN_CARDS, END_CARDS)
-    print(f"the tables of {len(CONFIGS)} configurations are in {PAGE.relative_to(ROOT)}")
+    write(some, BEGIN_CARDS, END_CARDS, GPU_PAGE)
+    print(f"the tables of {len(CONFIGS)} configurations are in {PAGE.relative_to(ROOT)} and "
+          f"{GPU_PAGE.relative_to(ROOT)}")
     return 0
 
 
-def write(made: str, begin: str, end: str) -> None:
+def card_table(cells: Mapping[str, Mapping[int, str]], sizes: Sequence[int]) -> str:
+    """What fits on cards of these sizes, a configuration a row."""
+    return table([[f"`configs/{name}.yaml`", *(of_name[size] for size in sizes)] for name, of_name in cells.items()],
+                 ("configuration", *(f"{size} GB" for size in sizes)))
+
+
+def write(made: str, begin: str, end: str, page: Path = PAGE) -> None:
     """Put a table between its marks on the page."""
     from flowdistill.utils.text import read_text
 
-    before, _, rest = read_text(PAGE).partition(begin)
-    PAGE.write_text(f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    before, _, rest = read_text(page).partition(begin)
+    page.write_text(f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -354,7 +355,10 @@ def compiled(bench: Bench, name: str) -> None:
 
 
 def graph_breaks(bench: Bench) -> None:
-    """How often torch's compiler has to leave a whole network (``train.compile_scope: network``)."""
+    """How often torch's compiler has to leave a whole network (``train.compile_scope: network``): never, as on the CPU.
+
+    On the CPU one network, to be cheap: all of them were counted there (docs/gpu.md).
+    """
     for name in ("dit",) if bench.small else ("dit", "sd", "sdxl", "sd3", "flux-dev", "pixart-sigma", "sana"):
         _, calls = networks_of(name, bench)
         for role, call in calls.items():
@@ -362,7 +366,9 @@ def graph_breaks(bench: Bench) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = torch._dynamo.explain(call)(torch.full((2,), 0.5, device=bench.device))
-            bench.figures[f"{name}, {role}"] = f"{found.graph_break_count} breaks"
+            count, reasons = found.graph_break_count, [str(one.reason).splitlines()[0] for one in found.break_reasons]
+            bench.figures[f"{name}, {role}"] = f"{count} breaks"
+            expect(count == 0, f"{name}'s {role} breaks in {count} places: {'; '.join(reasons[:2])}")
     torch._dynamo.reset()
 
 
@@ -482,6 +488,45 @@ def throughput(bench: Bench) -> None:
         expect(ratio < 1.2, f"a step takes {ratio:.2f} times its bare passes and updates")
 
 
+def ways(bench: Bench) -> None:
+    """Each way in which a step does its work against the other one, by scripts/benchmark_parts.py."""
+    from scripts import benchmark_parts
+
+    sizes = {"CHANNELS": (32, 32), "SIDE": 8} if bench.small else {}
+    with mock.patch.multiple(benchmark_parts, **sizes):
+        for name, (one, other) in benchmark_parts.pairs(bench.device).items():
+            ours, theirs, ratio = benchmark_parts.measure(one, other, bench.device, 1 if bench.small else 30)
+            bench.figures[f"{name} (ms, ms, ratio)"] = f"{1000 * ours:.3f}, {1000 * theirs:.3f}, {ratio:.2f}"
+
+
+def cuda_graphs(bench: Bench) -> None:
+    """A small student's pass, forward and backward: as it is, compiled, and compiled with CUDA graphs."""
+    from scripts import benchmark_step
+
+    # The CPU has no graphs to compare with: there it is only whether this runs.
+    how: dict[str, Any] = {"backend": "eager"} if bench.small else {}
+    graphs = how or {"mode": "reduce-overhead"}
+    for name in ("dit",) if bench.small else ("dit", "sd", "pixart-sigma"):
+        call, t = networks_of(name, bench)[1]["student"], torch.full((2,), 0.5, device=bench.device)
+
+        def plain(t: Tensor, call: Callable[[Tensor], Tensor] = call) -> Tensor:
+            return call(t)
+
+        def step(run: Callable[[Tensor], Tensor], t: Tensor = t) -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            run(t).square().mean().backward()
+
+        runs = {"as it is": plain, "compiled": torch.compile(plain, **how), "graphs": torch.compile(plain, **graphs)}
+        outputs = {key: run(t).detach().clone() for key, run in runs.items()}
+        timed = benchmark_step.measure({key: partial(step, run) for key, run in runs.items()},
+                                       1 if bench.small else 30, 1 if bench.small else 5, lambda: None)
+        error = distance(outputs["graphs"], outputs["as it is"])
+        bench.figures[f"{name} (ms: as it is, compiled, with CUDA graphs)"] = ", ".join(
+            f"{1000 * statistics.median(seconds):.3f}" for seconds in timed.values())
+        expect(error < 1e-3, f"{name} with CUDA graphs is off by {error:.2g}")
+    torch._dynamo.reset()
+
+
 def copies(bench: Bench) -> None:
     """Batches to the device from ordinary memory, which the host waits for, and from pinned memory."""
     batch, times = torch.randn(64, 4, 64, 64), {"ordinary": [], "pinned": []}  # type: ignore[var-annotated]
@@ -546,6 +591,8 @@ def _parts() -> dict[str, Part]:
         key = f"memory-{size.lower().replace(' ', '-')}"
         parts[key] = Part(f"a run of {size}'s size against its plan", partial(memory_of, size=size), on_cpu=False)
     parts["throughput"] = Part("a step of DMD2 against its bare passes", throughput)
+    parts["ways"] = Part("each way in which a step does its work, timed against the other", ways)
+    parts["cuda-graphs"] = Part("a small student with CUDA graphs, timed", cuda_graphs)
     parts["beside-fastgen"] = Part("a step of DMD2 against FastGen's", fastgen_dmd2)
     parts["beside-lcm-script"] = Part("a step of latent consistency against diffusers' script", lcm_script)
     parts["copies"] = Part("copies from pinned memory, timed", copies, on_cpu=False)

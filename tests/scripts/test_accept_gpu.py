@@ -46,13 +46,16 @@ MADE_UP = {"good": Part("that it passes", passes), "bad": Part("that it fails", 
 
 
 def test_a_few_parts_on_the_cpu(tmp_path, capsys):
-    names = "machine,families-fp32,quantized"
+    names = "machine,families-fp32,quantized,ways,cuda-graphs,graph-breaks"
     assert accept_gpu.main(["--device", "cpu", "--parts", names, "--output", str(tmp_path)]) == 0
     report = (tmp_path / "accept_gpu.md").read_text()
     for name in PARTS:
         assert f"| {name} | {PARTS[name].proves} | {'passed' if name in names.split(',') else 'not run'} |" in report
-    assert all(text in report for text in (f"- torch: {torch.__version__}", "| int8 | 0.0", "| dit: ours, its own | "))
-    assert "3 parts, 0 failed" in capsys.readouterr().out
+    assert all(text in report for text in (f"- torch: {torch.__version__}", "| int8 | 0.0", "| dit: ours, its own | ",
+                                       "| clipping and AdamW: fused / one weight after another (ms, ms, ratio) | ",
+                                       "| dit (ms: as it is, compiled, with CUDA graphs) | ",
+                                       "| dit, critic | 0 breaks |"))
+    assert "6 parts, 0 failed" in capsys.readouterr().out
 
 
 def test_what_passed_is_kept_and_what_failed_is_run_again(tmp_path, capsys):
