@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from scripts import accept_gpu, benchmark_parts
+from scripts import accept_gpu, benchmark_parts, memory_table
 from tests.gpu import beside, runner
 from tests.gpu.bench import NotHere, Part, expect
 from tests.gpu.parts import PARTS
@@ -119,6 +119,22 @@ def test_the_page_has_every_part():
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     rows = [line.split(" | ")[:2] for line in page.splitlines() if line.endswith("| not run | |")]
     assert rows == [[f"| {name}", part.proves] for name, part in PARTS.items()]
+
+
+def test_the_page_has_the_cards_of_the_memory_page():
+    """Both tables are written by scripts/memory_table.py, of the same plans."""
+    def cells(page):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        table = text.partition(memory_table.BEGIN_CARDS)[2].partition(memory_table.END_CARDS)[0]
+        head, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+        return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+    here, there, sizes = cells("gpu.md"), cells("experiments/memory.md"), [f"{size} GB" for size in (24, 48, 80)]
+    assert here == {name: {size: row[size] for size in sizes} for name, row in there.items()} and len(here) > 10
+    made = memory_table.card_table({name.strip("`").removeprefix("configs/").removesuffix(".yaml"): {
+        int(size.removesuffix(" GB")): text for size, text in row.items()} for name, row in there.items()},
+        memory_table.GPU_CARDS)
+    assert made in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 
 
 STAND_IN = """
