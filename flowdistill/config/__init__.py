@@ -25,6 +25,7 @@ from flowdistill.config.schema import (
     TeacherConfig,
     TrainConfig,
     check_protocol_features,
+    needs,
     option,
     what_is_missing,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "found_again",
     "load_config",
     "method_config_class",
+    "needs",
     "option",
     "register_method",
     "run_settings",

@@ -9,7 +9,8 @@ import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 from typing import get_type_hints as evaluated_hints
 
@@ -96,11 +97,21 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
                 every = "every value of " if elements is value else ""
                 hint = closest(element, item.metadata.get("choices", ()))
                 raise UserError(f"{every}'{key}' must be {allowed}, not {shown(element)}{hint}{found(layers, key)}")
+    for item in fields(config):
+        if "only" in item.metadata and (place := found(layers, prefix + item.name)) and not _is_default(config, item):
+            if reason := item.metadata["only"](config):
+                warnings.warn(f"'{prefix}{item.name}' has no effect, because {prefix}{reason}{place}", stacklevel=2)
     if hasattr(config, "validate"):
         config.validate()
     if hasattr(config, "validate_at"):
         places = {item.name: found(layers, prefix + item.name) for item in fields(config)}
         config.validate_at(prefix, {name: place for name, place in places.items() if place})
+
+
+def _is_default(config: DataclassInstance, item: Field[Any]) -> bool:
+    """Whether a setting has its class's own default."""
+    value = getattr(config, item.name)
+    return bool(value == (item.default if item.default_factory is MISSING_DEFAULT else item.default_factory()))
 
 
 def leaf_types(schema: type, method: type, prefix: str = "") -> Iterator[tuple[str, object]]:

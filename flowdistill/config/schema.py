@@ -27,6 +27,7 @@ def option(
     pattern: str | None = None,
     was: str | None = None,
     rule: Callable[[Any], str] | None = None,
+    only: Callable[[Any], str] | None = None,
 ) -> Any:
     """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
 
@@ -34,10 +35,13 @@ def option(
     ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
     None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given. ``was`` is the
     name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
-    type: value -> what is allowed, in words, where the value is not; it never sees None.
+    type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
+    have an effect with others only: the section -> why the setting has none there, in words, or an empty text; see
+    :func:`needs`. Where somebody has set such a setting to another value than its default, a warning says so.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule}
+    words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule,
+             "only": only}
     metadata: dict[str, Any] = words | limits
     metadata = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(default, type):
@@ -45,6 +49,20 @@ def option(
     if isinstance(default, (list, dict)) or is_dataclass(default):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def needs(name: str, *values: object) -> Callable[[Any], str]:
+    """For ``only`` of :func:`option`: an effect where the section's setting ``name`` has one of ``values``; without
+    values, where it is neither null, 0, false nor empty."""
+
+    def reason(section: Any) -> str:
+        value = getattr(section, name)
+        there = value in values if values else bool(value)
+        written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        wanted = f"set it to {' or '.join(map(str, values))}" if values else "set that too"
+        return "" if there else f"{name} is {written}; {wanted}"
+
+    return reason
 
 
 class HostingConfig(ABC):
@@ -99,7 +117,8 @@ class TeacherConfig:
         "drawn, by text encoders that stay loaded; auto: memory up to prompt_cache_gb, else disk",
         choices=("auto", "memory", "disk", "live"),
     )
-    prompt_cache_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0)
+    prompt_cache_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0,
+                                    only=needs("prompt_cache", "auto"))
     prompts_at_once: int = option(16, "prompts of the list that a text encoder reads together, in every mode; decides "
                                       "their last digits. live encodes as many for each row drawn: take 1", at_least=1)
     text_encoder_device: str | None = option(None, "cpu, cuda, cuda:N, mps or xpu; null: as train.device",
@@ -171,7 +190,8 @@ class DataOptions:
         "reads its rows; none, made when drawn; auto: memory up to memory_gb, else disk. Of a teacher of pixels, whose "
         "pictures are in memory or read when drawn: memory, none or auto", choices=("auto", "memory", "disk", "none"),
     )
-    memory_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0)
+    memory_gb: float = option(2.0, "auto: the most that is held in memory, 10^9 bytes", at_least=0,
+                              only=needs("cache_latents", "auto"))
 
 
 OPTIMIZERS = {
@@ -204,7 +224,8 @@ class OptimizerConfig:
     eps: float | None = option(EPS, "added to the root of the second moment; null for an optimiser without it", above=0)
     schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
     warmup_steps: int = option(0, "steps of linear growth from 0 to lr", at_least=0)
-    final_lr_fraction: float = option(0.0, "cosine, linear: last lr as a fraction of lr", at_least=0, at_most=1)
+    final_lr_fraction: float = option(0.0, "cosine, linear: last lr as a fraction of lr", at_least=0, at_most=1,
+                                      only=needs("schedule", "cosine", "linear"))
 
     @property
     def chosen_betas(self) -> Sequence[float]:
@@ -259,9 +280,10 @@ class TrainConfig:
     )
     max_grad_norm: float = option(1.0, "norm to which a network's gradient is clipped; 0: off", at_least=0)
     ema_decay: float = option(0.999, "decay of the averaged student", at_least=0, below=1)
-    ema_warmup: bool = option(True, "let the decay grow from 0, so that early steps are forgotten sooner")
+    ema_warmup: bool = option(True, "let the decay grow from 0, so that early steps are forgotten sooner",
+                              only=needs("ema_decay"))
     ema_device: str | None = option(None, "where the averaged student rests: cpu, cuda, cuda:N or xpu; null: beside "
-                                          "the trained one", pattern=r"cpu|xpu|cuda(:\d+)?")
+                                          "the trained one", pattern=r"cpu|xpu|cuda(:\d+)?", only=needs("ema_decay"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "torch.compile the trained networks")
     compile_scope: str = option("network", "what is compiled: each trained network; or blocks, those that repeat, the "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import OptimizerConfig, needs, option, validate
 from flowdistill.networks.lora import StudentKind
 from flowdistill.networks.velocity import per_sample
 from flowdistill.objectives import bootstrap as bs
@@ -50,7 +50,7 @@ class BootConfig(StudentKind):
     solver: str = option("euler", "teacher step of the target (euler is DDIM)", choices=("euler", "heun"))
     step_size: float = option(0.04, "h, as a share of the teacher's range", above=0, at_most=1)
     weight: str = option("one", "weight of the bootstrapping loss", choices=("one", "inverse_rho_squared"))
-    weight_cap: float = option(100.0, "largest 1 / rho^2", above=0)
+    weight_cap: float = option(100.0, "largest 1 / rho^2", above=0, only=needs("weight", "inverse_rho_squared"))
     boundary_weight: float = option(1.0, "beta of the boundary loss; 0 leaves it out", at_least=0)
     target_time: str = option("separate", "how the student learns the target time: an embedding of its own that "
                                           "starts at zero, or the teacher's own time channel",
@@ -59,7 +59,8 @@ class BootConfig(StudentKind):
     threshold: str = option(
         "none", "how the teacher's estimate is kept in range (pixels only)", choices=("none", "static", "dynamic"),
     )
-    threshold_percentile: float = option(0.995, "percentile of the dynamic threshold", above=0, at_most=1)
+    threshold_percentile: float = option(0.995, "percentile of the dynamic threshold", above=0, at_most=1,
+                                         only=needs("threshold", "dynamic"))
     metric: str = option("l2", "l2, or 'package.module:factory' of a module called as metric(signal, target), "
                                "both (B, *shape), that returns (B,) or (B, ...)")
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import OptimizerConfig, needs, option, validate
 from flowdistill.export.pipelines import check_exportable
 from flowdistill.methods.correction import Correction, Path, PathCorrection
 from flowdistill.methods.states import NoisedSamples, draw_clean, noised_or_start
@@ -73,7 +73,7 @@ class ConsistencyConfig(NoisedSamples, Correction):
         at_least=0,
     )
     start_unit: str = option("linear", "unit of step_times: t, the network's timestep, or EDM's sigma",
-                             choices=START_UNITS)
+                             choices=START_UNITS, only=needs("step_times"))
     phases: int = option(
         1, "1: every call aims at the image, and fresh noise comes between calls (stochastic steps); as many as steps: "
         "each aims at the time of the next call, by Euler steps (deterministic steps; PCM)", at_least=1,
@@ -85,17 +85,16 @@ class ConsistencyConfig(NoisedSamples, Correction):
     )
     points: int = option(
         50, "discrete: steps of the teacher's own sampler whose times are the grid, with those of the calls besides "
-        "(authors of LCM: 50)", at_least=1,
-    )
+        "(authors of LCM: 50)", at_least=1, only=needs("derivative", "discrete"))
     solver: str = option("euler", "discrete: the teacher's step (authors of LCM: euler, which is DDIM; of CD: heun)",
-                         choices=("euler", "heun"))
+                         choices=("euler", "heun"), only=needs("derivative", "discrete"))
     loss: str = option("huber", "discrete: l2, or the pseudo-Huber loss of each element (authors of LCM: either)",
-                       choices=("l2", "huber"))
-    huber_c: float = option(1e-3, "huber: difference below which it is a square (authors of LCM: 1e-3)", above=0)
+                       choices=("l2", "huber"), only=needs("derivative", "discrete"))
+    huber_c: float = option(1e-3, "huber: difference below which it is a square (authors of LCM: 1e-3)", above=0,
+                            only=needs("loss", "huber"))
     weight: str = option(
         "one", "discrete: weight of the loss at a time: one (authors of CD and LCM), or inverse_step, the grid's mean "
-        "step over the step there", choices=("one", "inverse_step"),
-    )
+        "step over the step there", choices=("one", "inverse_step"), only=needs("derivative", "discrete"))
     target: str = option(
         "online", "discrete: network of the target: the student (authors of LCM-LoRA), or ema, a moving average of it, "
         "which is a network more in memory (authors of CD and LCM)", choices=("online", "ema"),
@@ -103,17 +102,19 @@ class ConsistencyConfig(NoisedSamples, Correction):
     target_decay: float = option(0.95, "of that average (authors of CD and LCM: 0.95)", at_least=0, below=1)
     call_fraction: float = option(0.0, "share of the rows that are at times of the student's own calls", at_least=0,
                                   at_most=1)
-    time: NoiseLevels = option(NoiseLevels, "finite_difference, jvp: times of the other rows")
-    data_std: float = option(1.0, "finite_difference, jvp: standard deviation of the data in sCM's weights", above=0)
+    time: NoiseLevels = option(NoiseLevels, "finite_difference, jvp: times of the other rows",
+                               only=needs("derivative", "finite_difference", "jvp"))
+    data_std: float = option(1.0, "finite_difference, jvp: standard deviation of the data in sCM's weights", above=0,
+                             only=needs("derivative", "finite_difference", "jvp"))
     tangent_warmup: int = option(
         0, "finite_difference, jvp: steps in which the derivative comes in, from regression to the teacher's velocity "
         "on (NVIDIA's FastGen: 10,000; SANA-Sprint: 4,000)", at_least=0,
-    )
+        only=needs("derivative", "finite_difference", "jvp"))
     tangent_constant: float = option(
         0.1, "finite_difference, jvp: c of g / (rms(g) + c), which limits the tangent g (NVIDIA's FastGen: 0.1)",
-        above=0,
-    )
-    finite_difference_step: float = option(0.005, "finite_difference: step in t", above=0, at_most=1)
+        above=0, only=needs("derivative", "finite_difference", "jvp"))
+    finite_difference_step: float = option(0.005, "finite_difference: step in t", above=0, at_most=1,
+                                           only=needs("derivative", "finite_difference", "jvp"))
     states: str = option(
         "pairs", "what is noised: samples of the teacher, made once (no data); samples of the student, made anew; or "
         "real images of data", choices=("pairs", "student", "data"),

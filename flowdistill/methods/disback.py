@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowdistill.config import option, validate
+from flowdistill.config import needs, option, validate
 from flowdistill.methods.score_distillation import HostConfig, ScoreDistillation, suggestions
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
@@ -39,12 +39,14 @@ class DisBackConfig:
 
     name: str = "disback"
     degradation_steps: int = option(200, "steps of stage 1; 0: the host alone (authors: 1000)", at_least=0)
-    degradation_every: int = option(50, "steps between nodes (authors: 100)", at_least=1)
-    degradation_lr: float | None = option(None, "learning rate of stage 1; null: the critic's", above=0)
+    degradation_every: int = option(50, "steps between nodes (authors: 100)", at_least=1,
+                                    only=needs("degradation_steps"))
+    degradation_lr: float | None = option(None, "learning rate of stage 1; null: the critic's", above=0,
+                                          only=needs("degradation_steps"))
     backtrack: bool = option(True, "walk back over the nodes; false: the teacher is the target all along, and only the "
                                    "critic starts at the last node")
     interval: list[int] = option([1000], "steps on each target before the teacher, or one number for all (authors: "
-                                         "1000)", at_least=1)
+                                         "1000)", at_least=1, only=needs("degradation_steps"))
     switch: str = option(
         "interval",
         "when the next target comes; gradient: at the latest then, and earlier when the matching gradient has become "
@@ -53,12 +55,16 @@ class DisBackConfig:
     )
     gradient_fraction: float = option(
         0.5, "size that counts as small, as a share of its size on the target's first window", above=0, below=1,
-    )
-    gradient_window: int = option(20, "steps over which the size is averaged", at_least=1)
-    switch_warmup: int = option(0, "steps of linear growth of the learning rates after each switch", at_least=0)
-    reset_optimizers: bool = option(False, "forget the optimisers' moments at each switch")
+        only=needs("switch", "gradient"))
+    gradient_window: int = option(20, "steps over which the size is averaged", at_least=1,
+                                  only=needs("switch", "gradient"))
+    switch_warmup: int = option(0, "steps of linear growth of the learning rates after each switch", at_least=0,
+                                only=needs("degradation_steps"))
+    reset_optimizers: bool = option(False, "forget the optimisers' moments at each switch",
+                                    only=needs("degradation_steps"))
     node_guidance: str = option("constant", "guidance scale on the nodes; linear: from 1 at the last to the host's at "
-                                            "the teacher", choices=("constant", "linear"))
+                                            "the teacher", choices=("constant", "linear"),
+                                            only=needs("degradation_steps"))
     host: HostConfig = option(HostConfig, "score distillation, see its methods")
 
     @property

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import OptimizerConfig, needs, option, validate
 from flowdistill.export.pipelines import check_exportable
 from flowdistill.methods.correction import Correction, Path, PathCorrection
 from flowdistill.methods.states import NoisedSamples, draw_clean, noised_or_start
@@ -75,7 +75,7 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
         at_least=0,
     )
     start_unit: str = option("linear", "unit of step_times: t, the network's timestep, or EDM's sigma",
-                             choices=START_UNITS)
+                             choices=START_UNITS, only=needs("step_times"))
     stepping: str = option("deterministic", "between calls: each jumps to the time of the next (deterministic), or to "
                            "the image, and fresh noise comes between (stochastic)", choices=STEPPINGS)
     objective: str = option("lagrangian", "identity that is matched", choices=("lagrangian", "eulerian", "semigroup"))
@@ -85,8 +85,7 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
     )
     finite_difference_step: float | None = option(
         None, "step of the difference, and of the teacher's in discrete, in units of t; null: 0.02 for lagrangian, "
-        "0.005 for eulerian", above=0, at_most=1,
-    )
+        "0.005 for eulerian", above=0, at_most=1)
     states: str = option("own", "own: the student's map from noise to t; noised samples of the teacher, made once "
                          "(pairs); or noised real images of data", choices=("own", "pairs", "data"))
     time: NoiseLevels = option(NoiseLevels, "times t of the states that are not noise alone")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import OptimizerConfig, option, validate
+from flowdistill.config import OptimizerConfig, needs, option, validate
 from flowdistill.methods.regression import Regression, regression_error
 from flowdistill.networks.attention import allow_forward_mode, no_forward_mode
 from flowdistill.networks.critic import critic_loss, make_critic
@@ -59,8 +59,10 @@ class FreeFlowConfig(Regression, CriticKind):
                              choices=("finite_difference", "jvp", "discrete"))
     finite_difference_step: float = option(0.02, "step in duration, in units of t", above=0, at_most=1)
     duration_sampling: str = option("uniform", "durations of Delta_G", choices=("uniform", "logit_normal"))
-    duration_mean: float = option(0.0, "mean of the logit-normal durations")
-    duration_std: float = option(1.0, "standard deviation of the logit-normal durations", above=0)
+    duration_mean: float = option(0.0, "mean of the logit-normal durations",
+                                  only=needs("duration_sampling", "logit_normal"))
+    duration_std: float = option(1.0, "standard deviation of the logit-normal durations", above=0,
+                                 only=needs("duration_sampling", "logit_normal"))
     noising_mean: float = option(0.8, "mean of the logit-normal noise level of Delta_N (paper: 0.8)")
     noising_std: float = option(1.0, "standard deviation of the logit-normal noise level of Delta_N", above=0)
     critic_noising_sampling: str = option("uniform", "noise levels the critic learns at",

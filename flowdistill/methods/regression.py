@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowdistill.conditioning import Condition
 from flowdistill.conditioning.prompts import PromptConditions
-from flowdistill.config import option
+from flowdistill.config import needs, option
 from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
@@ -24,9 +24,10 @@ class Regression:
     regression_weight: float = option(
         0.0, "weight of the squared error to teacher samples from the same noise", at_least=0,
     )
-    regression_pairs: int = option(1000, "pairs made once", at_least=1)
-    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1)
-    regression_own: bool = option(False, "whether only pairs of teacher.labels are used; false: of all classes")
+    regression_pairs: int = option(1000, "pairs made once", at_least=1, only=needs("regression_weight"))
+    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1, only=needs("regression_weight"))
+    regression_own: bool = option(False, "whether only pairs of teacher.labels are used; false: of all classes",
+                                  only=needs("regression_weight"))
     regression_prompts: str | None = option(None, "text to image: file of the prompts that pairs are made for, as "
                                                   "teacher.prompts takes it; null: those of teacher.prompts")
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import DataOptions, OptimizerConfig, option, validate
+from flowdistill.config import DataOptions, OptimizerConfig, needs, option, validate
 from flowdistill.export.pipelines import check_exportable
 from flowdistill.methods.regression import Regression, regression_error
 from flowdistill.networks.critic import Discriminator, critic_loss, make_critic
@@ -69,7 +69,7 @@ class HostConfig(Regression, CriticKind):
     """Settings of score distillation. "(authors: ...)" marks a published value; every other default is ours."""
 
     weighting: str = option("dmd", "weighting of the matching gradient", choices=WEIGHTINGS)
-    sid_alpha: float = option(1.2, "alpha of sid (authors: 1.2, and 1 for AFHQ)")
+    sid_alpha: float = option(1.2, "alpha of sid (authors: 1.2, and 1 for AFHQ)", only=needs("weighting", "sid"))
     start: float | None = option(None, "time of the generator's first call; null: the teacher's t_max", above=0)
     start_unit: str = option("linear", "unit of start and step_times: t, the network's timestep, or EDM's sigma",
                              choices=START_UNITS)
@@ -110,7 +110,7 @@ class HostConfig(Regression, CriticKind):
     )
     adversarial_critic_weight: float = option(
         1e-2, "weight of the adversarial term for the critic (authors: 1e-2)", at_least=0,
-    )
+        only=needs("adversarial_weight"))
     divergence: str = option(
         "rkl", "divergence that is made small; others than the reverse Kullback-Leibler (rkl), which are kl, js, sf "
         "(softened rkl), neyman, sh (squared Hellinger) and jf (Jeffreys), need the adversarial term",
@@ -122,7 +122,7 @@ class HostConfig(Regression, CriticKind):
     )
     r1_scale: float = option(
         0.1, "standard deviation of the noise that measures the slope (NVIDIA's Model Optimizer: 0.1)", above=0,
-    )
+        only=needs("r1_weight"))
     data: str | None = option(None, "images of the adversarial term or of step_inputs, which need them: a named set, a "
                                     "folder, tars, a table or a hub id")
     data_options: DataOptions = option(DataOptions, "how they are read")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.conditioning.conditions import Condition
-from flowdistill.config import DataOptions, option
+from flowdistill.config import DataOptions, needs, option
 from flowdistill.networks.velocity import per_sample
 from flowdistill.students.steps import Steps
 from flowdistill.teachers import Teacher
@@ -22,10 +22,11 @@ from flowdistill.utils.randomness import Draw
 class NoisedSamples:
     """Settings of the samples; methods' settings inherit them and have a setting ``states`` beside."""
 
-    pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1)
-    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1)
+    pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1, only=needs("states", "pairs"))
+    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1,
+                              only=needs("states", "pairs"))
     data: str | None = option(None, "states=data: images: a named set, a folder, tars, a table or a hub id")
-    data_options: DataOptions = option(DataOptions, "how they are read")
+    data_options: DataOptions = option(DataOptions, "how they are read", only=needs("data"))
 
     def check_states(self, states: str) -> None:
         """UserError for real images without a set, or a set that nothing looks at."""

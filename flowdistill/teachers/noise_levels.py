@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowdistill.config import option
+from flowdistill.config import needs, option
 from flowdistill.teachers import Teacher
 from flowdistill.utils.devices import sent
 from flowdistill.utils.errors import UserError
@@ -29,8 +29,9 @@ class NoiseLevels:
     sampling: str = option("uniform", "uniform in t, in the network's own timestep or in the index of Karras' grid of "
                                       "1,000 sigmas, or logit-normal in t (which is log-normal in EDM's sigma)",
                            choices=("uniform", "timestep", "karras", "logit_normal"))
-    mean: float = option(-1.2, "logit_normal: mean of log(t / (1 - t)) = log sigma")
-    std: float = option(1.2, "logit_normal: its standard deviation", above=0)
+    mean: float = option(-1.2, "logit_normal: mean of log(t / (1 - t)) = log sigma",
+                         only=needs("sampling", "logit_normal"))
+    std: float = option(1.2, "logit_normal: its standard deviation", above=0, only=needs("sampling", "logit_normal"))
     low: float = option(0.0, "smallest value, as a share of the teacher's range", at_least=0, below=1)
     high: float = option(1.0, "largest value, as a share of the teacher's range", above=0, at_most=1)
 

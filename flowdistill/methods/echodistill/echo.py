@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from flowdistill.config import option
+from flowdistill.config import needs, option
 from flowdistill.methods.echodistill.judge import Judge
 from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
@@ -40,23 +40,26 @@ class EchoConfig:
 
     start: int | None = option(None, "step before which the first round's pictures are made; null: no echo stage",
                                at_least=1)
-    rounds: int = option(1, "times that pictures are made and trained on", at_least=1)
-    steps: int = option(300, "steps of a round; train.steps counts all", at_least=1)
-    prompts: list[str] = option([], "prompts of the student's samples, with the new word; []: those it is trained on")
-    num_samples: int = option(200, "pictures the student makes in a round", at_least=1)
+    rounds: int = option(1, "times that pictures are made and trained on", at_least=1, only=needs("start"))
+    steps: int = option(300, "steps of a round; train.steps counts all", at_least=1, only=needs("start"))
+    prompts: list[str] = option([], "prompts of the student's samples, with the new word; []: those it is trained on",
+                                only=needs("start"))
+    num_samples: int = option(200, "pictures the student makes in a round", at_least=1, only=needs("start"))
     keep_fraction: float = option(0.25, "at most this share of them is kept, those most like the concept", above=0,
-                                  at_most=1)
+                                  at_most=1, only=needs("start"))
     min_level: float = option(0.5, "a picture must be this much like the concept: 0 is a picture of the initializer's "
-                                   "word, 1 as alike as the concept's own images are")
+                                   "word, 1 as alike as the concept's own images are", only=needs("start"))
     min_separation: float | None = option(1.5, "d' at which the identity network must tell the concept's pictures, "
                                                "each left out in turn, from ordinary ones of the same prompts; below "
-                                               "it the run is refused; null: do not ask", at_least=0)
+                                               "it the run is refused; null: do not ask", at_least=0,
+                                               only=needs("start"))
     real_fraction: float = option(0.5, "share of the concept's own images in the batches of the stage", at_least=0,
-                                  at_most=1)
-    rate: float = option(0.5, "factor on the learning rates", above=0)
+                                  at_most=1, only=needs("start"))
+    rate: float = option(0.5, "factor on the learning rates", above=0, only=needs("start"))
     tolerance: float | None = option(0.05, "a round after which the score of the student or of the teacher is lower by "
-                                           "more than this is taken back; null: none is", at_least=0)
-    num_validation: int = option(32, "pictures of each model that make its score", at_least=2)
+                                           "more than this is taken back; null: none is", at_least=0,
+                                           only=needs("start"))
+    num_validation: int = option(32, "pictures of each model that make its score", at_least=2, only=needs("start"))
 
 
 class Pool(NamedTuple):

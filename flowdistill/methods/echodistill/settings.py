@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowdistill.config import OptimizerConfig, option
+from flowdistill.config import OptimizerConfig, needs, option
 from flowdistill.config.schema import MISSING
 from flowdistill.methods.echodistill.adaptation import TARGETS
 from flowdistill.methods.echodistill.echo import EchoConfig
@@ -27,7 +27,8 @@ class EchoDistillConfig:
     adapter: str = option("attention", "layers trained in both networks: LoRA on the cross-attention's keys and "
                                        "values (kv), on all attention, with the feed-forward layers or on all; or "
                                        "those keys and values freely (authors: kv_full)", choices=tuple(TARGETS))
-    rank: int = option(4, "rank of the LoRA", at_least=1)
+    rank: int = option(4, "rank of the LoRA", at_least=1,
+                       only=needs("adapter", *(name for name in TARGETS if name != "kv_full")))
     random_flip: bool = option(False, "mirror half of the pictures (authors: true)")
     zoom: float = option(1.0, "enlarge each picture up to this much at a random place; 1: never", at_least=1)
     prior_loss_weight: float = option(1.0, "hold the student at what it was for teacher.prompts; 0: do not (authors: "
@@ -42,7 +43,8 @@ class EchoDistillConfig:
                                     "transformers:FOLDER or package.module:function")
     texture: str = option("swd", "alignment of texture: sliced Wasserstein distance of patches, Gram matrices of the "
                                  "identity network's features, or none", choices=("swd", "gram", "none"))
-    texture_weight: float = option(0.1, "weight of the texture term (authors: 0.1)", at_least=0)
+    texture_weight: float = option(0.1, "weight of the texture term (authors: 0.1)", at_least=0,
+                                   only=needs("texture", "swd", "gram"))
     discriminators: list[str] = option(["small:1"], "frozen networks under the discriminators' heads, as for identity; "
                                                     "[]: no adversarial term")
     adversarial_weight: float = option(1.0, "weight of each discriminator for the student (authors: 1)", at_least=0)

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from flowdistill.config import MISSING, HostingConfig, method_config_class, option
+from flowdistill.config import MISSING, HostingConfig, method_config_class, needs, option
 from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES
 from flowdistill.methods.score_distillation import HostConfig
 from flowdistill.methods.teacher_score_matching import ScoreMatchingConfig
@@ -26,13 +26,14 @@ class AdversarialStage:
     """
 
     steps: int = option(0, "training steps; 0: no such stage", at_least=0)
-    weight: float = option(5e-3, "weight of the term for the student", above=0)
-    critic_weight: float = option(1e-2, "weight of the term for the critic (authors of DMD2: 1e-2)", above=0)
+    weight: float = option(5e-3, "weight of the term for the student", above=0, only=needs("steps"))
+    critic_weight: float = option(1e-2, "weight of the term for the critic (authors of DMD2: 1e-2)", above=0,
+                                  only=needs("steps"))
     lr: float = option(
         1e-5, "learning rate of student and critic; the authors of DMD2 divide theirs by 4 to 20", above=0,
-    )
+        only=needs("steps"))
     data: str | None = option(None, "images, which such a stage needs: as the host's data, and read as its "
-                                    "data_options say")
+                                    "data_options say", only=needs("steps"))
 
 
 @dataclass
@@ -45,7 +46,8 @@ class MsdConfig(HostingConfig):
     partition: str = option("sequential", "classes: sequential, interleaved, random or file; prompts: balanced_kmeans "
                                           "or pca_quadrant", choices=CLASS_RULES + PROMPT_RULES)
     partition_file: str | None = option(None, "file of the partition 'file': a YAML or JSON list of lists of labels")
-    partition_seed: int = option(0, "seed of random and of balanced_kmeans", at_least=0, below=SEEDS)
+    partition_seed: int = option(0, "seed of random and of balanced_kmeans", at_least=0, below=SEEDS,
+                                 only=needs("partition", "random", "balanced_kmeans"))
     student_index: int | None = option(None, "train only this student, from 0, so that K jobs can run on K machines; "
                                              "-1: only the shared start; null: all, in turn", at_least=-1)
     score_matching: ScoreMatchingConfig | None = option(
@@ -53,7 +55,7 @@ class MsdConfig(HostingConfig):
         was="tsm",
     )
     score_matching_steps: int = option(1000, "steps of teacher score matching; 0: such students start at random",
-                                       at_least=0, was="tsm_steps")
+                                       at_least=0, was="tsm_steps", only=needs("score_matching"))
     adversarial: AdversarialStage = option(AdversarialStage, "second stage, after the host's run")
     host: Any = option(MISSING, "a one-step method with its settings")
 
