@@ -60,7 +60,7 @@ def export_steps(student: Student, steps: Steps, target: Path, guidance_scale: f
     call = _call(student, found)
     if student.classes is None or found.takes_labels:
         _write(written, backbone, call, target, class_record(student))
-        card = _card(written, code(call)) + (save_lora(student, target, folds, found) or "")
+        card = _card(written, code(call)) + (save_lora(student, target, folds, found, steps) or "")
         (target / "README.md").write_text(card, encoding="utf-8")
         return
     labels = student.classes.shown

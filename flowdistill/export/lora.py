@@ -8,26 +8,29 @@ file is the adapters.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
-from flowdistill.conditioning.pipeline_lora import BaseLora
-from flowdistill.export.few_step import StockSteps
+from flowdistill.conditioning.pipeline_lora import FILE, BaseLora
+from flowdistill.export.cards import origin
+from flowdistill.export.comfyui import about_comfyui, sampling, write_lora
+from flowdistill.export.few_step import StockSteps, native_times
 from flowdistill.export.prompt_pipelines import size_arguments, stock_pipeline
 from flowdistill.export.time_fold import TimeFold
 from flowdistill.networks.lora import lora_tensors
 from flowdistill.paths.native_path import path_from_scheduler
+from flowdistill.students.steps import Steps
 from flowdistill.students.student import Student
 from flowdistill.utils.files import portable_path
 from flowdistill.utils.shipped import find_path
 
-FILE = "pytorch_lora_weights.safetensors"
 SCHEDULERS = {
     "vp": "EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=\"trailing\")",
     "flow": "FlowMatchEulerDiscreteScheduler()",
@@ -35,16 +38,17 @@ SCHEDULERS = {
 
 
 def save_lora(
-    student: Student, folder: Path, folds: Mapping[str, TimeFold], found: StockSteps | None = None
+    student: Student, folder: Path, folds: Mapping[str, TimeFold], found: StockSteps | None = None,
+    chain: Steps | None = None,
 ) -> str | None:
-    """Write ``FILE`` into ``folder`` and return Markdown that says how to use it.
+    """Write ``FILE``, and what ComfyUI loads, into ``folder`` and return Markdown that says how to use them.
 
     None, and no file, for a student without adapters, a pipeline without LoRA files, or a one-step map that is not one
     step of the pipeline with a stock scheduler (EDM, or a start after the scheduler's own).
 
     Args:
         folds: what goes into the time embedding.
-        found: what takes the steps of a student of several calls.
+        found, chain: the steps of a student of several calls, and what takes them.
     """
     velocity = student.network.velocity
     if velocity.lora is None or student.prompts is None:
@@ -65,10 +69,36 @@ def save_lora(
         a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
         tensors[f"{layer}.lora_A.weight"] = right if a is None else torch.cat([a, right])
         tensors[f"{layer}.lora_B.weight"] = left if b is None else torch.cat([b, left], dim=1)
-    part = "unet" if "unet_lora_layers" in inspect.signature(kind.save_lora_weights).parameters else "transformer"
-    layers: Any = {f"{part}_lora_layers": {key: value.contiguous() for key, value in tensors.items()}}
-    kind.save_lora_weights(folder, **layers)
-    return _use(student, scheduler, steps)
+    taken = Steps.single(student.t_start) if found is None else chain
+    assert taken is not None
+    return _use(student, scheduler, steps) + _write(student, folder, tensors, taken)
+
+
+def _write(student: Student, folder: Path, tensors: Mapping[str, Tensor], steps: Steps) -> str:
+    """Write the files, and return the card's section for ComfyUI."""
+    assert student.prompts is not None
+    velocity = student.network.velocity
+    family, path = velocity.family, velocity.path
+    name, facts = stock_pipeline(student.prompts, family)
+    base = portable_path(student.info.base_model) or "the base model"
+    table = getattr(student.scheduler, "alphas_cumprod", None) if path.kind == "vp" else None
+    found = sampling(path, steps, native_times(path, steps), None if table is None else len(table))
+    height, width = student.prompts.image_size
+    guided = family.takes_guidance(velocity.backbone)
+    if guided and facts.lora_names == "kohya":  # an input of latent consistency models, which ComfyUI's UNet has not
+        facts = replace(facts, lora_names="")
+    calls = "1 step" if len(steps) == 1 else f"{len(steps)} steps"
+    sampler = "" if found is None else f", sampler {found.sampler}"
+    file = write_lora(
+        folder, getattr(diffusers, name), tensors, facts, family.base_version(velocity.backbone, path.prediction),
+        title=f"{base.rstrip('/').rpartition('/')[2]} in {calls}",
+        description=origin(student),
+        resolution=f"{width}x{height}",
+        prediction_type={"epsilon": "epsilon", "v_prediction": "v"}.get(path.prediction),
+        usage_hint=f"{calls}, cfg 1.0{sampler}, strength 1.0",
+    )
+    more = "Set the node `FluxGuidance` to 1.0, as this network was trained." if guided else ""
+    return about_comfyui(file, found, f"`{base}`", more)
 
 
 def _use(student: Student, scheduler: str, steps: str) -> str:

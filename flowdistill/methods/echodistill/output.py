@@ -30,7 +30,7 @@ def publish(method: EchoDistill, folder: Path) -> None:
     ``validation.png``, a column a prompt.
     """
     guide, config = method.roles()["teacher"].network, method.config
-    save_adaptation(folder / "teacher", guide.velocity.backbone, method.word)  # type: ignore[union-attr, arg-type]
+    save_adaptation(folder / "teacher", guide.velocity, method.word)  # type: ignore[union-attr, arg-type]
     scale = f"{config.teacher_guidance_scale:g}"
     models = {
         "teacher": (method.teacher.source, config.teacher_steps, config.teacher_guidance_scale,

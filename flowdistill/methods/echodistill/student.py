@@ -2,6 +2,7 @@
 
     student/pytorch_lora_weights.safetensors    pipe.load_lora_weights(...)
     student/learned_embeds.safetensors          pipe.load_textual_inversion(...)
+    student/comfyui_lora.safetensors            the LoRA under the names that ComfyUI knows
     student/flowdistill.json                    what load_student needs to do both
 """
 
@@ -15,16 +16,17 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowdistill.conditioning.components import LOADING_ERRORS
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
 from flowdistill.config import found_again
+from flowdistill.export.comfyui import write_lora
 from flowdistill.methods.echodistill.adaptation import adapted_tensors
 from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
 from flowdistill.networks.storage import SIDECAR
-from flowdistill.networks.velocity import ExtendedVelocity
+from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.students.generator import Generator, generated
 from flowdistill.students.student import Student, StudentInfo
 from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder
@@ -74,7 +76,7 @@ class ConceptStudent(Student):
             "prompts": self.prompts.prompts,
             "settings": self.info.settings,
         }
-        save_adaptation(local_path(folder), self.network.velocity.backbone, self.prompts.encoder, description)
+        save_adaptation(local_path(folder), self.network.velocity, self.prompts.encoder, description)
 
     @classmethod
     def load(cls, folder: Path, description: JsonObject, resident: int | None = None) -> Generator:
@@ -92,11 +94,15 @@ class ConceptStudent(Student):
 
 
 def save_adaptation(
-    folder: Path, backbone: nn.Module, encoder: TokenEncoder, description: JsonObject | None = None
+    folder: Path, velocity: VelocityNetwork, encoder: TokenEncoder, description: JsonObject | None = None
 ) -> None:
-    """The LoRA of an adapted backbone and the word of its encoder as a folder; an older one is replaced at once."""
+    """The LoRA of an adapted network and the word of its encoder as a folder; an older one is replaced at once."""
+    family, backbone = velocity.family, velocity.backbone
     with atomic_folder(folder) as partial:
-        StableDiffusionPipeline.save_lora_weights(partial, unet_lora_layers=adapted_tensors(backbone))
+        write_lora(partial, StableDiffusionPipeline, adapted_tensors(backbone),
+                   family.pipelines[StableDiffusionPipeline.__name__],
+                   family.base_version(backbone, velocity.path.prediction),
+                   title=encoder.token, trigger_phrase=encoder.token)
         row = encoder.words.row.detach().cpu()[None].contiguous()  # (1, D): other programs refuse (D,)
         save_file({encoder.token: row}, partial / EMBEDDINGS, metadata={"format": "pt"})
         if description is not None:

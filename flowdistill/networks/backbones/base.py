@@ -54,6 +54,8 @@ class PipelineFacts:
         even_times: whether it gives its scheduler evenly spaced times of its own, 1 to 1 / steps.
         seeded_steps: whether its ``generator`` is also that of the noise which its scheduler adds between the steps.
         rounded_times: whether it rounds the timestep to the type of the latents.
+        lora_names: the names under which ComfyUI knows the layers of its network in a LoRA file: "kohya" for those of
+            kohya's scripts, "diffusers" for diffusers' own; empty where it knows neither.
     """
 
     no_guidance: str = "guidance_scale=1"
@@ -62,6 +64,19 @@ class PipelineFacts:
     even_times: bool = False
     seeded_steps: bool = False
     rounded_times: bool = False
+    lora_names: str = ""
+
+
+class BaseVersion(NamedTuple):
+    """Which public model a network has the shape of, in the words of the headers of LoRA files.
+
+    Attributes:
+        architecture: ``modelspec.architecture`` of Stability AI's model metadata standard, without "/lora".
+        kohya: ``ss_base_model_version`` of kohya's scripts.
+    """
+
+    architecture: str
+    kohya: str
 
 
 class BackboneFamily(ABC):
@@ -135,6 +150,14 @@ class BackboneFamily(ABC):
 
         Args:
             pipeline: name of the pipeline's class.
+        """
+        return None
+
+    def base_version(self, network: Backbone, prediction: str) -> BaseVersion | None:
+        """The public model that a network has the shape of; None for another shape.
+
+        Args:
+            prediction: what the network predicts, as its path names it.
         """
         return None
 

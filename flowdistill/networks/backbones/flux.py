@@ -13,6 +13,7 @@ from flowdistill.networks.backbones.base import (
     PACKED,
     Backbone,
     BackboneFamily,
+    BaseVersion,
     PipelineFacts,
     guidance_of,
     longest_prompt,
@@ -31,8 +32,15 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents: the network has no size of it
 @register_family
 class FluxFamily(BackboneFamily):
     backbone_class = "FluxTransformer2DModel"
-    pipelines = {"FluxPipeline": PipelineFacts(no_guidance="", even_times=True, rounded_times=True)}
+    pipelines = {"FluxPipeline": PipelineFacts(no_guidance="", even_times=True, rounded_times=True,
+                                               lora_names="diffusers")}
     guided = "an input of the network (dev), or none (schnell)"
+
+    def base_version(self, network: Backbone, prediction: str) -> BaseVersion | None:
+        config = network.config
+        if (config.num_layers, config.num_single_layers, config.num_attention_heads) != (19, 38, 24):
+            return None
+        return BaseVersion("flux-1-dev" if config.guidance_embeds else "flux-1-schnell", "flux1")
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -31,7 +31,8 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 @register_family
 class QwenImageFamily(BackboneFamily):
     backbone_class = "QwenImageTransformer2DModel"
-    pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1", even_times=True, rounded_times=True)}
+    pipelines = {"QwenImagePipeline": PipelineFacts("true_cfg_scale=1", even_times=True, rounded_times=True,
+                                                    lora_names="diffusers")}
     masked = True
     ragged = True
 

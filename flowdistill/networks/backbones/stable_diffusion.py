@@ -15,6 +15,7 @@ from flowdistill.conditioning.text_pipeline import Pipeline, TwoEncoderPipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
+    BaseVersion,
     PipelineFacts,
     Sizes,
     convolutional_sizes,
@@ -32,10 +33,21 @@ class StableDiffusionFamily(BackboneFamily):
     pipelines = {
         # It noises what a first step has made; Stable Diffusion's own does not.
         "LatentConsistencyModelPipeline": PipelineFacts(scaled_noise=True, exported_as="StableDiffusionPipeline"),
-        "StableDiffusionPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
-        "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True),
+        "StableDiffusionPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True, lora_names="kohya"),
+        "StableDiffusionXLPipeline": PipelineFacts(scaled_noise=True, seeded_steps=True, lora_names="kohya"),
     }
     guided = "classifier-free; of latent consistency models an input of the network"
+
+    def base_version(self, network: Backbone, prediction: str) -> BaseVersion | None:
+        config = network.config
+        if list(config.block_out_channels)[:3] != [320, 640, 1280]:
+            return None
+        if config.addition_embed_type is not None:
+            return BaseVersion("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+        v = prediction == "v_prediction"
+        if config.cross_attention_dim == 1024:
+            return BaseVersion(f"stable-diffusion-v2-{'768-v' if v else '512'}", "sd_v2_v" if v else "sd_v2")
+        return BaseVersion("stable-diffusion-v1", "sd_v1")
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

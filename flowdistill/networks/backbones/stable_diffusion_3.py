@@ -11,6 +11,7 @@ from flowdistill.conditioning.text_pipeline import Pipeline
 from flowdistill.networks.backbones.base import (
     Backbone,
     BackboneFamily,
+    BaseVersion,
     PipelineFacts,
     longest_prompt,
     register_family,
@@ -23,7 +24,13 @@ from flowdistill.paths.scheduler_protocol import Scheduler
 @register_family
 class StableDiffusion3Family(BackboneFamily):
     backbone_class = "SD3Transformer2DModel"
-    pipelines = {"StableDiffusion3Pipeline": PipelineFacts()}
+    pipelines = {"StableDiffusion3Pipeline": PipelineFacts(lora_names="diffusers")}
+
+    def base_version(self, network: Backbone, prediction: str) -> BaseVersion | None:
+        sizes = {(24, False): "m", (24, True): "5-medium", (38, False): "5-large"}
+        size = sizes.get((network.config.num_layers, bool(network.config.dual_attention_layers)))
+        whole = network.config.attention_head_dim == 64 and network.config.num_attention_heads in (24, 38)
+        return None if size is None or not whole else BaseVersion(f"stable-diffusion-3-{size}", "sd3")
 
     def call(self, network: Backbone, x: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
         given = tensors(condition, x, self.backbone_class)

@@ -30,7 +30,7 @@ DEFAULT_SIZE = 128  # of the pipeline, in latents
 @register_family
 class ZImageFamily(BackboneFamily):
     backbone_class = "ZImageTransformer2DModel"
-    pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0", even_times=True)}
+    pipelines = {"ZImagePipeline": PipelineFacts("guidance_scale=0", even_times=True, lora_names="diffusers")}
     masked = True
     ragged = True
 

@@ -111,9 +111,9 @@ def test_adapted_networks_start_equal_train_apart_and_load_in_stock_diffusers(ki
     assert all(torch.equal(base[name], value) for name, value in teacher.network.state_dict().items())
     encoder = TokenEncoder(pipeline.tokenizer, pipeline.text_encoder, TOKEN, "c")
     encoder.words.offset.data.normal_()
-    save_adaptation(tmp_path / "changes", network.backbone, encoder)
+    save_adaptation(tmp_path / "changes", network, encoder)
     assert sorted(file.name for file in (tmp_path / "changes").iterdir()) == [
-        "learned_embeds.safetensors", "pytorch_lora_weights.safetensors",
+        "comfyui_lora.safetensors", "learned_embeds.safetensors", "pytorch_lora_weights.safetensors",
     ]
     fresh = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
     fresh.load_lora_weights(tmp_path / "changes")
@@ -127,7 +127,7 @@ def test_adapted_networks_start_equal_train_apart_and_load_in_stock_diffusers(ki
 def test_changes_without_their_base_or_damaged_are_refused(tmp_path):
     pipeline = student_pipeline()
     encoder = TokenEncoder(pipeline.tokenizer, pipeline.text_encoder, TOKEN, "c")
-    save_adaptation(tmp_path / "x", adapted(load_teacher(pipeline).network, "kv", 2).backbone, encoder)
+    save_adaptation(tmp_path / "x", adapted(load_teacher(pipeline).network, "kv", 2), encoder)
     with pytest.raises(UserError, match="which is not there; run this where it is"):
         load_adapted_pipeline(str(tmp_path / "gone"), tmp_path / "x")
     file = tmp_path / "x" / "pytorch_lora_weights.safetensors"
