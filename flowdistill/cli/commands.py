@@ -312,6 +312,7 @@ def _export(args: argparse.Namespace) -> int:
     if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
         raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
     from flowdistill.export import export
+    from flowdistill.export.card_data import add_export
     from flowdistill.students import load_student
     from flowdistill.utils.files import check_writable
     from flowdistill.utils.text import read_json_object
@@ -323,6 +324,7 @@ def _export(args: argparse.Namespace) -> int:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(student, partial, guidance_scale=args.guidance_scale, steps=args.steps)
+        add_export(partial, args.run_folder, student, args.guidance_scale, args.steps)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

@@ -11,6 +11,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiTPipeline
 from torch import nn
 
+from flowdistill.export.card_data import write_card
 from flowdistill.export.cards import (
     about_labels,
     about_size,
@@ -34,6 +35,7 @@ from flowdistill.students.steps import Steps
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import portable_path
 from flowdistill.utils.hashing import checksums
 
 
@@ -61,7 +63,7 @@ def export_steps(student: Student, steps: Steps, target: Path, guidance_scale: f
     if student.classes is None or found.takes_labels:
         _write(written, backbone, call, target, class_record(student))
         card = _card(written, code(call)) + (save_lora(student, target, folds, found, steps) or "")
-        (target / "README.md").write_text(card, encoding="utf-8")
+        write_card(target, card, student, len(steps))
         return
     labels = student.classes.shown
     names = [f"class-{label}" for label in labels]
@@ -73,13 +75,13 @@ def export_steps(student: Student, steps: Steps, target: Path, guidance_scale: f
             layer.bias.copy_(bias + embedding[label])
         _write(written, backbone, call, target / name, {"label": label})
         card = _card(written, code(call), f" Images of class {label}.")
-        (target / name / "README.md").write_text(card, encoding="utf-8")
+        write_card(target / name, card, student, len(steps))
     pipelines = [{"folder": name, "label": label, "sha256": checksums(target / name)}
                  for label, name in zip(labels, names, strict=True)]
     (target / "manifest.json").write_text(json.dumps({"pipelines": pipelines}, indent=1) + "\n", encoding="utf-8")
     card = _card(written, code(call, f"path/to/this/folder/{names[0]}"),
                  f" Each class is a pipeline of its own, for a {found.loop.pipeline} passes no labels on.")
-    (target / "README.md").write_text(card, encoding="utf-8")
+    write_card(target, card, student, len(steps))
 
 
 class Written(NamedTuple):
@@ -131,7 +133,7 @@ def _write(written: Written, backbone: nn.Module, call: str, folder: Path, about
         "student_steps": steps.to_json(),
         "timesteps": native_times(student.network.velocity.path, written.steps),
         "method": info.method,
-        "base_model": info.base_model,
+        "base_model": portable_path(info.base_model),
         "guidance_scale": written.guidance_scale,
     }
     (folder / SIDECAR).write_text(json.dumps(record | about, indent=2) + "\n", encoding="utf-8")
@@ -167,7 +169,7 @@ def _card(written: Written, how: str, more: str = "") -> str:
         f"{written.guidance_scale} is part of the weights.{more}\n\n{how}\n"
         f"It is made for exactly these {count} steps: leave {kept} and the scheduler as they are. With other ones it "
         "makes other images, without a word.\n\n"
-        f"| step | t | timestep |\n|---|---|---|\n{rows}\n"
+        f"The scheduler is a `{found.kind.__name__}`.\n\n| step | t | timestep |\n|---|---|---|\n{rows}\n"
         f"The first state is {steps.start_scale:.6f} times unit noise on x_t = (1 - t) x_0 + t n. "
         f"{_between(found, steps)}\n{_about_fold(written)}"
         + _about_rounding(found, native) + about_labels(student) + about_size(student)

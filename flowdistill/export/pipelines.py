@@ -29,6 +29,7 @@ from diffusers import (
 )
 from torch import nn
 
+from flowdistill.export.card_data import write_card
 from flowdistill.export.cards import (
     about_labels,
     about_size,
@@ -40,7 +41,7 @@ from flowdistill.export.cards import (
     origin,
     pixel_arguments,
 )
-from flowdistill.export.few_step import few_step_problem
+from flowdistill.export.few_step import few_step_problem, native_times
 from flowdistill.export.few_step_pipelines import export_steps
 from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
@@ -117,8 +118,8 @@ def export(
     record = {"call": constant_arguments(call)} | class_record(student)
     (target / SIDECAR).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     folds = time_folds(student, Steps.single(student.t_start), guidance_scale) if student.network.velocity.lora else {}
-    card = _card(student, call, guidance_scale, k_noise) + (save_lora(student, target, folds) or "")
-    (target / "README.md").write_text(card, encoding="utf-8")
+    text = _card(student, call, guidance_scale, k_noise, type(pipeline.scheduler).__name__)
+    write_card(target, text + (save_lora(student, target, folds) or ""), student, 1)
     return target
 
 
@@ -292,10 +293,13 @@ def _betas(wanted: float) -> list[float]:
     return [beta.item() for beta in (*betas, first[best], second[best])]
 
 
-def _card(student: Student, call: str, guidance_scale: float | None, k_noise: float) -> str:
+def _card(student: Student, call: str, guidance_scale: float | None, k_noise: float, scheduler: str) -> str:
     scale = student.info.guidance_scale if guidance_scale is None else guidance_scale
+    timestep, = native_times(student.network.velocity.path, Steps.single(student.t_start))
     return (
         f"# A one-step generator\n\n{origin(student)} "
         f"One network call an image; guidance scale {scale} is part of the weights.\n\n"
-        + code(call) + about_labels(student) + about_size(student) + about_types(student, k_noise)
+        + code(call) + f"\nThe network's one call is at t = {student.t_start:.6f} (timestep {timestep:.6g}), which "
+        f"is part of the weights, and one step of the `{scheduler}` makes the sample of it.\n"
+        + about_labels(student) + about_size(student) + about_types(student, k_noise)
     )

@@ -90,6 +90,7 @@ class Method(ABC):
         shards: whether its networks may be sharded (FSDP).
         student_roles: the roles whose networks make a student; what is kept of the best one (``train.stop_when``).
         about: what a table says of it.
+        own_cards: whether :meth:`write_outputs` writes the student's model card.
         teacher: what it distils.
     """
 
@@ -98,6 +99,7 @@ class Method(ABC):
     shards: ClassVar[bool] = True
     student_roles: ClassVar[Sequence[str]] = ("student",)
     about: ClassVar[About] = About()
+    own_cards: ClassVar[bool] = False
     teacher: Teacher
 
     TOGETHER: ClassVar[tuple[tuple[str, str], ...]] = (("state_dict", "load_state_dict"),)

@@ -33,8 +33,10 @@ from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.evaluation.evaluate import is_teacher
 from flowdistill.evaluation.metrics import ranking_metric
 from flowdistill.evaluation.opening import OpenedEvaluation, open_evaluation
+from flowdistill.export.card_data import CARD
 from flowdistill.export.pipelines import check_exportable
-from flowdistill.students import describe, is_student_folder, load_student
+from flowdistill.export.student_cards import write_student_card
+from flowdistill.students import Student, describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints, read_state
@@ -178,6 +180,8 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Ru
                 "student_step": trainer.stopping.step, "student": trainer.stopping.summary()}
             reuse = not outdated and same_evaluation
             run.report = make_report(config, teacher, accelerator, reuse, opened, **chosen)
+        if not method.own_cards:
+            processes.on_main(lambda: _save_card(trainer, opened is not None))
     return run
 
 
@@ -358,6 +362,15 @@ def save_student(trainer: Trainer) -> None:
             student.save(target)
 
     Processes.current().on_main(save)
+
+
+def _save_card(trainer: Trainer, anew: bool) -> None:
+    """The student's model card, with the run's figures; one that is there stays unless they are new."""
+    student, target = trainer.student(), trainer.folder / "student"
+    # A method from elsewhere may have a student of its own kind, of which a card would have nothing to say.
+    if isinstance(student, Student) and (anew or not (target / CARD).is_file()):
+        with disk_errors(str(target / CARD)):
+            write_student_card(target, student, trainer.folder)
 
 
 def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:

@@ -56,6 +56,7 @@ class EchoDistill(Method):
     """A method with stages that leaves the teacher's adaptation beside its student."""
 
     name = "echodistill"
+    own_cards = True
     Config = EchoDistillConfig
     about = About("a new concept, from a few pictures, for a student of one call that is there already",
                   "EchoDistill, arXiv 2510.20512", data="a few pictures", calls="1",

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
+from flowdistill.export.card_data import LICENSE_KEYS, about_license, about_paper, about_version, card_data, save_card
+from flowdistill.export.comfyui import COMFYUI_FILE
 from flowdistill.methods.echodistill.student import load_adapted_pipeline, one_step_pipeline, save_adaptation
-from flowdistill.utils.files import local_path, portable_path
+from flowdistill.utils.files import portable_path
 from flowdistill.utils.images import save_grid, save_images
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.shipped import find_path
@@ -30,7 +31,7 @@ def publish(method: EchoDistill, folder: Path) -> None:
     ``validation.png``, a column a prompt.
     """
     guide, config = method.roles()["teacher"].network, method.config
-    save_adaptation(folder / "teacher", guide.velocity, method.word)  # type: ignore[union-attr, arg-type]
+    save_adaptation(folder / "teacher", guide.velocity, method.word)  # type: ignore[arg-type]
     scale = f"{config.teacher_guidance_scale:g}"
     models = {
         "teacher": (method.teacher.source, config.teacher_steps, config.teacher_guidance_scale,
@@ -83,6 +84,8 @@ def _card(
     shown = "\n".join(f"![image](image_{i}.png) `{prompt}`\n" for i, prompt in enumerate(prompts))
     call = f"num_inference_steps={steps}, guidance_scale={guidance}, height={height}, width={width}"
     count = len(method.concept.images)
+    comfyui = "; sampler `euler`, scheduler `simple`, 1 step, cfg 1.0" if name == "student" else (
+        f"; {steps} steps, cfg {guidance:g}")
     description = f"""
 # `{config.placeholder_token}` for {portable_path(base)}
 
@@ -105,9 +108,17 @@ pipe.load_textual_inversion("{adapters}/learned_embeds.safetensors")
 image = pipe({json.dumps(prompts[0], ensure_ascii=False)}, {call}).images[0]
 ```
 
-{shown}"""
-    data = ModelCardData(
-        base_model=None if local_path(here).exists() else base, instance_prompt=prompts[0], library_name="diffusers",
-        license="other", tags=TAGS, pipeline_tag="text-to-image",
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{description}").save(folder / "README.md")
+{shown}
+All pictures of a prompt in a column: [validation.png](validation.png)
+
+## ComfyUI
+
+Copy `{COMFYUI_FILE}` to ComfyUI's `models/loras`, and `learned_embeds.safetensors` to `models/embeddings`, under a name
+of its own: in a prompt `embedding:` and that name stand for the word. Load `{portable_path(base)}` and behind it the
+LoRA at strength 1.0{comfyui}.
+"""
+    data = card_data(method.name, base, library="diffusers", pipeline_tag="text-to-image", tags=TAGS,
+                     relation="adapter", instance_prompt=prompts[0])
+    license = {key: value for key in LICENSE_KEYS if (value := getattr(data, key, None)) is not None}
+    description += about_license(license, portable_path(base)) + about_paper(method.name) + about_version()
+    save_card(folder, data, description)

@@ -15,6 +15,8 @@ from flowdistill.config import RunConfig, TeacherConfig, TrainConfig
 from flowdistill.evaluation import Report
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.evaluation.opening import OpenedEvaluation
+from flowdistill.export.card_data import CARD
+from flowdistill.export.student_cards import write_student_card
 from flowdistill.methods.msd.partition import CLASS_RULES, PROMPT_RULES, Partition, pooled, split_classes
 from flowdistill.methods.msd.settings import MsdConfig
 from flowdistill.methods.msd.student import write_manifest
@@ -203,7 +205,10 @@ def _finish(
             save_samples(student, folder / FINAL, config.train.num_samples)
 
         processes.on_main(draw)
-    return make_report(config, teacher, accelerator, reuse, opened) if config.evaluation.at_end else None
+    report = make_report(config, teacher, accelerator, reuse, opened) if config.evaluation.at_end else None
+    if not reuse or not (folder / CARD).is_file():
+        processes.on_main(lambda: write_student_card(folder, load_student(folder), folder))
+    return report
 
 
 # --- their configurations

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
 from flowdistill.export import export
+from flowdistill.export.card_data import CARD, GRID, HERE, write_card
+from flowdistill.export.cards import origin
 from flowdistill.methods.msd.partition import ClassTable, Partition
 from flowdistill.networks.storage import SIDECAR
 from flowdistill.students import load_student
@@ -27,10 +29,12 @@ from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.hashing import checksums
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.seeds import check_seed
-from flowdistill.utils.text import JsonObject
+from flowdistill.utils.text import JsonObject, read_text
 
 KIND = "routed"
 FORMAT = 1
+ABOUT = (CARD, GRID)
+"""What lies in a student's folder and is no part of it."""
 
 
 class RoutedStudent(Student):
@@ -203,10 +207,15 @@ def write_manifest(folder: Path, partition: Partition, students: Sequence[str]) 
         "format": FORMAT,
         "kind": KIND,
         "partition": partition.to_dict(),
-        "students": [{"folder": name, "sha256": checksums(folder / name)} for name in students],
+        "students": [{"folder": name, "sha256": _checksums(folder / name)} for name in students],
     }
     with atomic_write(folder / SIDECAR) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Of a student's files, without those that are about it: a card may be written anew."""
+    return {name: value for name, value in checksums(folder).items() if name not in ABOUT}
 
 
 def _load_students(folder: Path, manifest: JsonObject) -> tuple[list[Student], Partition]:
@@ -225,7 +234,8 @@ def _load_students(folder: Path, manifest: JsonObject) -> tuple[list[Student], P
     for number, (path, expected) in enumerate(listed):
         if not path.is_dir():
             raise UserError(f"student {number} of {folder} is missing: there is no folder {path}")
-        found = checksums(path)
+        found = _checksums(path)
+        expected = {name: value for name, value in expected.items() if name not in ABOUT}
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if odd:
             what = "is missing" if odd[0] not in found else "was added" if odd[0] not in expected else "was altered"
@@ -262,7 +272,9 @@ def export_routed(
                "the threshold.")
     count = steps or student.num_steps
     kind = "one-step" if count == 1 else f"{count}-step"
-    (target / "README.md").write_text(
-        f"# {len(names)} {kind} generators\n\nEach folder is a diffusers pipeline that makes its own conditions "
-        f"only. {how} The README.md in each folder says how it is called.\n", encoding="utf-8")
+    first = read_text(target / names[0] / CARD).split("```python\n")[1].split("```")[0]
+    write_card(
+        target, f"# {len(names)} {kind} generators\n\n{origin(student)} Each folder is a diffusers pipeline that makes "
+        f"its own conditions only. {how} The README.md in each folder says how it is called; the first is\n\n"
+        f"```python\n{first.replace(HERE, f'{HERE}/{names[0]}')}```\n", student, count)
     return target

@@ -1,0 +1,276 @@
+"""The data in front of a model card, in the hub's words, and the sections that a run adds to its text."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+
+from flowdistill import __version__
+from flowdistill.conditioning.pipeline_lora import FILE
+from flowdistill.config import METHODS
+from flowdistill.config.run_folder import CONFIG, found_again, run_settings
+from flowdistill.evaluation.metrics import all_metrics
+from flowdistill.evaluation.report import Report
+from flowdistill.students.student import Student
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path, portable_path
+from flowdistill.utils.shipped import find_path
+
+CARD = "README.md"
+GRID = "samples.png"
+"""The samples of a run, beside the card that shows them."""
+HERE = "path/to/this/folder"
+"""What a card's code calls the folder that it is in; the repository's name once it is on the hub."""
+LICENSE_KEYS = ("license", "license_name", "license_link")
+OWN_KEYS = ("started_in", "output_dir")
+"""Settings of a run that say nothing but where its files are."""
+HUB = "https://huggingface.co"
+SECONDS = 5.0
+
+
+# --- the teacher
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is no path here and can be the name of a repository."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith((".", "~", "path/"))
+    return named and not find_path(source).exists()
+
+
+def card_of(source: str, near: Path | None = None) -> ModelCardData | None:
+    """The data of a model's own card: in its folder, in the hub's cache or on the hub; None where none can be read.
+
+    Args:
+        source: a folder or a hub id.
+        near: a run folder, from which the relative path of a folder may be found again.
+    """
+    folder = find_path(source if near is None else found_again(source, near))
+    try:
+        if folder.is_dir():
+            file: Any = folder / CARD
+        else:
+            if not is_hub_id(source):
+                return None
+            cached = try_to_load_from_cache(source, CARD)
+            file = cached if isinstance(cached, str) else hf_hub_download(source, CARD, etag_timeout=SECONDS)
+        data = ModelCard.load(file, ignore_metadata_errors=True).data
+    except Exception:  # the hub client raises many unrelated types; a card that cannot be read is none
+        return None
+    assert isinstance(data, ModelCardData)
+    return data
+
+
+def license_of(source: str, near: Path | None = None) -> dict[str, str]:
+    """What the card of a teacher says about its licence, as a card's data; empty where it says nothing."""
+    data = card_of(source, near) if source else None
+    said = {key: value for key in LICENSE_KEYS if isinstance(value := getattr(data, key, None), str)}
+    link = said.get("license_link", "")
+    if link and "://" not in link and is_hub_id(source):  # a file of its repository
+        said["license_link"] = f"{HUB}/{source}/blob/main/{link}"
+    return said if "license" in said else {}
+
+
+def about_license(license: dict[str, str], base: str) -> str:
+    """The same in words."""
+    if not license:
+        return (f"\n## Licence\n\nThe licence of `{base}` could not be read from a model card of its own, so none is "
+                "named here. It applies to this model too: look it up before you share it.\n")
+    name = license.get("license_name", license["license"])
+    link = f" ({license['license_link']})" if "license_link" in license else ""
+    return f"\n## Licence\n\nThat of its teacher, `{base}`: {name}{link}.\n"
+
+
+# --- the data
+
+
+def card_data(
+    method: str, base: str, *, library: str, pipeline_tag: str, tags: Sequence[str], relation: str = "finetune",
+    adapters: Sequence[str] = (), near: Path | None = None, **more: Any,
+) -> ModelCardData:
+    """A card's data.
+
+    Args:
+        method: that it was made with; may be empty.
+        base: the teacher's source. It is named as ``base_model`` where it is a hub id: the hub takes any value for one.
+        relation: the hub's ``base_model_relation``.
+        adapters: LoRAs that were in the teacher's weights.
+        near: see :func:`card_of`.
+        more: other fields of the hub's.
+    """
+    bases = [source for source in (base, *adapters) if source and is_hub_id(source)]
+    if bases:
+        more |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": relation}
+    named = [*tags, "flowdistill", "distillation", *([method] if method else [])]
+    return ModelCardData(library_name=library, pipeline_tag=pipeline_tag, tags=named, **license_of(base, near), **more)
+
+
+def student_data(student: Student, calls: int, library: str, lora: bool = False) -> ModelCardData:
+    """The data of the card of a student, or of its export.
+
+    Args:
+        calls: of the network for an image.
+        lora: whether a LoRA file lies beside it.
+    """
+    info = student.info
+    tags = ["one-step" if calls == 1 else "few-step"] + (["lora"] if lora else [])
+    tags += ["class-conditional"] if student.classes is not None else []
+    adapters = [] if info.base_lora is None else ["/".join(info.base_lora.source.split("/")[:2])]
+    tag = "unconditional-image-generation" if student.prompts is None else "text-to-image"
+    return card_data(info.method, info.base_model, library=library, pipeline_tag=tag, tags=tags, adapters=adapters)
+
+
+def write_card(folder: Path, text: str, student: Student, calls: int, library: str = "diffusers") -> None:
+    """Write the card of a student's folder: its data, ``text``, its licence and its method's paper."""
+    data = student_data(student, calls, library, (folder / FILE).is_file())
+    info = student.info
+    license = {key: value for key in LICENSE_KEYS if (value := getattr(data, key, None)) is not None}
+    base = portable_path(info.base_model) or "the teacher"
+    save_card(folder, data, text + about_license(license, base) + about_paper(info.method) + about_version())
+
+
+def save_card(folder: Path, data: ModelCardData, text: str) -> None:
+    """Write ``README.md`` with ``data`` in front of ``text``."""
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}", encoding="utf-8")
+
+
+def about_paper(method: str) -> str:
+    """The papers of a method, which the method itself names."""
+    papers = METHODS.get(method).about.paper if method in METHODS else ""
+    return "" if not papers else "\n## Citation\n\n" + "".join(f"- {paper.strip()}\n" for paper in papers.split(";"))
+
+
+def about_version() -> str:
+    return f"\nMade with flowdistill {__version__}.\n"
+
+
+# --- what a run adds
+
+
+def add_run(folder: Path, run: Path, calls: int, *commands: str, own: bool = True) -> None:
+    """Add what a run knows to the card in ``folder``: samples, figures with their protocol, and how to make it again.
+
+    Args:
+        run: the run folder; nothing is added where it is none.
+        calls: of the network for an image; the figures are those of so many.
+        commands: that come after the run's own, to write this folder.
+        own: whether the run's samples and figures are this model's: not of another guidance scale or number of steps.
+    """
+    if not (run / CONFIG).is_file():
+        return
+    card = ModelCard.load(folder / CARD)
+    data, text = card.data, card.text.lstrip()
+    assert isinstance(data, ModelCardData)
+    settings = run_settings(run)
+    teacher = settings.get("teacher") or {}
+    source = str(teacher.get("source", ""))
+    if data.license is None and (license := license_of(source, run)):  # of a teacher found from the run only
+        for key, value in license.items():
+            setattr(data, key, value)
+        base = portable_path(source)
+        text = text.replace(about_license({}, base), about_license(license, base))
+    sections = ""
+    grid = run / "samples" / "final.png"
+    if own and grid.is_file():
+        shutil.copyfile(grid, folder / GRID)
+        sections += f"\n## Samples\n\nOf the student at the end of its run, from fixed noise:\n\n![samples]({GRID})\n"
+    report = _report(run) if own else None
+    if report is not None:
+        sections += about_report(report)
+        data.eval_results = eval_results(report, calls) or None
+        data.model_name = f"{settings.get('method', {}).get('name', 'student')}, {in_calls(calls)}"
+    text = text.replace("\n## Licence", f"{sections}{about_run(settings, commands)}\n## Licence", 1)
+    save_card(folder, data, text)
+
+
+def add_export(
+    folder: Path, source: str, student: Student, guidance_scale: float | None = None, steps: int | None = None
+) -> None:
+    """Add what a run knows to the card of its student's export.
+
+    Args:
+        source: the run folder, or the student's in it; nothing is added for others.
+        guidance_scale, steps: that the export was asked for.
+    """
+    place = local_path(source)
+    run = next((run for run in (place, place.absolute().parent) if (run / CONFIG).is_file()), place)
+    calls = student.checked_steps(steps)
+    asked = {"guidance-scale": guidance_scale, "steps": steps}
+    options = "".join(f" --{name} {value:g}" for name, value in asked.items() if value is not None)
+    own = guidance_scale in (None, student.info.guidance_scale) and calls == student.num_steps
+    add_run(folder, run, calls, f"flowdistill export runs/again exported{options}", own=own)
+
+
+def in_calls(count: int) -> str:
+    """A number of network calls, in words."""
+    return f"{count} network call{'' if count == 1 else 's'}"
+
+
+def _report(run: Path) -> Report | None:
+    file = run / "report.json"
+    try:
+        return Report.read_json(file) if file.is_file() else None
+    except (UserError, KeyError, TypeError):  # damaged, or of another version: a card is no place to complain
+        return None
+
+
+def about_report(report: Report) -> str:
+    """The table of a report and its remarks, which say how it was measured."""
+    head, *lines = report.cells()
+    table = [head, ["---"] * len(head), *lines]
+    rows = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in table)
+    return f"\n## Measured\n\n{rows}\n" + "".join(f"- {remark.strip()}\n" for remark in report.remarks())
+
+
+def eval_results(report: Report, calls: int) -> list[EvalResult]:
+    """The student's figures at so many calls as the hub's ``model-index``; none without features or a reference.
+
+    A Fréchet distance goes by the name FID only where it is one of Inception's features.
+    """
+    row = next((row for row in report.rows if row.model == "student" and row.calls == calls), None)
+    if row is None or report.features is None or report.reference is None:
+        return []
+    how = (f"{report.num_images} images, features {report.features}, reference {report.reference}, seed {report.seed}, "
+           f"{in_calls(calls)}")
+    reference = portable_path(report.reference)
+    found = []
+    for metric in all_metrics():
+        for column in metric.shown(report.protocol):
+            value = row.figures.get(column.name)
+            if not isinstance(value, (int, float)):
+                continue
+            kind = column.name
+            if kind == "fid" and not report.features.startswith("inception"):
+                kind = "frechet_distance"
+            found.append(EvalResult(
+                task_type="image-generation", dataset_type=re.sub(r"\W+", "-", reference).strip("-").lower(),
+                dataset_name=reference, metric_type=kind, metric_value=value, metric_name=f"{kind} ({how})"))
+    return found
+
+
+def about_run(settings: dict[str, Any], commands: Sequence[str]) -> str:
+    """How to make the model again: the run's settings without what is of its machine, and the commands."""
+    plain = {key: value for key, value in portable(settings).items() if key not in OWN_KEYS}
+    plain["output_dir"] = "runs/again"
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    lines = "\n".join(["flowdistill distill config.yaml", *commands])
+    return (f"\n## Make it again\n\nWith flowdistill {__version__} and these settings as `config.yaml`:\n\n"
+            f"```bash\n{lines}\n```\n\n<details><summary>config.yaml</summary>\n\n```yaml\n{text}```\n\n</details>\n")
+
+
+def portable(value: Any) -> Any:
+    """Settings in which absolute paths are such as a file that travels may name."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
+        return portable_path(value)
+    return value
+
