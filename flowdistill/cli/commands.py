@@ -338,6 +338,7 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"{target}: a diffusers pipeline\n")
     print(_usage(target))
+    print(f"# README.md is its model card; to upload both: flowdistill push {local_path(args.out_dir)} owner/name")
     return 0
 
 
@@ -347,6 +348,13 @@ def _usage(pipeline: Path) -> str:
 
     card = read_text(pipeline / "README.md")
     return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(pipeline)).strip()
+
+
+def _push(args: argparse.Namespace) -> int:
+    from flowdistill.export.hub import push
+
+    push(args.folder, args.repository, args.private, args.revision, args.message, args.dry_run)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -550,6 +558,20 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--steps", metavar="N", type=at_least(1),
                         help="calls of the pipeline, of a flow map between any times (default: all that it has)")
     export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
+
+    push = command(
+        "push", _push, lambda args: args.folder, "upload an exported pipeline or a student to the Hugging Face hub",
+        "Show what is in an exported pipeline, or in a run's student, and upload it with its model card. What is no\n"
+        "part of it is refused. After an interruption the same command goes on: what is there is not sent again.",
+        ["exported/ me/one-step-digits --dry-run", "exported/ me/one-step-digits --private",
+         "runs/my-run me/my-student --revision v2 --message 'Train for longer'"],
+    )
+    push.add_argument("folder", metavar="EXPORT", help="folder of an export, or run or student folder")
+    push.add_argument("repository", metavar="OWNER/NAME", help="of a model on the hub; created where it is new")
+    push.add_argument("--private", action="store_true", help="nobody else sees it; refuses a repository that is public")
+    push.add_argument("--revision", metavar="BRANCH", help="created where it is new (default: main)")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--dry-run", action="store_true", help="check and show what would be uploaded, and stop")
 
     inspect = command(
         "inspect", _inspect, lambda args: args.model, "say what was detected in a pipeline, a run or a student",

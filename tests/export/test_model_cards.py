@@ -189,7 +189,7 @@ def test_an_export_of_a_run_shows_samples_figures_and_how_to_make_it_again(
     cli: Callable, run: Path, tmp_path: Path
 ) -> None:
     outcome = cli("export", run, tmp_path / "out")
-    assert outcome.code == 0
+    assert outcome.code == 0 and "flowdistill push" in outcome.out
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert "![samples](samples.png)" in text
