@@ -78,7 +78,7 @@ def handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             except Answer as error:
                 status, answer = error.status, {"error": error.message}
                 headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
-            content = json.dumps(answer).encode()
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             headers |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
             for name, value in headers.items():
@@ -106,6 +106,11 @@ def handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return {}
             if path == "/api/validate-yaml":
                 return {"errors": [], "warnings": []}
+            if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/main/(.+)", path):  # open to all
+                files = hub.repositories[match[1]].branches["main"] if match[1] in hub.repositories else {}
+                if match[2] not in files:
+                    raise Answer(404, "Not found")
+                return files[match[2]]
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 raise Answer(401, "Invalid username or password.")
             if path == "/api/repos/create":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers, get_session
 
 from flowdistill import __version__
 from flowdistill.conditioning.pipeline_lora import FILE
@@ -52,19 +54,31 @@ def card_of(source: str, near: Path | None = None) -> ModelCardData | None:
         near: a run folder, from which the relative path of a folder may be found again.
     """
     folder = find_path(source if near is None else found_again(source, near))
+    if not folder.is_dir() and not is_hub_id(source):
+        return None
     try:
-        if folder.is_dir():
-            file: Any = folder / CARD
+        cached = None if folder.is_dir() else try_to_load_from_cache(source, CARD)
+        if folder.is_dir() or isinstance(cached, str):
+            text = (Path(cached) if isinstance(cached, str) else folder / CARD).read_text(encoding="utf-8")
         else:
-            if not is_hub_id(source):
-                return None
-            cached = try_to_load_from_cache(source, CARD)
-            file = cached if isinstance(cached, str) else hf_hub_download(source, CARD, etag_timeout=SECONDS)
-        data = ModelCard.load(file, ignore_metadata_errors=True).data
-    except Exception:  # the hub client raises many unrelated types; a card that cannot be read is none
+            text = _fetched(source) or ""
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):  # none there, or none that can be read
         return None
     assert isinstance(data, ModelCardData)
     return data
+
+
+@functools.cache  # several exports ask for one teacher's: without a network they wait for it once
+def _fetched(source: str) -> str | None:
+    """A card from the hub; None where there is none, or no way there. The hub's client would try for minutes."""
+    try:
+        answer = get_session().get(f"{constants.ENDPOINT}/{source}/resolve/main/{CARD}", headers=build_hf_headers(),
+                                   timeout=SECONDS, follow_redirects=True)
+        answer.raise_for_status()
+    except Exception:  # the hub client raises many unrelated types
+        return None
+    return str(answer.text)
 
 
 def license_of(source: str, near: Path | None = None) -> dict[str, str]:
@@ -108,7 +122,8 @@ def card_data(
     if bases:
         more |= {"base_model": bases[0] if len(bases) == 1 else bases, "base_model_relation": relation}
     named = [*tags, "flowdistill", "distillation", *([method] if method else [])]
-    return ModelCardData(library_name=library, pipeline_tag=pipeline_tag, tags=named, **license_of(base, near), **more)
+    more |= license_of(base, near)
+    return ModelCardData(library_name=library, pipeline_tag=pipeline_tag, tags=named, **more)
 
 
 def student_data(student: Student, calls: int, library: str, lora: bool = False) -> ModelCardData:
@@ -170,6 +185,9 @@ def add_run(folder: Path, run: Path, calls: int, *commands: str, own: bool = Tru
     settings = run_settings(run)
     teacher = settings.get("teacher") or {}
     source = str(teacher.get("source", ""))
+    if source == data.base_model and local_path(found_again(source, run)).exists():  # from the run, it is a folder
+        data.base_model = None
+        data.__dict__.pop("base_model_relation", None)
     if data.license is None and (license := license_of(source, run)):  # of a teacher found from the run only
         for key, value in license.items():
             setattr(data, key, value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from flowdistill import __version__
 from flowdistill.config import METHODS, RunConfig, save_config
@@ -21,6 +21,7 @@ from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import FlowMap, Generator, StudentInfo, load_student
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.images import save_grid
+from tests.fake_hub import Repository, serving
 from tests.families import FAMILIES
 from tests.students_of_steps import moved, pixel_student, steps_of
 from tests.tiny import VP, tiny_dit_pipeline, tiny_unet_pipeline
@@ -64,10 +65,7 @@ def run_code(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(*arguments: Any, **settings: Any) -> str:
-        raise ConnectionError("no network in tests")
-
-    monkeypatch.setattr(card_data, "hf_hub_download", fetch)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -144,6 +142,14 @@ def test_the_licence_of_a_repository_is_read_from_its_cached_card(
         "https://huggingface.co/someone/teacher/blob/main/LICENSE.md"
 
 
+def test_the_licence_of_a_repository_is_read_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        hub.repositories["them/teacher"] = Repository(False, {"main": {"README.md": b"---\nlicense: mit\n---\n# A\n"}})
+        assert license_of("them/teacher") == {"license": "mit"} and license_of("them/none") == {}
+
+
 @pytest.mark.parametrize(("source", "expected"), [
     ("someone/teacher", True), ("./someone/teacher", False), ("path/to/teacher", False), ("path/teacher", False),
     ("/a/b", False), ("assets/digits-flow", False), ("", False), ("teacher", False),
@@ -218,6 +224,20 @@ def test_a_student_of_a_run_has_the_same_in_its_card(run: Path, tmp_path: Path) 
     text = (run / "student" / "README.md").read_text()
     assert text.count("## Measured") == text.count("## Samples") == text.count("## Make it again") == 1
     assert (run / "student" / "samples.png").is_file() and str(tmp_path) not in text
+
+
+def test_a_folder_that_only_the_run_finds_is_no_hub_id(
+    cli: Callable, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path looks like owner/name from elsewhere."""
+    teacher_card(tmp_path / "teachers" / "mine", "license: mit")
+    for file in (run / "config.yaml", run / "student" / "flowdistill.json"):
+        file.write_text(file.read_text().replace(str(tmp_path / "teacher"), "teachers/mine"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli("export", run, "out").code == 0
+    data = ModelCard.load(tmp_path / "elsewhere" / "out" / "README.md").data.to_dict()
+    assert data["license"] == "mit" and "base_model" not in data and "base_model_relation" not in data
 
 
 def test_a_run_that_measured_nothing_says_nothing_of_figures(cli: Callable, run: Path, tmp_path: Path) -> None:
