@@ -90,7 +90,7 @@ def family_rows() -> list[Row]:
 
 def _print(rows: Sequence[Row], markdown: bool) -> None:
     if markdown:
-        columns = list(max((row.facts for row in rows), key=len))
+        columns = max((list(row.facts) for row in rows), key=len)
         print("| " + " | ".join(["name", *columns]) + " |")
         print("|" + " --- |" * (len(columns) + 1))
         for row in rows:
