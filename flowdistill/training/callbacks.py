@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
 
 from flowdistill.conditioning.prompts import read_prompts
@@ -32,6 +34,8 @@ METRICS = "metrics.jsonl"
 WIDEST_GRID = 20
 ROW = 10
 SAMPLE_SEED = 0
+ONE_IMAGE = ("aim", "clearml")
+"""accelerate's trackers whose ``log_images`` takes an image; that of the others takes several."""
 
 
 def tracker_names(config: TrainConfig) -> list[str]:
@@ -116,6 +120,18 @@ class Reporter:
         else:
             listed = "".join(f", {name} {text}" for name, text in texts.items())
             say(f"{self.config.method.name}: step {values['step']} of {self.config.train.steps}{listed}")
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """The grid in the file ``path`` to those trackers that accelerate gives images to, under ``name``."""
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+        if not self.main or not takers:
+            return
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+        for tracker in takers:
+            how = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            images = picture if tracker.name in ONE_IMAGE else np.asarray(picture)[None]
+            tracker.log_images({name: images}, step=step, **how)
 
     def _progress(self, loss: str, numbers: Mapping[str, Any]) -> tuple[str, Any]:
         """What the progress shows of a role's loss: name and value."""

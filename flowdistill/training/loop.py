@@ -177,7 +177,7 @@ class Trainer:
         pictures = self._shown < self.step and self._due(self.settings.sample_every)
         figures = self._measurement_due()
         if pictures:
-            self.save_samples(f"step-{self.step:06d}.png")
+            self.reporter.picture("samples", self.save_samples(f"step-{self.step:06d}.png"), self.step)
         if figures:
             self._measure()
         self._shown = self.step
@@ -384,10 +384,11 @@ class Trainer:
         found = checkpoints(self.checkpoint_folder)
         return str(found[-1][1]) if found else "the beginning, for there is no checkpoint yet"
 
-    def save_samples(self, name: str) -> None:
-        """Write ``samples/<name>``; all processes must call this together."""
+    def save_samples(self, name: str) -> Path:
+        """Write ``samples/<name>`` and return its path; all processes must call this together."""
         student, path = self.student(), self.folder / "samples" / name
         Processes.current().on_main(lambda: save_samples(student, path, self.settings.num_samples))
+        return path
 
     def _measure(self) -> None:
         self._fid = self._fid or FidCallback(self.config, self.accelerator, self._reference)

@@ -7,8 +7,10 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowdistill.training import checkpoint
 from flowdistill.training.callbacks import tracker_names, truncate_metrics
@@ -331,6 +333,34 @@ def test_trackers_get_the_figures(tmp_path):
     assert recorder.settings["train.batch_size"] == 8 and recorder.settings["method.optimizer.lr"] == 0.01
     assert "loss/student" not in recorder.logged[0][1]  # null is no number
     assert recorder.logged[1][1]["loss/student"] == lines(tmp_path)[1]["loss/student"]
+
+
+def test_trackers_get_the_grids_from_step_0_on_each_in_its_own_form(tmp_path):
+    """As accelerate's classes take them: one picture (aim, clearml), several (wandb, swanlab), a batch (tensorboard)."""
+
+    class Blind:  # as of mlflow and others: it takes no images
+        start = store_init_configuration = log = finish = lambda *_, **__: None
+
+        def __init__(self, name):
+            self.name, self.logged = name, []
+
+    class Recorder(Blind):
+        def log_images(self, values, step=None, **kwargs):
+            self.logged.append((step, values, kwargs))
+
+    recorders = {name: Recorder(name) for name in ("tensorboard", "wandb", "aim", "clearml", "swanlab")}
+    trainer = make_trainer(tmp_path, sample_every=4, num_samples=6)
+    trainer.accelerator.trackers += [*recorders.values(), Blind("mlflow")]
+    trainer.train()
+    with Image.open(tmp_path / "samples" / "step-000004.png") as file:
+        pixels = np.asarray(file.convert("RGB"))
+    for name, recorder in recorders.items():
+        assert [step for step, _, _ in recorder.logged] == [0, 4, 8]
+        _, values, kwargs = recorder.logged[1]
+        assert list(values) == ["samples"] and kwargs == ({"dataformats": "NHWC"} if name == "tensorboard" else {})
+        one = name in ("aim", "clearml")
+        assert isinstance(values["samples"], Image.Image if one else np.ndarray)
+        assert (np.asarray(values["samples"]) == (pixels if one else pixels[None])).all()
 
 
 def test_tensorboard_is_the_default_when_it_is_installed(monkeypatch):
