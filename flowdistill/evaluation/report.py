@@ -8,9 +8,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowdistill.evaluation.metrics import Column, all_metrics
+from flowdistill.evaluation.metrics import ARROWS, Column, all_metrics
 from flowdistill.utils.files import atomic_write
 from flowdistill.utils.text import JsonObject, read_json_object
+
+DIRECTIONS = f"{ARROWS['lower'].strip()} lower is better, {ARROWS['higher'].strip()} higher is better"
+ABOUT_FLOOR = ("That is what perfect images come to with half as many on either side; with more the figure falls, so "
+               "rows may be below it")
 
 
 @dataclass(init=False)
@@ -99,10 +103,11 @@ class Report:
 
     def cells(self) -> list[list[str]]:
         """The head of the table and its rows, as texts; ``-`` for what was not measured."""
-        columns = [column for metric in all_metrics() for column in metric.shown(self.protocol)
-                   if metric.default and metric.position < 100
-                   or any(row.figures.get(column.name) is not None for row in self.rows)]
-        header = ["model", "calls", *(column.title for column in columns), "images/s"]
+        shown = [(metric.head(column), column) for metric in all_metrics() for column in metric.shown(self.protocol)
+                 if metric.default and metric.position < 100
+                 or any(row.figures.get(column.name) is not None for row in self.rows)]
+        columns = [column for _, column in shown]
+        header = ["model", "calls", *(head for head, _ in shown), f"images/s{ARROWS['higher']}"]
         lines = [
             [
                 row.model,
@@ -125,7 +130,7 @@ class Report:
         text += [f"teacher: {note}" for note in notes if note]
         measured_with = [f"{what} {name}" for what, name in (("features", self.features), ("reference", self.reference))
                          if name is not None]
-        text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]))
+        text.append(", ".join([f"{self.num_images} images", *measured_with, f"seed {self.seed}"]) + f"; {DIRECTIONS}")
         text += lines_of(self.protocol)
         if self.protocol.get("note"):
             text.append(self.protocol["note"])
@@ -137,7 +142,7 @@ class Report:
             text += metric.remarks(self.rows, self.protocol)
         if self.fid_floor is not None:
             distance = self.protocol.get("distance", "FID")
-            text.append(f"{distance} of two random halves of the reference: {self.fid_floor:.3f}")
+            text.append(f"{distance} of two random halves of the reference: {self.fid_floor:.3f}. {ABOUT_FLOOR}")
         return text
 
     def table(self) -> str:

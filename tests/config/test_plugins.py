@@ -232,6 +232,7 @@ def test_a_metric_from_outside_stands_in_the_table(monkeypatch: pytest.MonkeyPat
 
     class Brightness(Metric):
         name, figures, columns = "brightness", ("brightness",), (Column("brightness", "light", ".1f"),)
+        better = {"brightness": "higher"}
 
         def measure(self, images, reference):
             return {"brightness": 0.5}
@@ -240,7 +241,7 @@ def test_a_metric_from_outside_stands_in_the_table(monkeypatch: pytest.MonkeyPat
     try:
         report = Report([Row("student", 1, fid=2.0, brightness=0.25)], 10, "f", "r", 0)
         head, _, line, *_ = report.table().splitlines()
-        assert "light" in head and "0.2" in line.split() and report.rows[0].brightness == 0.25
+        assert "light ↑" in head and "0.2" in line.split() and report.rows[0].brightness == 0.25
         assert Report.from_dict(report.to_dict()) == report and report.to_dict()["rows"][0]["recall"] is None
     finally:
         METRICS.unregister("brightness")

@@ -136,7 +136,7 @@ def test_it_is_measured_only_where_it_is_asked_for(tmp_path, cli):
     asked = Evaluator("digits", "digits", **settings, more_metrics=["frechet_at_infinity"])
     report = asked.report([asked.measure(noise, (1, 8, 8))])
     assert 0 < report.rows[0].fid_infinity < report.rows[0].fid
-    assert str(report).splitlines()[0].split("FID at infinity")[0].split() == ["model", "calls", "FID"]
+    assert str(report).splitlines()[0].split("FID at infinity")[0].split() == ["model", "calls", "FID", "↓"]
     assert "a line in 1 / N" in report.protocol["fid_infinity"]
     assert FrechetAtInfinity not in {type(metric) for metric in Evaluator("digits", "digits", **settings).metrics}
     with pytest.raises(UserError, match="there is no metric 'frechet_at_infinty' .did you mean 'frechet_at_infinity'"):

@@ -13,6 +13,7 @@ from flowdistill.conditioning import ClassLabels, Condition
 from flowdistill.data import load_digits
 from flowdistill.data.assets import asset_path
 from flowdistill.evaluation import Evaluator, Report, Row, evaluate_models
+from flowdistill.evaluation.report import DIRECTIONS
 from flowdistill.features import load_features
 from flowdistill.students import StudentInfo
 from flowdistill.utils.errors import UserError
@@ -191,7 +192,8 @@ def test_without_features_speed_is_measured_and_without_a_reference_what_needs_n
     assert [asked[3] for asked in teacher.asked] == [30] * 4 and report.num_images == 60
     assert all(row.figures == {} and row.images_per_second > 0 for row in report.rows)
     text = str(report)
-    assert "60 images, seed 0\nnothing but speed is measured: set evaluation.features (--features) and" in text
+    said = "nothing but speed is measured: set evaluation.features (--features) and"
+    assert f"60 images, seed 0; {DIRECTIONS}\n{said}" in text
     report.write_json(tmp_path / "report.json")
     written = json.loads((tmp_path / "report.json").read_text())
     assert (written["features"], written["reference"], written["rows"][0]["fid"]) == (None, None, None)
@@ -199,8 +201,8 @@ def test_without_features_speed_is_measured_and_without_a_reference_what_needs_n
 
     report = flowdistill.evaluate(teacher, 50, teacher_steps=[20], features="digits", progress=False)
     assert report.rows[0].accuracy > 0.9 and set(report.rows[0].figures) == {"accuracy", "accuracy_std"}
-    assert "50 images, features digits, seed 0\nnothing is compared with real images: set evaluation.reference" in str(
-        report)
+    said = "nothing is compared with real images: set evaluation.reference"
+    assert f"50 images, features digits, seed 0; {DIRECTIONS}\n{said}" in str(report)
     report = flowdistill.evaluate(teacher, 5, teacher_steps=[2], reference="digits", progress=False)
     assert "set evaluation.features (--features), such as" in str(report) and report.reference is None
     with pytest.raises(UserError, match="cannot be measured without features"):
@@ -250,10 +252,11 @@ def test_the_table_shows_every_row():
         1.25,
     )
     lines = str(report).splitlines()
-    assert lines[0].split() == "model calls FID KID x 1000 precision recall accuracy images/s".split()
+    assert lines[0].split() == "model calls FID ↓ KID x 1000 ↓ precision ↑ recall ↑ accuracy ↑ images/s ↑".split()
     assert lines[2].split() == ["teacher", "50", "8.700", "1.200", "0.750", "0.500", "99.10%", "1234.5"]
     assert lines[3].split() == ["student", "1", "-", "-", "-", "-", "-", "-"]
-    assert "10 images" in lines[4] and "seed 3" in lines[4] and lines[5].endswith("1.250")
+    assert "10 images" in lines[4] and "seed 3; ↓ lower is better, ↑ higher is better" in lines[4]
+    assert "halves of the reference: 1.250. That is what perfect images come to" in lines[5]
     assert len({len(line) for line in lines[:4]}) == 1
 
 

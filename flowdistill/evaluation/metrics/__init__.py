@@ -1,6 +1,7 @@
 """Metrics behind one protocol, one file each."""
 
 from flowdistill.evaluation.metrics.base import (
+    ARROWS,
     METRICS,
     Asked,
     Column,
@@ -13,6 +14,7 @@ from flowdistill.evaluation.metrics.base import (
 )
 
 __all__ = [
+    "ARROWS",
     "METRICS",
     "Asked",
     "Column",

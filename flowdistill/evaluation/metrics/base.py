@@ -24,6 +24,10 @@ Figures = Mapping[str, object]
 """What was measured, by name: a number, numbers by class or part, or None where it could not be."""
 
 
+ARROWS = {"lower": " \N{DOWNWARDS ARROW}", "higher": " \N{UPWARDS ARROW}"}
+"""Behind the head of a column: the direction of what is better."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A figure in the table.
@@ -165,6 +169,11 @@ class Metric(ABC):
             UserError: so.
         """
         return None
+
+    @classmethod
+    def head(cls, column: Column) -> str:
+        """The title of a column, with an arrow in the direction of what is better, where its figure ranks models."""
+        return f"{column.title}{ARROWS.get(cls.better.get(column.name, ''), '')}"
 
     def given(self, expected: Expected) -> Collection[str]:
         """Those figures of ``better`` that such a measurement will have."""
