@@ -1,4 +1,4 @@
-"""One picture that says what a distillation did: teacher and student from the same noise."""
+"""Pictures of the same noise: teacher and student, which says what a distillation did; a teacher by its calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from flowdistill.evaluation.evaluate import student_sampler
+from flowdistill.evaluation.evaluate import pipeline_sampler, student_sampler, teacher_sampler
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
+from flowdistill.teachers.codec import VaeCodec
+from flowdistill.teachers.pipeline_call import not_measured, pipeline_scheduler
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import grid, save_picture, stacked
 from flowdistill.utils.randomness import indexed_noise
 
@@ -49,6 +52,58 @@ def save_comparison(
     for steps in student.step_counts:
         blocks[f"student, {calls_in_words(steps)}"] = student_sampler(student, steps=steps)(noise, condition)
     save_picture(stacked({title: grid(images, columns) for title, images in blocks.items()}), path)
+
+
+@torch.no_grad()
+def save_teacher_calls(
+    teacher: Teacher, path: str | os.PathLike[str], prompts: Sequence[str] | None = None, guidance_scale: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Write a PNG with a row of the teacher's images at 1, 4 and 50 Euler steps, and one of its pipeline's own call.
+
+    All rows start from the same noise and labels or prompts. Where the last two look alike the teacher is read rightly;
+    the first is what a student of one call has to make better.
+
+    Args:
+        prompts: a column each, for a teacher that takes them.
+        guidance_scale: of all rows.
+
+    Returns:
+        Lines that say what is in the picture, and why the pipeline's own call is not where it is not.
+
+    Raises:
+        UserError: a teacher that takes prompts without any, prompts for another, or guidance that it cannot give.
+    """
+    if teacher.prompts is not None and not prompts:
+        raise UserError("the pipeline takes prompts; give --prompt TEXT, once or several times")
+    if teacher.prompts is None and prompts:
+        raise UserError("--prompt needs a text-to-image pipeline, and this one takes "
+                        + ("nothing" if teacher.classes is None else "class labels"))
+    count = len(prompts) if prompts else 4 if isinstance(teacher.codec, VaeCodec) else 10
+    condition = teacher.encode(prompts=prompts) if prompts else teacher.examples(range(count))
+    samplers = {calls_in_words(steps): teacher_sampler(teacher, steps, guidance_scale=guidance_scale)
+                for steps in (1, 4, TEACHER_STEPS)}
+    lines = [f"from top to bottom: {', '.join(samplers)} of the teacher"]
+    if (reason := not_measured(teacher)) is None:
+        try:
+            pipeline_scheduler(teacher, TEACHER_STEPS)
+        except UserError as error:
+            reason = str(error)
+    if reason is None:
+        own = f"the pipeline's own call, {TEACHER_STEPS} steps"
+        samplers[own] = pipeline_sampler(teacher, TEACHER_STEPS, guidance_scale)
+        lines[0] += f"; {own}"
+    else:
+        lines.append(f"without the pipeline's own call: {reason}")
+    if prompts:
+        lines.append(f"from left to right: {'; '.join(prompts)}")
+    elif teacher.classes is not None:
+        shown = [teacher.classes.shown[i % len(teacher.classes.shown)] for i in range(count)]
+        lines.append(f"from left to right: the labels {', '.join(map(str, shown))}")
+    noise = indexed_noise(teacher.shape, seed, range(count))
+    rows = {title: grid(sampler(noise, condition), count) for title, sampler in samplers.items()}
+    save_picture(stacked(rows), path)
+    return lines
 
 
 def save_by_calls(student: Student, path: str | os.PathLike[str], count: int, seed: int = 0) -> None:

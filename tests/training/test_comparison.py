@@ -3,18 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from flowdistill.data.assets import asset_path
-from flowdistill.evaluation.comparison import save_comparison
+from flowdistill.evaluation.comparison import save_comparison, save_teacher_calls
 from flowdistill.methods.msd.partition import ClassTable, Partition
 from flowdistill.methods.msd.student import RoutedStudent
 from flowdistill.students import FlowMap, Generator, StudentInfo
 from flowdistill.students.steps import Steps, teacher_times
 from flowdistill.teachers import load_teacher
 from flowdistill.training.callbacks import save_samples
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.randomness import indexed_noise
+from tests.families import stable_diffusion
+from tests.tiny import tiny_unet
 
 CELL = 32 + 2  # 8x8 digits are drawn at 32 pixels, 2 between them
 
@@ -102,3 +106,22 @@ def test_blocks_start_from_the_same_noise(tmp_path, teacher):
     # Black letters on white; "teacher, 4 calls", "teacher, 1 call" and "student, 1 call" are three different texts.
     assert all((title == 255).mean() > 0.5 and title.min() < 64 for title in titles)
     assert all((titles[a] != titles[b]).any() for a, b in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_a_teacher_by_its_calls_of_prompts_and_without_conditions(tmp_path, monkeypatch):
+    texts = load_teacher(stable_diffusion())
+    said = save_teacher_calls(texts, tmp_path / "texts.png", ["a cat", "a dog"], guidance_scale=2.0)
+    assert said[-1] == "from left to right: a cat; a dog"
+    assert "the pipeline's own call" in said[0] and (tmp_path / "texts.png").is_file()
+    with pytest.raises(UserError, match="takes prompts; give --prompt"):
+        save_teacher_calls(texts, tmp_path / "none.png")
+    plain = load_teacher(DDPMPipeline(tiny_unet(num_class_embeds=None), DDPMScheduler()))
+    with pytest.raises(UserError, match="this one takes nothing"):
+        save_teacher_calls(plain, tmp_path / "none.png", ["a cat"])
+    # Where its own call is no loop that can be seeded, the other rows are there and the reason is said.
+    monkeypatch.setattr("flowdistill.evaluation.comparison.not_measured", lambda teacher: "it draws noise of its own")
+    said = save_teacher_calls(plain, tmp_path / "short.png")
+    assert said[1] == "without the pipeline's own call: it draws noise of its own" and "own call" not in said[0]
+    with Image.open(tmp_path / "short.png") as short:
+        assert short.size[0] == 10 * CELL + 2
+    assert len(said) == 2 and not (tmp_path / "none.png").exists()
