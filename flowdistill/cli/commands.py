@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
-from flowdistill.cli import completion, environment, settings, starting, tables
+from flowdistill.cli import completion, environment, looking, settings, starting, tables
 from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, sentence_of
@@ -43,6 +44,8 @@ PLACE_ERRORS = frozenset(
 def command() -> NoReturn:
     """What the installed ``flowdistill`` runs: ``main``, then the end of the process."""
     warnings.formatwarning = format_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow or an accent is no reason to lose a table
     exit_process(main())
 
 
@@ -111,6 +114,9 @@ def _distill(args: argparse.Namespace) -> int:
     if _is_main():
         print(f"the run is in {run.output_dir}: {run.contents}", end="")
         print("" if run.report is None else " and report.json")
+        from flowdistill.training.closing import closing
+
+        print(closing(run.output_dir))
     return 0
 
 
@@ -362,8 +368,11 @@ def _inspect(args: argparse.Namespace) -> int:
     from flowdistill.utils.files import local_path
 
     is_run = (local_path(args.model) / "config.yaml").is_file()
+    of_pipelines = ("null_label", "variant", "sample", "prompt", "guidance_scale")
+    if args.sample is None and (args.prompt is not None or args.guidance_scale is not None):
+        raise UserError("--prompt and --guidance-scale are for the picture that --sample FILE.png draws")
     if is_run or is_student_folder(args.model):
-        _only_for_pipelines(args, "null_label", "variant")
+        _only_for_pipelines(args, *of_pipelines)
         if not is_run:
             print(describe(load_student(args.model)))
             return 0
@@ -372,12 +381,24 @@ def _inspect(args: argparse.Namespace) -> int:
         print(describe_run(args.model))
         return 0
     if (student := exported_student(args.model)) is not None:
-        _only_for_pipelines(args, "null_label", "variant")
+        _only_for_pipelines(args, *of_pipelines)
         print(describe(student))
         return 0
     from flowdistill.teachers import load_teacher
+    from flowdistill.utils.files import check_writable
 
-    print(load_teacher(args.model, null_label=args.null_label, variant=args.variant).describe())
+    if args.sample is not None:
+        if local_path(args.sample).suffix.lower() != ".png":
+            raise UserError(f"--sample {args.sample} must be a .png file")
+        check_writable(args.sample)
+    teacher = load_teacher(args.model, null_label=args.null_label, variant=args.variant)
+    print(teacher.describe(), flush=True)
+    if args.sample is not None:
+        from flowdistill.evaluation.comparison import save_teacher_calls
+
+        scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+        lines = save_teacher_calls(teacher.to(_device(None)), args.sample, args.prompt, scale)
+        print(f"\n{args.sample}", *lines, sep="\n  ")
     return 0
 
 
@@ -577,12 +598,17 @@ def make_parser() -> argparse.ArgumentParser:
         "inspect", _inspect, lambda args: args.model, "say what was detected in a pipeline, a run or a student",
         "Say in words how flowdistill reads a pipeline: backbone, path, prediction, times, conditions, and whether\n"
         "network and scheduler agree. Of a run: how far it is, and what its student takes.",
-        ["assets/digits-flow", "google/ddpm-cifar10-32", "runs/digits-freeflow"],
+        ["assets/digits-flow", "google/ddpm-cifar10-32", "runs/digits-freeflow",
+         "assets/digits-flow --sample grid.png"],
     )
     inspect.add_argument("model", metavar="MODEL", help="pipeline (folder, hub id), run or student folder")
     inspect.add_argument("--null-label", metavar="K", type=at_least(0), help="label that means 'no class'")
     inspect.add_argument("--variant", metavar="NAME", help=VARIANT)
+    inspect.add_argument("--sample", metavar="FILE.png",
+                         help="draw a pipeline at 1, 4 and 50 calls there, beside its own call of 50 steps")
+    inspect.add_argument("--prompt", metavar="TEXT", action="append", help="of that picture; may come several times")
+    inspect.add_argument("--guidance-scale", metavar="G", type=guidance, help="of that picture (default: 1)")
 
-    for module in (starting, settings, tables, environment, completion):
+    for module in (starting, settings, tables, looking, environment, completion):
         module.add(command)
     return parser

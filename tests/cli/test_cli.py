@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import flowdistill
 from flowdistill import UserError, load_teacher
+from flowdistill.cli.commands import make_parser
 from flowdistill.data.assets import asset_path
+from flowdistill.evaluation import comparison
 from flowdistill.students import FlowMap, StudentInfo
 from tests.processes import Child
 
@@ -236,6 +239,24 @@ def test_distill_passes_its_arguments_and_says_where_the_run_is(cli, monkeypatch
     assert result.code == 0 and "runs/a" in result.out and "report.json" not in result.out
 
 
+def test_the_end_of_a_run_names_the_picture_and_what_to_do_next(cli, run: Path, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "a run"
+    replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome(output_dir=folder))
+    out = cli("distill", "a.yaml").out  # nothing but a report can be made of what is not there yet
+    assert out.splitlines()[1:] == [f"next     flowdistill report '{folder}'"]
+    shutil.copytree(run, folder)
+    for name in ("final.png", "comparison.png"):
+        (folder / "samples").mkdir(exist_ok=True)
+        (folder / "samples" / name).touch()
+        out = cli("distill", "a.yaml").out
+        assert f"picture  {folder / 'samples' / name}\n" in out
+    commands = [shlex.split(line.removeprefix("next")) for line in out.splitlines()[2:]]
+    assert [words[:3] for words in commands] == [
+        ["flowdistill", name, str(folder)] for name in ("report", "sample", "evaluate", "export")]
+    for words in commands:  # they parse as they stand
+        assert make_parser().parse_args(words[1:]).run
+
+
 def test_only_the_first_process_speaks(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, "flowdistill.training.run", distill=lambda *given: outcome())
     monkeypatch.setenv("RANK", "1")
@@ -444,6 +465,32 @@ def test_inspect(cli, tmp_path: Path) -> None:
     assert result.code == 2 and str(tmp_path) in result.err and "Traceback" not in result.err
 
 
+def test_inspect_draws_a_pipeline_by_its_calls(cli, tmp_path: Path) -> None:
+    result = cli("inspect", asset_path("digits-flow"), "--sample", tmp_path / "grid.png")
+    assert result.code == 0, result.err
+    assert "UNet2DModel" in result.out and f"{tmp_path / 'grid.png'}\n" in result.out
+    most = comparison.TEACHER_STEPS  # fewer here than outside the tests
+    assert f"1 call, 4 calls, {most} calls of the teacher; the pipeline's own call, {most} steps" in result.out
+    assert "the labels 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in result.out
+    pixels = pil_to_tensor(Image.open(tmp_path / "grid.png")).float()
+    one, _, many, own = (row[:, -36:] for row in pixels.chunk(4, dim=1))  # below their titles
+    # The flow teacher's scheduler takes Euler steps too, at times a little apart.
+    assert 0 < (many - own).abs().mean() < 0.5 * (one - own).abs().mean()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--sample", "grid.jpg"], "must be a .png file"),
+    (["--sample", "nowhere/../.."], "must be a .png file"),
+    (["--prompt", "a cat"], "are for the picture that --sample FILE.png draws"),
+    (["--guidance-scale", 2], "are for the picture that --sample FILE.png draws"),
+    (["--sample", "grid.png", "--prompt", "a cat"], "needs a text-to-image pipeline, and this one takes class labels"),
+])
+def test_inspect_refuses_pictures_that_are_none(cli, tmp_path: Path, monkeypatch, arguments, sentence) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("inspect", asset_path("digits-flow"), *arguments)
+    assert result.code == 2 and sentence in result.err and not list(tmp_path.iterdir())
+
+
 def test_inspect_a_student_and_a_run(cli, run: Path, tmp_path: Path) -> None:
     student = cli("inspect", run / "student").out
     for words in ("flow map, by freeflow", "UNet2DModel, 0.70 M parameters", "1 x 8 x 8, pixels", "class labels 0 to 9",
@@ -459,5 +506,6 @@ def test_inspect_a_student_and_a_run(cli, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "student", tmp_path / "run" / "student")
     assert student in cli("inspect", tmp_path / "run").out
     for model, kind in ((run / "student", "a student"), (tmp_path / "run", "a run")):
-        result = cli("inspect", model, "--null-label", 3)
-        assert result.code == 2 and f"{model} is {kind}" in result.err
+        for option in (["--null-label", 3], ["--sample", tmp_path / "grid.png"]):
+            result = cli("inspect", model, *option)
+            assert result.code == 2 and f"{model} is {kind}" in result.err

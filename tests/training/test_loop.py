@@ -336,7 +336,7 @@ def test_trackers_get_the_figures(tmp_path):
 
 
 def test_trackers_get_the_grids_from_step_0_on_each_in_its_own_form(tmp_path):
-    """As accelerate's classes take them: one picture (aim, clearml), several (wandb, swanlab), a batch (tensorboard)."""
+    """As accelerate's classes take them: a picture (aim, clearml), several (wandb, swanlab), a batch (tensorboard)."""
 
     class Blind:  # as of mlflow and others: it takes no images
         start = store_init_configuration = log = finish = lambda *_, **__: None
