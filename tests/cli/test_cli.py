@@ -28,8 +28,8 @@ from flowdistill.students import FlowMap, StudentInfo
 from tests.processes import Child
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
-COMMANDS = ("distill", "sample", "evaluate", "export", "inspect", "config", "methods", "families", "env", "init",
-            "completion")
+COMMANDS = ("distill", "sample", "evaluate", "export", "inspect", "report", "demo", "config", "methods", "families",
+            "env", "init", "completion")
 
 
 @pytest.fixture(scope="module")
