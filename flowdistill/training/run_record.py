@@ -177,14 +177,14 @@ def read_part(folder: Path, name: str) -> Part:
             for figure, value in line.items():
                 if figure in COUNTERS or isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                     continue
-                finite = value is not None and math.isfinite(value)
-                part.figures.setdefault(figure, []).append((step, float(value) if finite else None))
+                finite = float(value) if value is not None and math.isfinite(value) else None
+                part.figures.setdefault(figure, []).append((step, finite))
     found = [(GRID.fullmatch(file.name), file) for file in _files(folder / SAMPLES)]
     part.grids = sorted((int(match[1]), file) for match, file in found if match)
     return part
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Settings in sections as dotted keys and values."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
