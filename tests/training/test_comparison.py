@@ -109,6 +109,7 @@ def test_blocks_start_from_the_same_noise(tmp_path, teacher):
 
 
 def test_a_teacher_by_its_calls_of_prompts_and_without_conditions(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowdistill.evaluation.comparison.TEACHER_STEPS", 5)  # the test beside this one takes all 50
     texts = load_teacher(stable_diffusion())
     said = save_teacher_calls(texts, tmp_path / "texts.png", ["a cat", "a dog"], guidance_scale=2.0)
     assert said[-1] == "from left to right: a cat; a dog"
