@@ -25,6 +25,8 @@ from typing import Any
 
 from PIL import Image
 
+from flowdistill.utils.text import read_text
+
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 MODULE = "notebook"
 """Where a notebook's names live while it runs: dataclasses look their annotations up in the module of their name."""
@@ -83,7 +85,9 @@ def executed(notebook: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all in docs/notebooks/")
     files = [file.resolve() for file in parser.parse_args(arguments).notebooks] or sorted(FOLDER.glob("*.ipynb"))
     before = Path.cwd()
@@ -91,7 +95,7 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             try:
-                made = executed(json.loads(file.read_text(encoding="utf-8")), file.name)
+                made = executed(json.loads(read_text(file)), file.name)
             finally:
                 os.chdir(before)
         file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flowdistill.config.listing import as_markdown, method_settings, run_settings_of
+from flowdistill.utils.text import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("teacher", "train", "evaluation")
@@ -50,7 +51,7 @@ def main() -> int:
     args = parser.parse_args()
     old = 0
     for page in args.pages or pages():
-        text = page.read_text(encoding="utf-8")
+        text = read_text(page)
         if (new := updated(text)) != text:
             old += 1
             print(f"{page}: {'not up to date' if args.check else 'written'}")
