@@ -24,6 +24,7 @@ from flowdistill.students.student import Student
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path, portable_path
 from flowdistill.utils.shipped import find_path
+from flowdistill.utils.text import dump_yaml, read_text
 
 CARD = "README.md"
 GRID = "samples.png"
@@ -59,11 +60,11 @@ def card_of(source: str, near: Path | None = None) -> ModelCardData | None:
     try:
         cached = None if folder.is_dir() else try_to_load_from_cache(source, CARD)
         if folder.is_dir() or isinstance(cached, str):
-            text = (Path(cached) if isinstance(cached, str) else folder / CARD).read_text(encoding="utf-8")
+            text = read_text(cached if isinstance(cached, str) else folder / CARD)
         else:
             text = _fetched(source) or ""
         data = ModelCard(text, ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError):  # none there, or none that can be read
+    except (OSError, UserError, ValueError, yaml.YAMLError):  # none there, or none that can be read
         return None
     assert isinstance(data, ModelCardData)
     return data
@@ -276,7 +277,7 @@ def about_run(settings: dict[str, Any], commands: Sequence[str]) -> str:
     """How to make the model again: the run's settings without what is of its machine, and the commands."""
     plain = {key: value for key, value in portable(settings).items() if key not in OWN_KEYS}
     plain["output_dir"] = "runs/again"
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(plain)
     lines = "\n".join(["flowdistill distill config.yaml", *commands])
     return (f"\n## Make it again\n\nWith flowdistill {__version__} and these settings as `config.yaml`:\n\n"
             f"```bash\n{lines}\n```\n\n<details><summary>config.yaml</summary>\n\n```yaml\n{text}```\n\n</details>\n")

@@ -368,7 +368,7 @@ def reads_text(call: ast.Call) -> bool:
     if name.endswith((".read_text", ".readlines")):
         return True
     if name == "open" or name.endswith(".open") and not name.startswith((
-        "Image.", "archive.", "os.", "webbrowser.", "tarfile.", "pictures.", "self.pictures."
+        "Demo.", "Image.", "archive.", "os.", "webbrowser.", "tarfile.", "pictures.", "self.pictures."
     )):
         mode = call.args[1] if name in ("open", "io.open") and len(call.args) > 1 else next(iter(call.args), None)
         mode = next((keyword.value for keyword in call.keywords if keyword.arg == "mode"), mode)
