@@ -98,9 +98,12 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
                 hint = closest(element, item.metadata.get("choices", ()))
                 raise UserError(f"{every}'{key}' must be {allowed}, not {shown(element)}{hint}{found(layers, key)}")
     for item in fields(config):
-        if "only" in item.metadata and (place := found(layers, prefix + item.name)) and not _is_default(config, item):
-            if reason := item.metadata["only"](config):
-                warnings.warn(f"'{prefix}{item.name}' has no effect, because {prefix}{reason}{place}", stacklevel=2)
+        only, key = item.metadata.get("only"), prefix + item.name
+        if only is None or _is_default(config, item) or not (place := found(layers, key)):
+            continue
+        # Over a file that sets both, an override of the one it needs is meant: 'method.regression_weight=0'.
+        if (reason := only.reason(config)) and _group(layers, prefix + only.name) <= _group(layers, key):
+            warnings.warn(f"'{prefix}{item.name}' has no effect, because {prefix}{reason}{place}", stacklevel=2)
     if hasattr(config, "validate"):
         config.validate()
     if hasattr(config, "validate_at"):
@@ -183,6 +186,11 @@ def found(layers: Sequence[Layer], key: str) -> str:
     """The place that set ``key`` last, in brackets; an empty string for a default."""
     origins = [layer.origin for layer in layers if raw_value(layer.values, key) != MISSING]
     return f" ({origins[-1]})" if origins else ""
+
+
+def _group(layers: Sequence[Layer], key: str) -> int:
+    """The group of the layer that set ``key`` last; -1 for a default."""
+    return max((layer.group for layer in layers if raw_value(layer.values, key) != MISSING), default=-1)
 
 
 def closest(name: object, valid: Iterable[str], prefix: str = "") -> str:

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.seeds import SEEDS
@@ -27,7 +27,7 @@ def option(
     pattern: str | None = None,
     was: str | None = None,
     rule: Callable[[Any], str] | None = None,
-    only: Callable[[Any], str] | None = None,
+    only: Needs | None = None,
 ) -> Any:
     """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
 
@@ -36,8 +36,8 @@ def option(
     None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given. ``was`` is the
     name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
     type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
-    have an effect with others only: the section -> why the setting has none there, in words, or an empty text; see
-    :func:`needs`. Where somebody has set such a setting to another value than its default, a warning says so.
+    have an effect with another only, see :func:`needs`: a warning says so where somebody has set one to another value
+    than its default and has not changed the other setting over that.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule,
@@ -51,18 +51,26 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def needs(name: str, *values: object) -> Callable[[Any], str]:
+class Needs(NamedTuple):
+    """A setting that others need to have an effect; see :func:`needs`."""
+
+    name: str
+    values: tuple[object, ...]
+
+    def reason(self, section: Any) -> str:
+        """Why what needs it has no effect in ``section``, and what would help; empty where it has one."""
+        value = getattr(section, self.name)
+        if value in self.values if self.values else bool(value):
+            return ""
+        written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        wanted = f"set it to {' or '.join(map(str, self.values))}" if self.values else "set that too"
+        return f"{self.name} is {written}; {wanted}"
+
+
+def needs(name: str, *values: object) -> Needs:
     """For ``only`` of :func:`option`: an effect where the section's setting ``name`` has one of ``values``; without
     values, where it is neither null, 0, false nor empty."""
-
-    def reason(section: Any) -> str:
-        value = getattr(section, name)
-        there = value in values if values else bool(value)
-        written = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        wanted = f"set it to {' or '.join(map(str, values))}" if values else "set that too"
-        return "" if there else f"{name} is {written}; {wanted}"
-
-    return reason
+    return Needs(name, values)
 
 
 class HostingConfig(ABC):

@@ -44,7 +44,7 @@ def conditional(config: Any, prefix: str = "") -> Iterator[tuple[str, str, bool]
                 override = f"{key}.{inner.name}={changed(inner, getattr(value, inner.name))}"
             else:
                 override = f"{key}={changed(item, value)}"
-            yield key, override, item.metadata["only"](config) == ""
+            yield key, override, item.metadata["only"].reason(config) == ""
         if is_dataclass(value):
             yield from conditional(value, f"{key}.")
 
@@ -84,6 +84,12 @@ def test_the_sentence_says_what_would_help_and_where_it_stands(tmp_path: Path) -
         f"cosine or linear (in {file})"]
     assert said(file, ["method.optimizer.schedule=cosine"]) == []
     assert said(file, ["method.optimizer.final_lr_fraction=0.0"]) == []
+    text, = said(file, ["method.optimizer.final_lr_fraction=0", "method.regression_pairs=5"])
+    # What a file sets for a feature that an override takes away is no mistake of anybody's.
+    file.write_text(file.read_text().replace("final_lr_fraction: 0.1", "schedule: cosine, final_lr_fraction: 0.1"))
+    assert said(file, []) == said(file, ["method.optimizer.schedule=constant"]) == []
+    assert len(said(file, ["method.optimizer.final_lr_fraction=0.2", "method.optimizer.schedule=constant"])) == 1
+    file.write_text(file.read_text().replace("schedule: cosine, ", ""))
     text, = said(file, ["method.optimizer.final_lr_fraction=0", "method.regression_pairs=5"])
     assert "regression_weight is 0.0; set that too (in the override" in text
 
