@@ -158,8 +158,10 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
     by_calls = not curves and any(len(calls_curve(lines, label)) > 1 for label in labels)
     if by_calls:
         panels = (("network calls", "calls", "fid"), *panels[1:])
-    drawing, axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
+    drawing, axes = plt.subplots(1, len(panels), figsize=(17, 4.5), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors  # no colour stands for two labels
     for axis, (below, horizontal, vertical) in zip(axes, panels, strict=True):
+        axis.set_prop_cycle(color=colours)
         for label in labels:
             mine = [line for line in lines if line["label"] == label]
             if horizontal == "calls":
@@ -183,7 +185,7 @@ def figure(title: str, labels: Sequence[str], lines: Sequence[Line], path: Path)
         low, high = axis.get_ylim()
         if curves or high > 10 * max(low, 0.1):  # the ticks of a logarithmic axis are hard to read within one decade
             axis.set_yscale("log")
-    axes[0].legend(fontsize=8)
+    drawing.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     drawing.suptitle(title)
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
