@@ -71,6 +71,11 @@ def test_the_workflow_runs_the_scripts_with_few_rights() -> None:
         assert checkout["uses"].startswith("actions/checkout@") and checkout["with"] == {"persist-credentials": False}
 
 
+def test_the_page_of_the_installation_names_every_extra() -> None:
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text("docs/start/install.md"), re.M)))
+    assert sorted(set(named) & set(PROJECT["optional-dependencies"])) == sorted(PROJECT["optional-dependencies"])
+
+
 @pytest.mark.parametrize("script", [".ci/run", ".ci/lowest"])
 def test_a_script_of_the_workflow_is_one_that_bash_reads(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
