@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -22,7 +24,7 @@ def is_object(name: str) -> bool:
 
 
 def load_object(name: str, setting: str) -> Any:
-    """The object that ``name`` names.
+    """The object that ``name`` names; its module may lie in the current folder.
 
     Args:
         name: ``package.module:attribute``.
@@ -38,6 +40,10 @@ def load_object(name: str, setting: str) -> Any:
         warnings.warn(f"'{setting}' names {module}, which is called {MOVED[module]} now", stacklevel=2)
         module = MOVED[module]
     try:
+        # Python looks there by itself for "python -m flowdistill" and not for the command "flowdistill". The folder comes
+        # last, so that no file in it hides an installed module, and stays, for what the module imports later.
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a module of a user's does when it is imported
         raise UserError(f"'{setting}' names {name}, which cannot be imported: {error}") from error
