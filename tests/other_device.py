@@ -173,6 +173,13 @@ class _Backend:
     def device_count(self) -> int:
         return 1
 
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
+        """Its random numbers are the CPU's, whose state torch keeps beside this one."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
+        pass
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

@@ -305,6 +305,6 @@ def test_many_allowed_keys_are_listed_in_part() -> None:
 
 def test_a_key_with_nothing_near_names_some_of_many(good: Path) -> None:
     text = sentence(good, "train.qqqqqq=1")
-    assert "allowed in 'train': steps, batch_size" in text and text.endswith(" more")
+    assert "allowed in 'train': steps, batch_size" in text and text.endswith(" more (see 'flowdistill config toy')")
     near = sentence(good, "train.batch_sise=1")
-    assert near.endswith("did you mean 'train.batch_size'?")
+    assert near.endswith("did you mean 'train.batch_size'? (see 'flowdistill config toy')")
