@@ -40,8 +40,8 @@ def load_object(name: str, setting: str) -> Any:
         warnings.warn(f"'{setting}' names {module}, which is called {MOVED[module]} now", stacklevel=2)
         module = MOVED[module]
     try:
-        # Python looks there by itself for "python -m flowdistill" and not for the command "flowdistill". The folder comes
-        # last, so that no file in it hides an installed module, and stays, for what the module imports later.
+        # Python looks there by itself for "python -m flowdistill" and not for the command "flowdistill". The folder
+        # comes last, so that no file in it hides an installed module, and stays, for what the module imports later.
         if not {"", os.getcwd()} & set(sys.path):
             sys.path.append(os.getcwd())
         return getattr(importlib.import_module(module), attribute)

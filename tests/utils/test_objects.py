@@ -31,5 +31,5 @@ def test_a_file_in_the_current_folder_hides_no_installed_module(command_path):
 
 
 def test_a_module_that_is_nowhere_is_named(command_path):
-    with pytest.raises(UserError, match="'method.name' names no_such_module:A, which cannot be imported: No module named"):
+    with pytest.raises(UserError, match="'method.name' names no_such_module:A, which cannot be imported: No"):
         load_object("no_such_module:A", "method.name")
