@@ -493,8 +493,7 @@ class Dmd2(ScoreDistillation):
     Config = Dmd2Config
     about = About("score distillation with DMD2's weight: the samples' distribution is drawn to the teacher's",
                   "DMD2, arXiv 2405.14867",
-                  usual="it needs no images, takes every kind of teacher, is published for text to image, and makes "
-                        "students of one to eight calls")
+                  usual="it needs no images, takes every kind of teacher, and makes students of one to eight calls")
 
 
 @register_method

@@ -183,7 +183,7 @@ def _backbone(teacher: Teacher) -> torch.nn.Module:
 def _in_words(teacher: Teacher, architecture: Architecture) -> str:
     """The pipeline in one sentence."""
     count = parameter_count(_backbone(teacher)) / 1e6
-    told = "takes nothing"
+    told = "takes neither labels nor prompts"
     if teacher.prompts is not None:
         told = "takes prompts"
     elif teacher.classes is not None:

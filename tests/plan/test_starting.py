@@ -54,6 +54,12 @@ def test_file_loads_is_planned_and_trains(family: str, pipelines, tmp_path: Path
     assert distill(file, SMALL).steps == 1
 
 
+def test_words_about_a_teacher_without_conditions(pipelines) -> None:
+    found = start(pipelines(tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=None)))
+    assert "and takes neither labels nor prompts." in found.remarks[0]
+    assert "text to image" not in " ".join(found.remarks)
+
+
 @pytest.mark.parametrize("name", METHODS.names())
 def test_every_method_has_a_file_that_says_what_is_missing(name: str, pipelines, tmp_path: Path) -> None:
     source = pipelines(tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=11))
