@@ -96,7 +96,7 @@ class KeptRow:
     def __str__(self) -> str:
         by = f"torch {self.made.get('torch')} on {self.made.get('device')}"
         if self.shipped:
-            return f"shipped, measured with {by}; its images/s are measured here"
+            return f"shipped, measured with {by}; images/s are measured here"
         return (f"from the cache, measured with {by}, {self.made.get('processes')} process(es), batches of "
                 f"{self.made.get('batch_size')}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +137,7 @@ class Report:
         if self.protocol.get("note"):
             text.append(self.protocol["note"])
         if self.protocol.get("rows_not_measured_here"):
-            text += ["not measured here:", *(f"  {row}" for row in self.protocol["rows_not_measured_here"])]
+            text += ["not measured here:", *(f"  {row}" for row in _by_origin(self.protocol["rows_not_measured_here"]))]
         if self.protocol.get("not_measured"):
             text.append(self.protocol["not_measured"])
         for metric in all_metrics():
@@ -177,6 +179,16 @@ def lines_of(entries: JsonObject) -> list[str]:
     order = ("source", "images", "captions", "reference", "resize", "figures", "free")
     return lines + [f"  {name}: {entries[f'protocol_{name}']}" for name in order
                     if entries.get(f"protocol_{name}") is not None]
+
+
+def _by_origin(entries: Sequence[str]) -> list[str]:
+    """Sentences 'teacher at 4 calls: from the cache, ...', those of one origin as one line."""
+    rows: dict[str, list[str]] = {}
+    for entry in entries:
+        found = re.fullmatch(r"(.* at \d+ calls?): (.*)", entry, re.S)
+        name, origin = found.groups() if found else (entry, "")
+        rows.setdefault(origin, []).append(name)
+    return [", ".join(names) + (f": {origin}" if origin else "") for origin, names in rows.items()]
 
 
 def _figure(row: Row, column: Column) -> str:

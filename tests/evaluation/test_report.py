@@ -307,3 +307,14 @@ def test_a_run_folder_brings_its_teacher_student_and_settings(tmp_path):
 def test_importing_the_package_does_not_import_evaluation():
     code = "import sys, flowdistill; sys.exit('torch' in sys.modules or 'flowdistill.evaluation' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rows_that_were_kept_have_a_line_for_each_origin():
+    kept = ["teacher at 1 call: shipped, measured: elsewhere", "teacher at 4 calls: from the cache",
+            "hub/a: b at 1 call: x", "teacher at 50 calls: shipped, measured: elsewhere", "said otherwise"]
+    report = Report([Row("student", 1)], 10, None, None, 0, protocol={"rows_not_measured_here": kept})
+    lines = report.remarks()
+    first = lines.index("not measured here:") + 1
+    assert lines[first:first + 4] == [
+        "  teacher at 1 call, teacher at 50 calls: shipped, measured: elsewhere",
+        "  teacher at 4 calls: from the cache", "  hub/a: b at 1 call: x", "  said otherwise"]
