@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from flowdistill.cli.arguments import at_least
+from flowdistill.utils.errors import UserError
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -37,8 +38,10 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def write_page(args: argparse.Namespace) -> int:
     """Write the page of the runs."""
-    from flowdistill.utils.files import check_writable
+    from flowdistill.utils.files import check_writable, local_path
 
+    if local_path(args.out).suffix.lower() not in (".html", ".htm"):  # a run's own file, for one, is not overwritten
+        raise UserError(f"--out {args.out} must be a .html file")
     check_writable(args.out)
     from flowdistill.training.run_page import write_report
 

@@ -10,7 +10,7 @@ from html import escape
 from flowdistill.evaluation.metrics.frechet import figure_of
 from flowdistill.evaluation.pictures import Strip
 from flowdistill.evaluation.report import Report, Row
-from flowdistill.utils.charts import log_ticks
+from flowdistill.utils.charts import LARGEST, log_ticks
 from flowdistill.utils.files import atomic_write
 from flowdistill.utils.html import SERIES, definitions, document, picture, table
 
@@ -75,7 +75,8 @@ def _chart(rows: Sequence[Row], figure: str, called: str) -> str:
         figure: its key, ``"fid"`` or ``"fd"``; ``called``: its name.
     """
     found = [(row.model, row.calls, row.figures.get(figure), row.figures.get(f"{figure}_std") or 0.0) for row in rows]
-    fids = [(model, calls, value, std) for model, calls, value, std in found if value is not None and value > 0]
+    fids = [(model, calls, value, std) for model, calls, value, std in found
+            if value is not None and 1 / LARGEST < value < LARGEST and std < LARGEST]
     if not fids:
         return ""
     lowest = min(max(fid - std, fid / 2) for _, _, fid, std in fids)

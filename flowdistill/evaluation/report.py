@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowdistill.config.checks import shown
 from flowdistill.evaluation.metrics import ARROWS, Column, all_metrics
-from flowdistill.utils.files import atomic_write
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.text import JsonObject, read_json_object
 
 DIRECTIONS = f"{ARROWS['lower'].strip()} lower is better, {ARROWS['higher'].strip()} higher is better"
@@ -100,8 +103,41 @@ class Report:
 
     @classmethod
     def read_json(cls, path: str | os.PathLike) -> Report:
-        """Read what ``write_json`` wrote."""
-        return cls.from_dict(read_json_object(path))
+        """Read what ``write_json`` wrote.
+
+        Raises:
+            UserError: there is no such file, or it holds something of which no table can be made.
+        """
+        values = read_json_object(path)
+        try:
+            report = cls.from_dict(values)
+            report._check()
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            # The message of a KeyError is the key alone.
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
+            raise UserError(f"{local_path(path)} is no report of an evaluation, or one of another version: "
+                            f"{reason}") from error
+        return report
+
+    def _check(self) -> None:
+        """ValueError, TypeError or another error where what a file gave is not what a report has."""
+        for name, value in (("num_images", self.num_images), ("seed", self.seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} is {shown(value)}")
+        for name, value in (("features", self.features), ("reference", self.reference)):
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{name} is {shown(value)}")
+        if not isinstance(self.protocol, dict):
+            raise ValueError(f"protocol is {shown(self.protocol)}")
+        for row in self.rows:
+            if not isinstance(row.model, str):
+                raise ValueError(f"model is {shown(row.model)}")
+            if row.calls is not None and (isinstance(row.calls, bool) or not 1 <= row.calls < 2**63):
+                raise ValueError(f"calls is {shown(row.calls)}")
+            for name, value in (("fid_floor", self.fid_floor), *row.to_dict().items()):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} is {value}")
+        self.table()  # whatever else stands in it, a table and its remarks can be made of it
 
     def cells(self) -> list[list[str]]:
         """The head of the table and its rows, as texts; ``-`` for what was not measured."""

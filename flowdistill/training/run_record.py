@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ class Part:
     Attributes:
         name: of its folder below the run's; "" of the run itself.
         figures: what was logged, name -> (step, value) in the order of steps; None where it was not finite.
-        last: the last line of its metrics.jsonl; empty before the first.
+        last: the finite numbers in the last line of its metrics.jsonl; empty before the first.
         damaged: lines that could not be read.
         grids: (step, file) of the sample grids, by step.
         rate: median of the logged images a second.
@@ -152,8 +152,6 @@ def read_run(folder: str | os.PathLike[str], name: str) -> RunRecord:
             report = Report.read_json(path / REPORT)
         except UserError as error:
             problems.append(str(error))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{path / REPORT} is no report of an evaluation ({error!r})")
     defaults, reason = _defaults(path)
     if reason:
         problems.append(f"without the defaults of its settings: {reason}")
@@ -168,20 +166,39 @@ def read_part(folder: Path, name: str) -> Part:
     if (folder / METRICS).is_file():
         for text in read_lines(folder / METRICS, strict=False):
             try:
-                line = json.loads(text)
-                step = int(line["step"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                line = _line(text)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 part.damaged += bool(text.strip())
                 continue
-            part.last = line
+            part.last = {name: value for name, value in line.items() if value is not None}
             for figure, value in line.items():
-                if figure in COUNTERS or isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                    continue
-                finite = float(value) if value is not None and math.isfinite(value) else None
-                part.figures.setdefault(figure, []).append((step, finite))
+                if figure not in COUNTERS:
+                    part.figures.setdefault(figure, []).append((line["step"], value))
     found = [(GRID.fullmatch(file.name), file) for file in _files(folder / SAMPLES)]
     part.grids = sorted((int(match[1]), file) for match, file in found if match)
     return part
+
+
+def _line(text: str) -> JsonObject:
+    """The numbers in a line of metrics.jsonl, None for those that are not finite; its step and images are whole.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no such line.
+    """
+    found: JsonObject = {}
+    for name, value in json.loads(text).items():
+        if name in ("step", "images", "best_step") and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+                raise ValueError(f"{name} is no number of steps or images")
+            found[name] = value
+        elif value is None:
+            found[name] = None
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            # json reads an integer of any length, which may be beyond every float.
+            found[name] = float(value) if abs(value) <= sys.float_info.max else None
+    if found["step"] is None:
+        raise ValueError("a line without a step")
+    return found
 
 
 def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,9 @@ DASHES = ("", "8 3", "4 2", "10 3 2 3")
 """Of lines, so that they are told apart without colours."""
 LOGARITHMIC = 100.0
 """Times the smallest value from which on the largest makes the axis logarithmic."""
+LARGEST = 1e300
+"""What is not below it is drawn as a gap, as infinity is; logarithmic axes end at its inverse too. Between these there
+is room for sums and powers of ten."""
 
 Point = tuple[float, float | None]
 
@@ -42,7 +45,7 @@ def chart(title: str, lines: Sequence[Line], axis: str = "step") -> str:
         return ""
     values = [y for line in lines for _, y in line.points if y is not None and _number(y)]
     places = [x for line in lines for x, _ in line.points]
-    logarithmic = min(values) > 0 and max(values) > LOGARITHMIC * min(values)
+    logarithmic = min(values) > 1 / LARGEST and max(values) > LOGARITHMIC * min(values)
     low, high = _range(min(values), max(values), logarithmic)
     first, last = min(places), max(max(places), min(places) + 1)
 
@@ -158,7 +161,7 @@ def _in_words(line: Line, axis: str) -> str:
 
 
 def _number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    return value is not None and abs(value) < LARGEST
 
 
 def _short(value: float) -> str:

@@ -59,11 +59,14 @@ def check_writable(path: str | os.PathLike) -> None:
     """Refuse a file that could not be written, before the work whose result it takes. Nothing is left behind.
 
     Raises:
-        UserError: ``path`` is a folder, or the nearest of its folders that exists takes no new file of 64 KiB.
+        UserError: ``path`` is a folder, a device or a pipe, or the nearest of its folders that exists takes no new file
+            of 64 KiB.
     """
     path = local_path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # a complete file would take its place
+        raise UserError(f"{path} is a device or a pipe; give the name of a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -88,8 +89,10 @@ def picture(image: Image.Image | Path, alt: str, caption: str = "", attributes: 
     """
     head = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     try:
-        data, (width, height) = _embedded(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for files that are cut short or no pictures
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is large is reduced
+            data, (width, height) = _embedded(image)
+    except Exception as error:  # of files that are cut short, no pictures or far too large Pillow raises any kind
         shown = image.name if isinstance(image, Path) else "the picture"
         return f"<figure {attributes}>{head}<p>{escape(shown)} cannot be read: {escape(str(error))}</p></figure>"
     size = f'width="{width}" height="{height}"'

@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -81,7 +84,7 @@ def check(page: Page) -> None:
     assert len(found) == len(set(found))
     assert {link["href"][1:] for link in page.of("a")} <= set(found)
     assert page.of("html")[0]["lang"] == "en" and "prefers-color-scheme: dark" in page.text
-    assert "NaN" not in page.said and "None" not in page.said
+    assert "NaN" not in page.said and "None" not in page.said.replace("NoneType", "")
 
 
 def grid(path: Path, size=(66, 34)) -> None:
@@ -194,6 +197,61 @@ def test_a_page_of_a_run_in_any_state(tmp_path, change, words, pictures):
     assert len(page.of("img")) == pictures
 
 
+@pytest.mark.parametrize("line", [
+    '{"step": 1e400, "a": 1}', '{"step": -5, "a": 1}', '{"step": "12", "a": 1}', '{"step": null}', '{"step": true}',
+    '{"step": ' + "9" * 400 + "}", '{"step": ' + "9" * 5000 + "}", "[1]", "3", '{"step": 4, "best_step": "x"}', "\0\0",
+    '{"step": 4, "images": [1]}', "[" * 100_000,
+], ids=lambda line: line[:24])
+def test_a_line_that_no_run_writes_is_counted_and_left_out(tmp_path, line):
+    lines(make_run(tmp_path / "run"))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    part = read_run(tmp_path / "run", "run").parts[0]
+    assert part.damaged == 1 and part.step == 40 and set(part.last) >= {"step", "loss/student"}
+    assert "without 1 line of" in page_of(tmp_path / "run").said
+
+
+@pytest.mark.parametrize(("values", "shown"), [
+    ([5e-324, 1.7e308], None), ([-1.7e308, 1.7e308], None), ([5e-324], "4.94e-324"), ([1e-320, 1e299], "1e-320"),
+    ([-9e299, 9e299], "-9.0e+299"), ([float("nan"), float("inf"), 2.0], "2 at step 3"), ([0.0, -0.0], "-0 at step 2"),
+    ([10**400, 3], "3 at step 2"), ([1e-299, 9e299], "1e-299"),
+])
+def test_figures_of_any_size_are_drawn_or_left_out(tmp_path, values, shown):
+    make_run(tmp_path / "run")
+    rows = [{"step": step, "odd": value, "seconds": value} for step, value in enumerate(values, 1)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path / "run")
+    labels = [drawing["aria-label"] for drawing in page.of("svg") if "odd by" in drawing.get("aria-label", "")]
+    assert bool(labels) == (shown is not None or 5e-324 in values) and "nan" not in page.text.lower().split("<svg")[-1]
+    assert shown is None or shown in labels[0]
+
+
+@pytest.mark.parametrize("change", [
+    {"rows": None}, {"rows": ["a"]}, {"num_images": "10"}, {"num_images": None}, {"seed": []}, {"protocol": []},
+    {"protocol": None}, {"fid_floor": "x"}, {"fid_floor": float("nan")}, {"features": 3}, {"reference": ["a"]},
+    {"protocol": {"teacher_remarks": 5}}, {"protocol": {"note": [1]}}, {"protocol": {"distance": None}},
+    *({"rows": [{"model": "student", "calls": 1, "fid": 1.5} | row]} for row in (
+        {"fid": "<b>"}, {"fid": float("inf")}, {"fid": [1]}, {"calls": 0}, {"calls": -1}, {"calls": "x"}, {"model": 5},
+        {"stored_parameters": 3}, {"images_per_second": {}}, {"images_per_second": float("nan")},
+        {"per_part_fid": [1]})),
+], ids=str)
+def test_a_report_that_is_none_is_said_to_be_none(tmp_path, change):
+    file = make_run(tmp_path / "run") / "report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"report.json is no report of an evaluation, or one of another version: ."):
+        Report.read_json(file)
+    page = page_of(tmp_path / "run")
+    assert "is no report of an evaluation" in page.said and "No evaluation is there" in page.said
+
+
+@pytest.mark.parametrize("figures", [{"fid": 1e308}, {"fid": 1e-310}, {"fid": 1.0, "fid_std": 1e308}, {"fid": -0.0}])
+def test_distances_of_any_size_are_in_the_table(tmp_path, figures):
+    Report([Row("student", 1, 90.0, **figures)], 10, "digits", "digits", 0).write_json(
+        make_run(tmp_path / "run") / "report.json")
+    page = page_of(tmp_path / "run")
+    assert f"{figures['fid']:.3f}"[:200] in page.text and "FID by network calls" not in page.said
+
+
 def test_several_runs_stand_side_by_side(tmp_path):
     one, two = make_run(tmp_path / "one" / "seed-0"), make_run(tmp_path / "two" / "seed-0")
     (two / "config.yaml").write_text((two / "config.yaml").read_text().replace("0.98", "0.9"))
@@ -255,6 +313,15 @@ def test_pictures_in_a_page_are_neither_wide_nor_heavy(tmp_path):
     assert stored == (tmp_path / "small.png").read_bytes()
 
 
+def test_a_file_that_claims_to_be_a_huge_picture_is_a_sentence(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    assert "x.png cannot be read: Image size (3600000000 pixels) exceeds" in picture(tmp_path / "x.png", "x")
+
+
 def test_charts_keep_to_their_frame():
     for values in ([1.0], [3.0, 3.0], [0.0, 0.0], [-1.0, 1.0], [1e-8, 1e-2], [1.0, None, 2.0], [float("inf"), 1.0],
                    [1e9, 2e9]):
@@ -274,9 +341,14 @@ def test_the_command_and_what_it_refuses(tmp_path, cli, monkeypatch):
     assert result.code == 0 and "report.html: a page of the run" in result.out
     check(Page((tmp_path / "report.html").read_text(encoding="utf-8")))
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    os.mkfifo(tmp_path / "pipe.html")
     for arguments, sentence in ((["nothing"], "nothing is no run folder: it has no config.yaml"),
                                 (["nowhere"], "nowhere does not exist"), (["run", "run"], "given twice"),
-                                (["run", "--out", "nothing"], "is a folder")):
+                                (["run", "--out", "nothing"], "must be a .html file"),
+                                (["run", "--out", "folder.html"], "is a folder"),
+                                (["run", "--out", "pipe.html"], "is a device or a pipe"),
+                                (["run", "--out", "run/metrics.jsonl"], "must be a .html file")):
         result = cli("report", *arguments)
         assert result.code == 2 and sentence in result.err and result.err.count("\n") == 1
     assert read_run("run", "run").planned == 40
