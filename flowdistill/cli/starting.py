@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 
 from flowdistill.cli.arguments import positive
@@ -47,5 +48,5 @@ def run(args: argparse.Namespace) -> int:
         todo.append(f"write the prompts into {prompts}, one a line, or name another file as teacher.prompts")
     for each in todo:
         print(f"  first {each}")
-    print(f"  then  flowdistill distill {file}")
+    print(f"  then  flowdistill distill {shlex.quote(str(file))}")
     return 0

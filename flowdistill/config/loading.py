@@ -6,10 +6,10 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowdistill.config.checks import (
     Layer,
@@ -209,8 +209,51 @@ def _override_layer(text: str, hints: Mapping[str, object]) -> Layer:
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
+def given_method(overrides: Sequence[str], section: str = "method") -> str | None:
+    """The method that overrides name in ``section``, by its present name; None where they name none.
+
+    Raises:
+        UserError: a malformed override of the name, or a plain value in the place of the section.
+    """
+    return _given_name((), overrides, section)
+
+
+def given_settings(overrides: Sequence[str], method: type) -> JsonObject:
+    """What overrides set, by dotted key, as :func:`load_config` takes it; whether values are possible is not looked at.
+
+    Args:
+        overrides: ``key=value`` each; of several for one key the last one counts.
+        method: the settings dataclass of the run's method.
+
+    Raises:
+        UserError: a malformed override, or an unknown key.
+    """
+    hints = dict(leaf_types(RunConfig, method))
+
+    def leaves(values: JsonObject, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping) and f"{prefix}{name}" not in hints:
+                yield from leaves(dict(value), f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    given: JsonObject = {}
+    for layer in [_override_layer(text, hints) for text in overrides]:
+        rename_former_keys(layer, method)
+        check_keys(layer, method)
+        given |= leaves(with_texts(layer.values, layer.texts, hints), "")
+    return given
+
+
 def _name(files: Sequence[Layer], overrides: Sequence[str], section: str, path: str | os.PathLike[str]) -> str:
     """The last name in a method's section; read before the rest, because it decides what else is allowed."""
+    name = _given_name(files, overrides, section)
+    if name is None:
+        raise UserError(f"'{section}.name' is missing: set it in {path} to one of {listed(METHODS)}")
+    return name
+
+
+def _given_name(files: Sequence[Layer], overrides: Sequence[str], section: str) -> str | None:
     key = f"{section}.name"
     sections = [".".join(section.split(".")[: end + 1]) for end in range(section.count(".") + 1)]
     texts = [text for text in overrides if text.partition("=")[0] in (*sections, key)]
@@ -223,7 +266,7 @@ def _name(files: Sequence[Layer], overrides: Sequence[str], section: str, path: 
             raise UserError(f"{where}, not {shown(raw_value(layer.values, section))} ({layer.origin})")
         if values.get("name", MISSING) != MISSING:
             return METHODS.current_name(str(values["name"]))
-    raise UserError(f"'{section}.name' is missing: set it in {path} to one of {listed(METHODS)}")
+    return None
 
 
 def _with_present_names(layers: Sequence[Layer], section: str) -> list[Layer]:

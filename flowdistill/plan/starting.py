@@ -14,8 +14,9 @@ from typing import Any
 import diffusers
 import torch
 
-from flowdistill.config import METHODS, TeacherConfig, load_config
+from flowdistill.config import METHODS, RunConfig, TeacherConfig, load_config
 from flowdistill.config.listing import as_yaml_value, method_settings, run_settings_of
+from flowdistill.config.loading import given_method, given_settings
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.memory import make_plan
@@ -23,11 +24,11 @@ from flowdistill.plan.meta_teacher import Architecture, meta_teacher, read_archi
 from flowdistill.teachers import Teacher
 from flowdistill.training.method import Method, Suggestion, facts_of
 from flowdistill.training.optimizers import optimizers_by_key
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.quantized import parameter_count
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import parse_yaml
+from flowdistill.utils.text import dump_yaml, parse_yaml
 
 LARGE = 100e6
 """Parameters from which a network is trained in half precision, with small rates and for long."""
@@ -54,7 +55,10 @@ class Start:
         return {each.key: each.value for each in self.settings}
 
     def set(self, key: str, value: object, reason: str) -> None:
-        """Give a setting a value, in the place that it has, or behind the others of its section."""
+        """Give a setting a value, in the place that it has, or behind the others of its section. It replaces the
+        section that it is in or that it stands for."""
+        self.settings = [each for each in self.settings
+                         if not each.key.startswith(f"{key}.") and not key.startswith(f"{each.key}.")]
         for number, each in enumerate(self.settings):
             if each.key == key:
                 self.settings[number] = Suggestion(key, value, reason)
@@ -63,9 +67,9 @@ class Start:
 
     def text(self, title: str) -> str:
         """The file, with ``title`` as its first line."""
-        lines = [f"# {title}"]
+        lines = [f"# {_one_line(title)}"]
         for remark in self.remarks:
-            lines += [f"# {line}" for line in textwrap.wrap(remark, WIDTH, break_on_hyphens=False)]
+            lines += [f"# {line}" for line in textwrap.wrap(_one_line(remark), WIDTH, break_on_hyphens=False)]
         tree: dict[str, Any] = {}
         for each in self.settings:
             node, *parts = tree, *each.key.split(".")
@@ -75,13 +79,18 @@ class Start:
         return "\n".join([*lines, "", *_lines(tree, 0)]) + "\n"
 
 
+def _one_line(text: str) -> str:
+    """A text that stays inside one comment of YAML: names of files have line breaks and control characters too."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(text.split()))
+
+
 def _lines(tree: dict[str, Any], depth: int) -> list[str]:
     lines, left = [], "  " * depth
     for name, node in tree.items():
         if isinstance(node, dict):
             lines += [f"{left}{name}:", *_lines(node, depth + 1)]
             continue
-        lines += [f"{left}# {line}" for line in textwrap.wrap(node.reason, WIDTH, break_on_hyphens=False)]
+        lines += [f"{left}# {line}" for line in textwrap.wrap(_one_line(node.reason), WIDTH, break_on_hyphens=False)]
         lines.append(f"{left}{name}: {as_yaml_value(node.value)}")
     return lines
 
@@ -99,31 +108,37 @@ def start(
         overrides: settings, ``key=value``, that are given; they are written in the place of what would be chosen.
 
     Raises:
-        UserError: no pipeline there, one that cannot be a teacher, no such method, or a malformed override.
+        UserError: no pipeline there, one that cannot be a teacher, no such method, or an override that is malformed,
+            that a run would refuse, or that contradicts ``source`` or ``method``.
     """
-    given = dict(_given(text) for text in overrides)
+    name, kind, why = _method(_asked(method, overrides))
+    host = given_method(overrides, "method.host")
+    given = given_settings(overrides, method_settings(name, host))
+    if given.setdefault("teacher.source", source) != source:
+        raise UserError(f"the configuration is for {source}, and an override sets teacher.source to "
+                        f"{shown(given['teacher.source'])}; give that as TEACHER")
     architecture = configurations(source)
     with quiet_libraries():
-        teacher = meta_teacher(TeacherConfig(source=source), architecture, listed=False)
-    name, kind, why = _method(method)
+        teacher = meta_teacher(_teacher_settings(source, overrides), architecture, listed=False)
     found = Start([Suggestion("output_dir", f"runs/{_short(source)}-{name}", "where the run is kept; the same command "
                                                                             "resumes there")])
     found.remarks += [_in_words(teacher, architecture), why]
     about = facts_of(kind)
     found.settings.append(Suggestion("seed", 0, ""))
-    suggested = kind.suggest(teacher, _usual_guidance(teacher, architecture)) if issubclass(kind, Method) else []
+    suggested = _suggested(name, kind, teacher, architecture)
     large = parameter_count(_backbone(teacher)) >= LARGE
     found.settings += _teacher(source, teacher, large)
     found.settings += [each for each in suggested if each.key.startswith("teacher.")]
     found.settings.append(Suggestion("method.name", name, about.sentence))
     found.settings += [each for each in suggested if each.key.startswith("method.")]
-    _add_missing(found, name, given)
-    host = str(found.values["method.host.name"]) if "method.host.name" in found.values else None
+    host = host or (str(found.values["method.host.name"]) if "method.host.name" in found.values else None)
+    _add_missing(found, name, host, given)
     _add_training(found, method_settings(name, host), large)
+    _check(found, overrides)
     for key, value in given.items():
-        found.set(key, value, "given")
-    found.settings = [each for section in ("output_dir", "seed", "teacher", "method", "train", "evaluation")
-                      for each in found.settings if each.key.partition(".")[0] == section]
+        if key not in ("teacher.source", "method.name"):
+            found.set(key, value, "given")
+    _in_sections(found)
     _fit(found, gpu_memory, given)
     return found
 
@@ -150,11 +165,61 @@ def configurations(source: str) -> Architecture:
         return read_architecture(source)
 
 
-def _given(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"the override {text!r} must have the form key=value, for example teacher.prompts=prompts.txt")
-    return key.strip(), parse_yaml(value, f"the override {text!r}")
+def _asked(method: str | None, overrides: Sequence[str]) -> str | None:
+    """The method that was asked for, by the option or an override."""
+    named = given_method(overrides)
+    if method is not None and named is not None and METHODS.current_name(method) != named:
+        raise UserError(f"--method {method} and the override of method.name to {named} name two methods; give one")
+    return method if named is None else named
+
+
+def _teacher_settings(source: str, overrides: Sequence[str]) -> TeacherConfig:
+    """The teacher's settings with those overrides that are of them, checked."""
+    own = [text for text in overrides if re.match(r"teacher\s*[.=]", text)]
+    return _loaded({"teacher": {"source": source}, "method": {"name": _method(None)[0]}}, own).teacher
+
+
+def _loaded(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """The run of a configuration with these values."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump_yaml({"output_dir": "runs/first", **values}), encoding="utf-8")
+        return load_config(file, overrides)
+
+
+def _check(found: Start, overrides: Sequence[str]) -> None:
+    """Refuse overrides that a run with the settings would refuse; what is missing yet may be."""
+    values: dict[str, Any] = {}
+    for each in found.settings:
+        node, *parts = values, *each.key.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = list(each.value) if isinstance(each.value, tuple) else each.value
+    try:
+        _loaded(values, overrides)
+    except UserError as error:
+        if not any(str(error).startswith(f"'{key}' is missing") for key in found.missing):
+            raise
+
+
+def _suggested(name: str, kind: type, teacher: Teacher, architecture: Architecture) -> list[Suggestion]:
+    """What a method says of its settings for a teacher."""
+    if not issubclass(kind, Method):
+        return []
+    try:
+        return [Suggestion(*each) for each in kind.suggest(teacher, _usual_guidance(teacher, architecture))]
+    except UserError:
+        raise
+    except Exception as error:  # a method may come from anywhere
+        raise UserError(f"the method {name} fails at suggesting settings for this teacher ({type(error).__name__}: "
+                        f"{error}); its author has to mend that, and 'flowdistill config {name}' lists the settings"
+                        ) from error
+
+
+def _in_sections(found: Start) -> None:
+    """Bring the settings into the order of their sections."""
+    order = ("output_dir", "seed", "teacher", "method", "train", "evaluation")
+    found.settings.sort(key=lambda each: (*order, each.key.partition(".")[0]).index(each.key.partition(".")[0]))
 
 
 def _method(name: str | None) -> tuple[str, type, str]:
@@ -224,9 +289,8 @@ def _teacher(source: str, teacher: Teacher, large: bool) -> list[Suggestion]:
     return found
 
 
-def _add_missing(found: Start, name: str, given: dict[str, object]) -> None:
+def _add_missing(found: Start, name: str, host: str | None, given: dict[str, object]) -> None:
     """Write settings without a default, which nobody has set, for the user to fill in."""
-    host = str(found.values["method.host.name"]) if "method.host.name" in found.values else None
     for each in run_settings_of(method_settings(name, host)):
         if each.required and each.active and each.key not in found.values and each.section is None:
             if each.key not in given:
@@ -282,15 +346,14 @@ def _fit(found: Start, gpu_memory: float | None, given: dict[str, object]) -> No
     last = steps[-1].plan if steps else plan
     for step in steps:
         for text in step.overrides:
-            key, value = _given(text)
+            key, _, value = text.partition("=")
             if key not in given:
-                found.set(key, value, f"{step.words}, to fit {gpu_memory:.0f} GiB")
+                found.set(key, parse_yaml(value, f"the advice {text}"), f"{step.words}, to fit {gpu_memory:.0f} GiB")
     for key in [key for key, value in found.values.items() if value == "lora"]:  # of a student or a critic
         rate = f"{key.rpartition('.')[0]}.{'critic_' if key.endswith('.critic') else ''}optimizer.lr"
         if rate in found.values and rate not in given:
             found.set(rate, 5e-5, "peak learning rate for adapters (authors of DMD2 for SDXL: 5e-5)")
-    found.settings.sort(key=lambda each: ("output_dir", "seed", "teacher", "method", "train", "evaluation").index(
-        each.key.partition(".")[0]))
+    _in_sections(found)
     peak = f"The peak is estimated as {last.peak / GIB:.2f} GiB, and {RESERVED:g} more goes to driver and allocator"
     if fits(last, gpu_memory):
         found.remarks.append(f"{peak}: it fits {whose}.")

@@ -140,3 +140,63 @@ def test_overrides_that_are_none_and_unknown_methods(pipelines) -> None:
         start(source, overrides=["teacher.prompts"])
     with pytest.raises(UserError, match="did you mean 'freeflow'"):
         start(source, "freflow")
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["train=5"], "'train' must be a section"),
+    (["train.stepz=5"], "unknown key 'train.stepz' .*did you mean 'train.steps'"),
+    (["train.steps=abc"], "'train.steps' must be an integer, not 'abc'"),
+    (["train.steps=1e400"], "'train.steps' must be an integer, not inf"),
+    (["train.steps=0"], "'train.steps' must be at least 1"),
+    (["method.optimizer.lr=nan"], "'method.optimizer.lr' must be a finite number"),
+    (["method.optimizer=null"], "'method.optimizer' must be a section"),
+    (["method=freeflow"], "'method' must be a section with a 'name'"),
+    (["method.prediction_fraction=0.5"], "unknown key 'method.prediction_fraction'"),
+    (["foo.bar=1"], "unknown key 'foo'"),
+    (["foo=1"], "unknown key 'foo'"),
+    (["teacher.source.x=1"], "'teacher.source' must be text"),
+    (["teacher.source=elsewhere"], "an override sets teacher.source to 'elsewhere'"),
+    (["train..steps=3"], "must have the form key=value"),
+    ([".=3"], "must have the form key=value"),
+    (["output_dir="], "'output_dir' must be text, not null"),
+    (["teacher.null_label=99"], "null_label"),
+    (["teacher.dtype=float8"], "'teacher.dtype' must be one of"),
+])
+def test_overrides_that_a_run_would_refuse_are_refused(overrides: list[str], words: str, pipelines) -> None:
+    source = pipelines(tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=11))
+    with pytest.raises(UserError, match=words) as caught:
+        start(source, overrides=overrides)
+    assert "config.yaml" not in str(caught.value)  # which nobody wrote
+
+
+def test_overrides_are_taken_as_a_run_takes_them(pipelines, tmp_path: Path) -> None:
+    source = pipelines(tiny_unet_pipeline(DDPMScheduler(), num_class_embeds=11))
+    overrides = ["output_dir=a: b #c", "train={steps: 7, batch_size: 3}", "train.batch_size=5", "method.name=freeflow",
+                 "teacher.null_label=10", "method.student=lora", "method.lora={rank: 3}", "evaluation.reference=0010",
+                 "train.log_every=${seed}", "seed=3", "started_in=/there"]
+    found = start(source, overrides=overrides)
+    config = load_config(written(found, tmp_path))
+    assert (config.output_dir, config.seed, config.evaluation.reference) == ("a: b #c", 3, "0010")
+    assert (config.train.steps, config.train.batch_size, config.train.log_every) == (7, 5, 3)
+    assert (config.method.name, config.method.lora.rank, config.started_in) == ("freeflow", 3, "/there")
+    assert config.train.sample_every == 250  # what is beside a given setting stays
+    assert "null label 10" in found.remarks[0]  # of the teacher as the run has it
+    with pytest.raises(UserError, match="name two methods; give one"):
+        start(source, "dmd2", overrides=["method.name=freeflow"])
+
+
+@pytest.mark.parametrize("name", ["it's \"q\" #x: {a}", "two\nlines", "a\x07b\u2028c", "- é"])
+def test_names_of_all_kinds_make_a_file_that_loads(name: str, pipelines, tmp_path: Path) -> None:
+    source = Path(pipelines(tiny_unet_pipeline(DDPMScheduler()))).rename(tmp_path / name)
+    file = tmp_path / "my.yaml"
+    file.write_text(start(str(source)).text(f"Written for {source}"))
+    assert load_config(file).teacher.source == str(source)
+
+
+def test_a_method_that_fails_at_suggesting_is_named(pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("in suggest")
+
+    monkeypatch.setattr(METHODS.get("dmd2"), "suggest", fail)
+    with pytest.raises(UserError, match="dmd2 fails at suggesting settings .*ZeroDivisionError: in suggest"):
+        start(pipelines(tiny_unet_pipeline(DDPMScheduler())))
