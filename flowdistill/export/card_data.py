@@ -6,11 +6,10 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -24,7 +23,7 @@ from flowdistill.students.student import Student
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path, portable_path
 from flowdistill.utils.shipped import find_path
-from flowdistill.utils.text import dump_yaml, read_text
+from flowdistill.utils.text import JsonObject, dump_yaml, parse_yaml, read_text
 
 CARD = "README.md"
 GRID = "samples.png"
@@ -36,6 +35,10 @@ OWN_KEYS = ("started_in", "output_dir")
 """Settings of a run that say nothing but where its files are."""
 HUB = "https://huggingface.co"
 SECONDS = 5.0
+FRONT = re.compile(r"\s*---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
+"""The data in front of a card's text."""
+NAMED = re.compile(r"(?:file://|[\w-]+:(?!//))(?=[/~])")
+"""A path with the name of its reader in front, as feature extractors and scorers have it."""
 
 
 # --- the teacher
@@ -47,8 +50,11 @@ def is_hub_id(source: str) -> bool:
     return named and not find_path(source).exists()
 
 
-def card_of(source: str, near: Path | None = None) -> ModelCardData | None:
-    """The data of a model's own card: in its folder, in the hub's cache or on the hub; None where none can be read.
+def card_of(source: str, near: Path | None = None) -> JsonObject:
+    """The data of a model's own card: in its folder, in the hub's cache or on the hub; empty where none can be read.
+
+    They are read as they stand there: the hub client's class takes no other keys than the names of variables, and
+    fails at values that are not as the hub has them.
 
     Args:
         source: a folder or a hub id.
@@ -56,18 +62,18 @@ def card_of(source: str, near: Path | None = None) -> ModelCardData | None:
     """
     folder = find_path(source if near is None else found_again(source, near))
     if not folder.is_dir() and not is_hub_id(source):
-        return None
+        return {}
     try:
         cached = None if folder.is_dir() else try_to_load_from_cache(source, CARD)
         if folder.is_dir() or isinstance(cached, str):
             text = read_text(cached if isinstance(cached, str) else folder / CARD)
         else:
-            text = _fetched(source) or ""
-        data = ModelCard(text, ignore_metadata_errors=True).data
-    except (OSError, UserError, ValueError, yaml.YAMLError):  # none there, or none that can be read
-        return None
-    assert isinstance(data, ModelCardData)
-    return data
+            text = (_fetched(source) or "").replace("\r\n", "\n")
+        front = FRONT.match(text)
+        data = parse_yaml(front[1] or "", CARD) if front else None
+    except (OSError, UserError, ValueError):  # none there, or none that can be read
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 @functools.cache  # several exports ask for one teacher's: without a network they wait for it once
@@ -82,22 +88,40 @@ def _fetched(source: str) -> str | None:
     return str(answer.text)
 
 
-def license_of(source: str, near: Path | None = None) -> dict[str, str]:
-    """What the card of a teacher says about its licence, as a card's data; empty where it says nothing."""
-    data = card_of(source, near) if source else None
-    said = {key: value for key in LICENSE_KEYS if isinstance(value := getattr(data, key, None), str)}
-    link = said.get("license_link", "")
-    if link and "://" not in link and is_hub_id(source):  # a file of its repository
-        said["license_link"] = f"{HUB}/{source}/blob/main/{link}"
+def license_of(source: str, near: Path | None = None) -> dict[str, Any]:
+    """What the card of a teacher says about its licence, as a card's data; empty where it says nothing.
+
+    All values are texts in one line, but for ``license``, which is a list where the teacher has several. A link is an
+    address: one to a file beside the card of a folder leads nowhere from another card, and is left out.
+    """
+    data = card_of(source, near) if source else {}
+    said: dict[str, Any] = {key: text for key in LICENSE_KEYS if (text := _one_line(data.get(key)))}
+    if isinstance(names := data.get("license"), list):
+        texts = [_one_line(name) for name in names]
+        if texts and all(texts):
+            said["license"] = texts if len(texts) > 1 else texts[0]
+    link = said.pop("license_link", "")
+    if link and ":" not in link and is_hub_id(source):  # a file of its repository
+        link = f"{HUB}/{source}/blob/main/{link}"
+    if re.fullmatch(r"https?://[^\s()<>]+", link):
+        said["license_link"] = link
     return said if "license" in said else {}
 
 
-def about_license(license: dict[str, str], base: str) -> str:
+def _one_line(value: object) -> str:
+    """A text of a card in one line; empty for one of other characters, and for what is no text."""
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return text if text.isprintable() else ""
+
+
+def about_license(license: Mapping[str, Any], base: str) -> str:
     """The same in words."""
     if not license:
         return (f"\n## Licence\n\nThe licence of `{base}` could not be read from a model card of its own, so none is "
                 "named here. It applies to this model too: look it up before you share it.\n")
-    name = license.get("license_name", license["license"])
+    names = license.get("license_name", license["license"])
+    name = names if isinstance(names, str) else ", ".join(names)
+    name = re.sub(r"([\\`*\[\]<>|])", r"\\\1", name)  # somebody else's text stays text in Markdown
     link = f" ({license['license_link']})" if "license_link" in license else ""
     return f"\n## Licence\n\nThat of its teacher, `{base}`: {name}{link}.\n"
 
@@ -201,6 +225,8 @@ def add_run(folder: Path, run: Path, calls: int, *commands: str, own: bool = Tru
         sections += f"\n## Samples\n\nOf the student at the end of its run, from fixed noise:\n\n![samples]({GRID})\n"
     report = _report(run) if own else None
     if report is not None:
+        report = portable_report(report)
+    if report is not None:
         sections += about_report(report)
         data.eval_results = eval_results(report, calls) or None
         data.model_name = f"{settings.get('method', {}).get('name', 'student')}, {in_calls(calls)}"
@@ -283,13 +309,34 @@ def about_run(settings: dict[str, Any], commands: Sequence[str]) -> str:
             f"```bash\n{lines}\n```\n\n<details><summary>config.yaml</summary>\n\n```yaml\n{text}```\n\n</details>\n")
 
 
+def portable_report(report: Report) -> Report:
+    """A report in which paths of this machine are such as a file that travels may name, also inside its sentences."""
+    paths = {path: portable(path) for path in (report.features, report.reference) if path}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        if isinstance(value, str):
+            for path, shown in paths.items():
+                value = value.replace(path, shown) if path != shown else value
+        return portable(value)
+
+    return Report(report.rows, report.num_images, replaced(report.features), replaced(report.reference), report.seed,
+                  report.fid_floor, replaced(report.protocol))
+
+
 def portable(value: Any) -> Any:
-    """Settings in which absolute paths are such as a file that travels may name."""
+    """Settings in which absolute paths, also behind a name and a colon, are such as a file that travels may name."""
     if isinstance(value, dict):
         return {key: portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [portable(inner) for inner in value]
-    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
-        return portable_path(value)
+    if not isinstance(value, str) or "\n" in value or "\0" in value:
+        return value
+    named = NAMED.match(value)
+    name, path = (named[0], value[named.end():]) if named else ("", value)
+    if os.path.isabs(path) or path.startswith("~"):
+        return name + portable_path(path)
     return value
-

@@ -16,7 +16,16 @@ from flowdistill import __version__
 from flowdistill.config import METHODS, RunConfig, save_config
 from flowdistill.evaluation.report import Report, Row
 from flowdistill.export import card_data, export
-from flowdistill.export.card_data import about_paper, eval_results, is_hub_id, license_of
+from flowdistill.export.card_data import (
+    about_license,
+    about_paper,
+    about_report,
+    eval_results,
+    is_hub_id,
+    license_of,
+    portable,
+    portable_report,
+)
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import FlowMap, Generator, StudentInfo, load_student
 from flowdistill.teachers import load_teacher
@@ -120,11 +129,53 @@ def teacher_card(folder: Path, data: str) -> Path:
      {"license": "other", "license_name": "own-terms", "license_link": "https://terms.example"}),
     ("tags: [a]", {}),
     ("license_name: without-a-license", {}),
-    ("license: [mit, apache-2.0]", {}),
+    ("license: [mit, apache-2.0]", {"license": ["mit", "apache-2.0"]}),
+    ("license:\n- mit", {"license": "mit"}),
+    ("license: [mit, 3]", {}), ("license: {a: b}", {}), ("license: 3", {}), ("license:", {}), ("license: []", {}),
+    ("1: 2\nlicense: mit", {"license": "mit"}),
+    ("yes: 2\n~: 3\nself: 4\nignore_metadata_errors: 5\nlicense: mit", {"license": "mit"}),
+    ("license: mit\ntags: 3\nlanguage: 5\nmodel-index: 6\neval_results: 7", {"license": "mit"}),
+    ("license: mit\nlicense_link: LICENSE", {"license": "mit"}),  # which is beside the teacher's card alone
+    ("license: mit\nlicense_link: 'javascript:alert(1)'", {"license": "mit"}),
+    ('license: other\nlicense_name: "two\\nlines"', {"license": "other", "license_name": "two lines"}),
+    ('license: "m\\0it"', {}), ("- a list", {}), ("a text", {}), ("[" * 5000, {}), ("", {}),
     ("a: [broken", {}),
 ])
 def test_the_licence_is_the_one_in_the_teachers_card(tmp_path: Path, data: str, expected: dict[str, str]) -> None:
     assert license_of(str(teacher_card(tmp_path / "teacher", data))) == expected
+
+
+@pytest.mark.parametrize(("content", "known"), [
+    ("---\nlicense: mit\n---\n" + "x" * 2_000_000, True), ("\ufeff---\r\nlicense: mit\r\n---\r\n", True),
+    ("---\nlicense: mit\n---", True), ("\n---\nlicense: mit\n---\nA\n---\nlicense: gpl\n---\n", True),
+    ("---\nlicense: mit\n", False), ("# A\n---\nlicense: mit\n---\n", False), ("", False),
+    ("---\nlicense: mit\n---\n\xe9".encode("latin-1"), False), ("---\nlicense: mit\n---\n".encode("utf-16"), False),
+], ids=lambda value: repr(value)[:24])
+def test_cards_in_any_state_are_read(tmp_path: Path, content: str | bytes, known: bool, caplog, capfd) -> None:
+    (tmp_path / "README.md").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert license_of(str(tmp_path)) == ({"license": "mit"} if known else {})
+    assert not caplog.text and not "".join(capfd.readouterr())
+
+
+def test_the_words_of_a_licence_are_text() -> None:
+    words = about_license({"license": "other", "license_name": "<b>[x](y)`"}, "teacher")
+    assert r"\<b\>\[x\](y)\`" in words
+    assert ": mit, gpl-3.0." in about_license({"license": ["mit", "gpl-3.0"]}, "teacher")
+
+
+def test_no_path_of_this_machine_is_in_the_figures() -> None:
+    measured = report("dinov2:/home/me/dino")
+    measured.reference = "/home/me/images"
+    measured.protocol |= {"note": "of the images in /home/me/images", "list": ["clip:~/clip"],
+                          "a": {"b": "/home/me/c"}}
+    shown = portable_report(measured)
+    assert (shown.features, shown.reference) == ("dinov2:path/to/dino", "path/to/images")
+    said = about_report(shown) + str(shown.protocol) + str(eval_results(shown, 1))
+    assert "/home" not in said and "of the images in path/to/images" in said and "clip:path/to/clip" in said
+    assert measured.reference == "/home/me/images"
+    for untouched in ("https://x.org/a", "assets/digits-flow", "clip:openai/clip", "a:b", "n/a", "1:2", ""):
+        assert portable(untouched) == untouched
+    assert portable({"a": ["file:///home/me/x", "/home/me/y"]}) == {"a": ["file://path/to/x", "path/to/y"]}
 
 
 def test_no_card_no_licence(tmp_path: Path) -> None:
