@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from flowdistill.evaluation.report import Report
 from flowdistill.features import load_features
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, local_path
+from flowdistill.utils.files import atomic_write, disk_errors, local_path
 from flowdistill.utils.text import read_json_object, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,10 +152,11 @@ class Recorded:
         self.file = out / RECORD
         name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
         asked = {"world": world, "device": name, "torch": torch.__version__}
-        out.mkdir(parents=True, exist_ok=True)
+        with disk_errors(str(out)):
+            out.mkdir(parents=True, exist_ok=True)
         found = read_json_object(self.file) if self.file.is_file() else {}
-        if found and found["asked"] != asked:
-            raise UserError(f"{self.file} is of {found['asked']}, and this is {asked}; name another --out")
+        if found and found.get("asked") != asked:
+            raise UserError(f"{self.file} is of {found.get('asked')}, and this is {asked}; name another --out")
         self.values: dict[str, Any] = found or {"asked": asked, "students": {}}
 
     def student(self, name: str) -> dict[str, Any]:
@@ -254,8 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         usable_device(options.device, "--device")
         for name in ("teacher_minutes", "student_minutes"):
-            if not getattr(options, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0")
+            if not 0 < getattr(options, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be a number above 0")
         full_size(options)
     except UserError as error:
         print(f"full_size: error: {error}", file=sys.stderr)

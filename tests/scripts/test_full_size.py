@@ -117,12 +117,24 @@ def test_steps_fill_the_time_and_the_same_command_goes_on(tmp_path, monkeypatch,
 @pytest.mark.parametrize(("more", "sentence"), [
     (["--only", "dmd2,odd"], "--only has 'odd'; the configurations are boot, consistency"),
     (["train.step=1"], "unknown key 'train.step'"),
-    (["--student-minutes", "0"], "--student-minutes is 0.0; it must be above 0"),
+    (["--student-minutes", "0"], "--student-minutes is 0.0; it must be a number above 0"),
+    (["--student-minutes", "1e400"], "--student-minutes is inf; it must be a number above 0"),
+    (["--teacher-minutes", "nan"], "--teacher-minutes is nan; it must be a number above 0"),
     (["--device", "cuda:99"], "--device is cuda:99, which cannot be used here"),
 ])
 def test_what_cannot_be_is_one_sentence(more, sentence, tmp_path, capsys):
     assert full_size.main(["fashion", "--device", "cpu", "--out", str(tmp_path / "out"), *more]) == 2
     assert capsys.readouterr().err.startswith(f"full_size: error: {sentence}") and not (tmp_path / "out").exists()
+
+
+def test_a_place_or_a_record_that_cannot_be_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["fashion", "--device", "cpu", "--only", "dmd2", "--out"]
+    assert full_size.main([*command, str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"full_size: error: {tmp_path / 'file'} could not be written: File exists\n"
+    (tmp_path / "full_size.json").write_text('{"students": 3}')
+    assert full_size.main([*command, str(tmp_path)]) == 2
+    assert "full_size.json is of None, and this is {'world'" in capsys.readouterr().err
 
 
 def test_features_that_are_not_installed_are_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
