@@ -57,6 +57,7 @@ from flowdistill.utils.tf32 import tf32
 
 REPORT = "report.json"
 FINAL = Path("samples") / "final.png"
+COMPARISON = Path("samples") / "comparison.png"
 """Written last of what shows a finished student; gone from the run folder as soon as training goes on."""
 FREE = frozenset(
     f"train.{name}"
@@ -350,7 +351,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 def withdraw_results(folder: Path) -> None:
     """Remove what shows the student of an earlier end: after a kill it must not pass for the new one's."""
     with disk_errors(str(folder)):
-        for file in (FINAL, REPORT):
+        for file in (FINAL, COMPARISON, REPORT):
             (folder / file).unlink(missing_ok=True)
 
 
@@ -375,7 +376,7 @@ def _save_card(trainer: Trainer, anew: bool) -> None:
 
 def _save_comparison(trainer: Trainer, teacher: Teacher) -> None:
     """Teacher at many calls and at one beside the student at one, from the same noise."""
-    student, path = trainer.student(), trainer.folder / "samples" / "comparison.png"
+    student, path = trainer.student(), trainer.folder / COMPARISON
 
     def save() -> None:
         with disk_errors(str(path)):

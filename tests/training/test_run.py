@@ -300,6 +300,7 @@ def test_a_kill_after_the_last_checkpoint_leaves_no_older_student(tmp_path, meas
             distill(make_config(folder, steps=12))
     assert checkpoints(folder / "checkpoints")[-1][0] == 12 and weights.read_bytes() == short
     assert not (folder / "report.json").exists() and not (folder / "samples" / "final.png").exists()
+    assert not (folder / "samples" / "comparison.png").exists()
     run = distill(make_config(folder, steps=12))
     assert run.report is not None and (folder / "samples" / "final.png").is_file()
     distill(make_config(tmp_path / "whole", steps=12))
