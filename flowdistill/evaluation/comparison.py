@@ -11,7 +11,7 @@ from flowdistill.evaluation.evaluate import pipeline_sampler, student_sampler, t
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.codec import VaeCodec
-from flowdistill.teachers.pipeline_call import not_measured, pipeline_scheduler
+from flowdistill.teachers.pipeline_call import not_measured
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import grid, save_picture, stacked
 from flowdistill.utils.randomness import indexed_noise
@@ -84,14 +84,15 @@ def save_teacher_calls(
     samplers = {calls_in_words(steps): teacher_sampler(teacher, steps, guidance_scale=guidance_scale)
                 for steps in (1, 4, TEACHER_STEPS)}
     lines = [f"from top to bottom: {', '.join(samplers)} of the teacher"]
+    noise = indexed_noise(teacher.shape, seed, range(count))
+    rows = {title: grid(sampler(noise, condition), count) for title, sampler in samplers.items()}
     if (reason := not_measured(teacher)) is None:
+        own = f"the pipeline's own call, {TEACHER_STEPS} steps"
         try:
-            pipeline_scheduler(teacher, TEACHER_STEPS)
+            rows[own] = grid(pipeline_sampler(teacher, TEACHER_STEPS, guidance_scale)(noise, condition), count)
         except UserError as error:
             reason = str(error)
     if reason is None:
-        own = f"the pipeline's own call, {TEACHER_STEPS} steps"
-        samplers[own] = pipeline_sampler(teacher, TEACHER_STEPS, guidance_scale)
         lines[0] += f"; {own}"
     else:
         lines.append(f"without the pipeline's own call: {reason}")
@@ -100,8 +101,6 @@ def save_teacher_calls(
     elif teacher.classes is not None:
         shown = [teacher.classes.shown[i % len(teacher.classes.shown)] for i in range(count)]
         lines.append(f"from left to right: the labels {', '.join(map(str, shown))}")
-    noise = indexed_noise(teacher.shape, seed, range(count))
-    rows = {title: grid(sampler(noise, condition), count) for title, sampler in samplers.items()}
     save_picture(stacked(rows), path)
     return lines
 

@@ -195,7 +195,11 @@ def _unclipped_path(scheduler: Scheduler, name: str) -> NativePath:
             raise UserError(f"{name} has timestep_type 'continuous', of networks that are told 0.25 log sigma; "
                             "supported with it is 'discrete' (EDMEulerScheduler is for such networks)")
         spacing = next((SPACINGS[key] for key in SPACINGS if config.get(key)), "trailing")
-        return _vp_path(name, prediction, scheduler.alphas_cumprod, spacing)
+        levels, steps = scheduler.alphas_cumprod, config.get("num_train_timesteps", len(scheduler.alphas_cumprod))
+        if len(levels) != steps or len(levels) < 2 or not bool(levels.isfinite().all()):
+            raise UserError(f"{name} has {len(levels)} noise levels for {steps} timesteps; there must be a finite one "
+                            "for each of at least 2 (num_train_timesteps, trained_betas, beta_start, beta_end)")
+        return _vp_path(name, prediction, levels, spacing)
     supported = ", ".join((*FLOW_SCHEDULERS, *EDM_SCHEDULERS, *VE_SCHEDULERS, *VP_SCHEDULERS))
     raise UserError(f"the pipeline's scheduler {name} is not supported; supported are {supported}")
 

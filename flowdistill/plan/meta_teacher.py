@@ -25,6 +25,7 @@ from flowdistill.config import TeacherConfig
 from flowdistill.data.captions import has_captions, read_prompts_or_captions
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
+from flowdistill.paths.schedulers import make_scheduler
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import (
     DTYPES,
@@ -197,11 +198,8 @@ def _on_meta(config: JsonObject, dtype: torch.dtype) -> nn.Module:
 
 
 def _scheduler(config: JsonObject) -> Scheduler:
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise UserError(f"the scheduler is a {config.get('_class_name')}, which diffusers does not have")
     with quiet_libraries():
-        return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+        return make_scheduler(config, "the pipeline's scheduler_config.json")
 
 
 def _listed(config: TeacherConfig) -> PromptList:

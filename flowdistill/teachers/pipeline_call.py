@@ -93,6 +93,9 @@ def pipeline_sample(
 
     Args:
         generators: one a sample, of the noise that the scheduler adds; None: torch's own.
+
+    Raises:
+        UserError: the scheduler refuses so many steps, or fails in one.
     """
     scheduler = pipeline_scheduler(teacher, steps)
     accepted = inspect.signature(scheduler.step).parameters
@@ -103,7 +106,13 @@ def pipeline_sample(
     for timestep in scheduler.timesteps:
         native = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         output = teacher.prediction(native, float(timestep), condition, guidance_scale)
-        x = scheduler.step(output, timestep, x, **given).prev_sample
+        try:
+            x = scheduler.step(output, timestep, x, **given).prev_sample
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            # A scheduler finds out here what it does not support: a prediction type, a table of another length.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"the pipeline's own call with {steps} steps fails in a step of its "
+                            f"{teacher.path.scheduler_name}: {reason}") from error
     return x
 
 

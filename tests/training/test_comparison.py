@@ -126,3 +126,14 @@ def test_a_teacher_by_its_calls_of_prompts_and_without_conditions(tmp_path, monk
     with Image.open(tmp_path / "short.png") as short:
         assert short.size[0] == 10 * CELL + 2
     assert len(said) == 2 and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(("scheduler", "reason"), [
+    (DDPMScheduler(prediction_type="flow_prediction"), "fails in a step of its DDPMScheduler: prediction_type given"),
+    (DDPMScheduler(num_train_timesteps=2), "steps is refused by its DDPMScheduler"),
+])
+def test_a_call_that_fails_is_left_out_with_its_reason(tmp_path, scheduler, reason):
+    lines = save_teacher_calls(load_teacher(DDPMPipeline(tiny_unet(), scheduler)), tmp_path / "short.png")
+    assert lines[0].endswith("calls of the teacher")
+    assert lines[1].startswith("without the pipeline's own call: ") and reason in lines[1]
+    read_rows(tmp_path / "short.png", 3, 10)
