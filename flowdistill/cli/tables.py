@@ -50,7 +50,7 @@ def run_families(args: argparse.Namespace) -> int:
 
 
 def method_rows() -> list[Row]:
-    """Of every method by its name; of one in a package that cannot be imported, that it cannot."""
+    """Of every method by its name; of one that cannot be imported or described, that it cannot."""
     from flowdistill.config import METHODS
     from flowdistill.training.method import facts_of
 
@@ -60,6 +60,9 @@ def method_rows() -> list[Row]:
             about = facts_of(METHODS.get(name))
         except UserError as error:
             rows.append(Row(name, {"what it does": str(error)}))
+            continue
+        except Exception as error:  # a method may come from anywhere
+            rows.append(Row(name, {"what it does": f"cannot be described ({type(error).__name__}: {error})"}))
             continue
         rows.append(Row(name, {"what it does": about.sentence, "paper": about.paper or "-", "images": about.data,
                                "calls": about.calls, "trains besides": about.networks}))

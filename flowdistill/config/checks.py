@@ -14,7 +14,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 from typing import get_type_hints as evaluated_hints
 
-from flowdistill.config.registry import METHODS
+from flowdistill.config.registry import METHODS, usable_methods
 from flowdistill.config.schema import MISSING, RunConfig
 from flowdistill.utils import errors
 from flowdistill.utils.errors import NAMES, UserError, listed, shortened
@@ -271,7 +271,7 @@ def _of_others(name: str, schema: type) -> str:
     own = getattr(schema, "name", None)
     if own not in METHODS:
         return ""
-    others = [each for each in METHODS if name in {item.name for item in fields(METHODS.get(each).Config)}]
+    others = [each for each, method in usable_methods() if name in {item.name for item in fields(method.Config)}]
     return f"; it is a setting of {listed(others)}, not of {own}" if others else ""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_origin
 
 from flowdistill.config.checks import Limits, get_type_hints, in_words, sections_of, type_alternatives
 from flowdistill.config.loading import method_config_class
-from flowdistill.config.registry import METHODS
+from flowdistill.config.registry import usable_methods
 from flowdistill.config.schema import MISSING, HostingConfig, RunConfig
 from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.text import dump_yaml
@@ -269,7 +269,7 @@ def search(
     """
     wanted = [word.lower().removesuffix("'s") for text in words for word in text.split()]
     found: dict[tuple[str, str, str], Found] = {}
-    for name in (None, *(METHODS.names() if methods is None else methods)):
+    for name in (None, *([each for each, _ in usable_methods()] if methods is None else methods)):
         for each in run_settings_of(None if name is None else method_settings(name)):
             top = each.key.partition(".")[0]
             if name is not None and top != "method" or section not in (None, top):

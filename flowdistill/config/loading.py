@@ -117,21 +117,21 @@ def method_config_class(name: str, key: str = "method.name", barred: Sequence[st
     ``barred`` methods have no place at ``key``.
     """
     if is_object(name):
-        return _config_of(load_object(name, key), name, key)
+        method = load_object(name, key)
+        config = _config_of(method, name, key)
+        METHODS.register(name)(method)  # it becomes known so
+        return config
     if name in barred or name not in METHODS:
         known = [each for each in METHODS if each not in barred]
         raise UserError(f"'{key}' must be one of {listed(known)}, not {shown(name)}{closest(name, known)}")
-    config: type = METHODS.get(name).Config
-    return config
+    return _config_of(METHODS.get(name), name, key)
 
 
 def _config_of(method: object, name: str, key: str) -> type:
-    """The settings of a class that a configuration names as ``package.module:Class``, which becomes known so."""
+    """The settings of a class that a configuration names, or that another package has under a name."""
     config = getattr(method, "Config", None)
-    if not isinstance(method, type) or not is_dataclass(config):
+    if not isinstance(method, type) or not isinstance(config, type) or not is_dataclass(config):
         raise UserError(f"'{key}' names {name}, which is no method: it needs to be a class with a dataclass 'Config'")
-    METHODS.register(name)(method)
-    assert isinstance(config, type)
     return config
 
 

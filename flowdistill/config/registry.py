@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.registry import Registry
 
 METHODS: Registry[Any] = Registry("method", package="flowdistill.methods", group="flowdistill.methods")
@@ -19,3 +22,15 @@ def register_method(cls: C) -> C:
         ValueError: another method has that name.
     """
     return METHODS.register(cls.name, *getattr(cls, "former_names", ()))(cls)  # type: ignore[attr-defined]
+
+
+def usable_methods() -> Iterator[tuple[str, Any]]:
+    """Name and class of every method, without those of other packages that cannot be imported or have no dataclass of
+    settings: where all methods are gone through, one that is broken is no reason to stop."""
+    for name in METHODS:
+        try:
+            method = METHODS.get(name)
+        except UserError:
+            continue
+        if is_dataclass(getattr(method, "Config", None)):
+            yield name, method

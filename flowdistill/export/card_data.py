@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 
 from flowdistill import __version__
 from flowdistill.conditioning.pipeline_lora import FILE
-from flowdistill.config import METHODS
+from flowdistill.config.registry import usable_methods
 from flowdistill.config.run_folder import CONFIG, found_again, run_settings
 from flowdistill.evaluation.metrics import all_metrics
 from flowdistill.evaluation.report import Report
@@ -182,7 +182,8 @@ def save_card(folder: Path, data: ModelCardData, text: str) -> None:
 
 def about_paper(method: str) -> str:
     """The papers of a method, which the method itself names."""
-    papers = METHODS.get(method).about.paper if method in METHODS else ""
+    about = next((getattr(kind, "about", None) for name, kind in usable_methods() if name == method), None)
+    papers = str(getattr(about, "paper", ""))  # a method of another package may have none
     return "" if not papers else "\n## Citation\n\n" + "".join(f"- {paper.strip()}\n" for paper in papers.split(";"))
 
 

@@ -6,10 +6,10 @@ import inspect
 import re
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -17,12 +17,13 @@ import torch
 from flowdistill.config import METHODS, RunConfig, TeacherConfig, load_config
 from flowdistill.config.listing import as_yaml_value, method_settings, run_settings_of
 from flowdistill.config.loading import given_method, given_settings
+from flowdistill.config.registry import usable_methods
 from flowdistill.networks.velocity import VelocityNetwork
 from flowdistill.plan.advice import GIB, RESERVED, advise, fits
 from flowdistill.plan.memory import make_plan
 from flowdistill.plan.meta_teacher import Architecture, meta_teacher, read_architecture
 from flowdistill.teachers import Teacher
-from flowdistill.training.method import Method, Suggestion, facts_of
+from flowdistill.training.method import About, Method, Suggestion, facts_of
 from flowdistill.training.optimizers import optimizers_by_key
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.logging import quiet_libraries
@@ -33,6 +34,7 @@ from flowdistill.utils.text import dump_yaml, parse_yaml
 LARGE = 100e6
 """Parameters from which a network is trained in half precision, with small rates and for long."""
 WIDTH = 100
+T = TypeVar("T")
 
 
 @dataclass
@@ -123,13 +125,13 @@ def start(
     found = Start([Suggestion("output_dir", f"runs/{_short(source)}-{name}", "where the run is kept; the same command "
                                                                             "resumes there")])
     found.remarks += [_in_words(teacher, architecture), why]
-    about = facts_of(kind)
+    sentence = _of_method(name, lambda: facts_of(kind)).sentence
     found.settings.append(Suggestion("seed", 0, ""))
     suggested = _suggested(name, kind, teacher, architecture)
     large = parameter_count(_backbone(teacher)) >= LARGE
     found.settings += _teacher(source, teacher, large)
     found.settings += [each for each in suggested if each.key.startswith("teacher.")]
-    found.settings.append(Suggestion("method.name", name, about.sentence))
+    found.settings.append(Suggestion("method.name", name, sentence))
     found.settings += [each for each in suggested if each.key.startswith("method.")]
     host = host or (str(found.values["method.host.name"]) if "method.host.name" in found.values else None)
     _add_missing(found, name, host, given)
@@ -206,13 +208,19 @@ def _suggested(name: str, kind: type, teacher: Teacher, architecture: Architectu
     """What a method says of its settings for a teacher."""
     if not issubclass(kind, Method):
         return []
+    guidance = _usual_guidance(teacher, architecture)
+    return _of_method(name, lambda: [Suggestion(*each) for each in kind.suggest(teacher, guidance)])
+
+
+def _of_method(name: str, told: Callable[[], T]) -> T:
+    """What a method tells of itself, or that it fails at that."""
     try:
-        return [Suggestion(*each) for each in kind.suggest(teacher, _usual_guidance(teacher, architecture))]
+        return told()
     except UserError:
         raise
     except Exception as error:  # a method may come from anywhere
-        raise UserError(f"the method {name} fails at suggesting settings for this teacher ({type(error).__name__}: "
-                        f"{error}); its author has to mend that, and 'flowdistill config {name}' lists the settings"
+        raise UserError(f"the method {name} fails at saying what it is or what it suggests ({type(error).__name__}: "
+                        f"{error}); its author has to mend that, and 'flowdistill config {name}' lists its settings"
                         ) from error
 
 
@@ -227,9 +235,8 @@ def _method(name: str | None) -> tuple[str, type, str]:
     if name is not None:
         method_settings(name)  # says which there are
         return name, METHODS.get(name), f"The method {name} was asked for; 'flowdistill methods' lists the others."
-    for each in METHODS:
-        kind = METHODS.get(each)
-        if usual := facts_of(kind).usual:
+    for each, kind in usable_methods():
+        if isinstance(about := getattr(kind, "about", None), About) and (usual := about.usual):
             return each, kind, (f"The method {each} was chosen, because {usual}; 'flowdistill methods' lists the "
                                 "others, and --method takes one.")
     raise UserError("no method is the usual one here; name one with --method, as 'flowdistill methods' lists them")

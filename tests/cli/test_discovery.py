@@ -14,9 +14,14 @@ from pathlib import Path
 import pytest
 
 from flowdistill.cli import environment
+from flowdistill.cli.tables import method_rows
 from flowdistill.config import METHODS, load_config, option
+from flowdistill.config.listing import method_settings, search
+from flowdistill.export.card_data import about_paper
 from flowdistill.networks.backbones import FAMILIES
+from flowdistill.plan.starting import _method
 from flowdistill.training.method import About, Method, facts_of
+from flowdistill.utils.errors import UserError
 
 
 def test_methods_are_all_there_with_what_they_need(cli) -> None:
@@ -56,6 +61,29 @@ def test_a_broken_package_is_a_row(cli, monkeypatch: pytest.MonkeyPatch) -> None
     done = cli("methods")
     row = done.out.split("\nbroken\n")[1].split("\n\n")[0]
     assert done.code == 0 and "cannot be imported" in " ".join(row.split()) and "\nfreeflow\n" in done.out
+
+
+class Odd:
+    """A class of another package that is no method."""
+
+    about = None
+
+
+def test_broken_packages_stop_nothing_but_their_own_methods(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {name: importlib.metadata.EntryPoint(name, value, "flowdistill.methods")
+              for name, value in (("a_broken", "no_such_module:Method"), ("an_odd", f"{__name__}:Odd"))}
+    METHODS.names()  # imports this package's own
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS._objects))
+    monkeypatch.setattr(METHODS, "_entry_points", lambda: points)
+    found = {row.name: row.facts["what it does"] for row in method_rows()}
+    assert "cannot be imported" in found["a_broken"] and "cannot be described" in found["an_odd"]
+    assert _method(None)[0] == "dmd2"
+    assert search(["finite_difference_step"])
+    with pytest.raises(UserError, match=r"'METHOD' names an_odd, which is no method"):
+        method_settings("an_odd")
+    done = cli("distill", "digits/freeflow", "method.critic_steps=3")
+    assert done.code == 2 and "unknown key 'method.critic_steps'" in done.err
+    assert "FreeFlow" in about_paper("freeflow") and about_paper("an_odd") == about_paper("a_broken") == ""
 
 
 def test_families_are_all_there(cli) -> None:

@@ -198,5 +198,5 @@ def test_a_method_that_fails_at_suggesting_is_named(pipelines, monkeypatch: pyte
         raise ZeroDivisionError("in suggest")
 
     monkeypatch.setattr(METHODS.get("dmd2"), "suggest", fail)
-    with pytest.raises(UserError, match="dmd2 fails at suggesting settings .*ZeroDivisionError: in suggest"):
+    with pytest.raises(UserError, match="dmd2 fails at saying what it is .*ZeroDivisionError: in suggest"):
         start(pipelines(tiny_unet_pipeline(DDPMScheduler())))
