@@ -25,7 +25,9 @@ from typing import Any
 
 from PIL import Image
 
-from flowdistill.utils.text import read_text
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import atomic_write
+from flowdistill.utils.text import read_json_object
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 MODULE = "notebook"
@@ -61,6 +63,20 @@ def run_cell(source: str, name: str, names: dict[str, Any]) -> tuple[object, str
     return value, printed.getvalue()
 
 
+def read_notebook(file: Path) -> dict[str, Any]:
+    """The content of a notebook's file.
+
+    Raises:
+        UserError: it is missing, or no notebook.
+    """
+    notebook = read_json_object(file)
+    cells = notebook.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and {"cell_type", "source"} <= set(cell)
+                                              for cell in cells):
+        raise UserError(f"{file} is no notebook: it has no list of cells, each with a cell_type and a source")
+    return notebook
+
+
 def executed(notebook: dict[str, Any], name: str) -> dict[str, Any]:
     """A copy of a notebook (the content of its file) with the outputs of its code cells, run in their order.
 
@@ -91,14 +107,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all in docs/notebooks/")
     files = [file.resolve() for file in parser.parse_args(arguments).notebooks] or sorted(FOLDER.glob("*.ipynb"))
     before = Path.cwd()
-    for file in files:
+    try:
+        notebooks = {file: read_notebook(file) for file in files}  # what is wrong is said before any is run
+    except UserError as error:
+        print(f"run_notebooks: error: {error}", file=sys.stderr)
+        return 2
+    for file, notebook in notebooks.items():
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             try:
-                made = executed(json.loads(read_text(file)), file.name)
+                made = executed(notebook, file.name)
             finally:
                 os.chdir(before)
-        file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with atomic_write(file) as output:
+            output.write((json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode())
         print(f"{file.name}: {file.stat().st_size:,} bytes")
     return 0
 

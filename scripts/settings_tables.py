@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowdistill.config.listing import as_markdown, method_settings, run_settings_of
+from flowdistill.utils.errors import UserError
 from flowdistill.utils.text import read_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,20 +40,38 @@ def table(name: str) -> str:
 
 
 def updated(text: str, table: Callable[[str], str] = table) -> str:
-    """A page's text with its tables as they are now."""
+    """A page's text with its tables as they are now.
+
+    Raises:
+        UserError: a table without an end, which would take the text up to the end of the next one with it, an end
+            without a beginning, or an unknown name.
+    """
+    inside = None
+    for line in text.split("\n"):
+        if line.startswith(("<!-- settings:", "<!-- /settings")):
+            if line.startswith("<!-- /") == (inside is None):
+                raise UserError(f"the table {inside} has no line <!-- /settings --> at its end" if inside else
+                                f"the line {line} ends no table")
+            inside = None if inside else line
+    if inside:
+        raise UserError(f"the table {inside} has no line <!-- /settings --> at its end")
     return MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", metavar="PAGE", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     old = 0
-    for page in args.pages or pages():
-        text = read_text(page)
-        if (new := updated(text)) != text:
+    try:
+        texts = {page: (text := read_text(page), updated(text)) for page in args.pages or pages()}
+    except UserError as error:
+        print(f"settings_tables: error: {error}", file=sys.stderr)
+        return 2
+    for page, (text, new) in texts.items():
+        if new != text:
             old += 1
             print(f"{page}: {'not up to date' if args.check else 'written'}")
             if not args.check:

@@ -73,3 +73,17 @@ def test_a_cell_shows_what_it_prints_and_its_last_expression(
     with pytest.raises(ZeroDivisionError) as error:
         executed({"cells": cells}, "page.ipynb")
     assert str(error.traceback[-1].path).endswith("page.ipynb, cell 1") and error.traceback[-1].lineno == 1
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (None, "does not exist"), ("{", "is not valid JSON"), ("[]", "must hold a JSON object"), ("{}", "is no notebook"),
+    ('{"cells": [3]}', "is no notebook"), ('{"cells": [{"cell_type": "code"}]}', "is no notebook"),
+])
+def test_what_is_no_notebook_is_one_sentence(text, words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
+    good.write_text('{"cells": [{"cell_type": "code", "source": "1 / 0"}]}')  # is not run
+    if text is not None:
+        bad.write_text(text)
+    assert main([str(good), str(bad)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"run_notebooks: error: {bad}") and words in said and said.count("\n") == 1

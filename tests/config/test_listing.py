@@ -25,7 +25,7 @@ from flowdistill.config.listing import (
 from flowdistill.config.schema import RunConfig
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.text import parse_yaml
-from scripts.settings_tables import MARKED, pages, table, updated
+from scripts.settings_tables import MARKED, main, pages, table, updated
 from tests.toy_method import ToyConfig
 
 NEEDS = {"teacher_score_matching": {"method.student_size": 0.5}}
@@ -186,3 +186,22 @@ def test_a_table_of_a_page_is_replaced_between_its_marks() -> None:
     new = updated(page)
     assert "old" not in new and new.startswith("before\n") and new.endswith("<!-- /settings -->\n\nafter\n")
     assert "| `steps` | `1000` | an integer, at least 1 | training steps |" in new and updated(new) == new
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (None, "does not exist"),
+    ("<!-- settings:train -->\nown\n<!-- settings:teacher -->\n<!-- /settings -->\n", "settings:train --> has no line"),
+    ("<!-- settings:train -->\nown words\n", "settings:train --> has no line"),
+    ("own words\n<!-- /settings -->\n", "<!-- /settings --> ends no table"),
+    ("<!-- settings:freflow -->\n<!-- /settings -->\n", "did you mean 'freeflow'"),
+])
+def test_a_page_whose_tables_are_not_marked_rightly_stays(text, words, tmp_path, capsys):
+    page, fine = tmp_path / "page.md", tmp_path / "fine.md"
+    fine.write_text("<!-- settings:train -->\n<!-- /settings -->\n")
+    if text is not None:
+        page.write_text(text)
+    assert main([str(fine), str(page)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("settings_tables: error: ") and words in said and said.count("\n") == 1
+    assert text is None or page.read_text() == text
+    assert len(fine.read_text()) < 60
