@@ -26,7 +26,7 @@ from flowdistill.export.comfyui import COMFYUI_FILE
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.networks.storage import SIDECAR, find_stored
 from flowdistill.students.loading import load_student
-from flowdistill.utils.errors import UserError, listed
+from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import check_weight_file, local_path
 from flowdistill.utils.text import read_json_object, read_text
 
@@ -49,6 +49,8 @@ SECRETS = {
 STALE = (*INSIDE, f"/{CARD}")
 """Endings of files of an earlier upload that are removed where this one has not got them."""
 MOST_TEXT = 2**24
+BRANCH = re.compile(r"\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)
+"""Names of branches, which git takes too."""
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -85,6 +87,9 @@ def push(
             right to write there, or a repository that holds something else.
     """
     _check_name(repository)
+    if revision is not None and (not BRANCH.fullmatch(revision) or ".." in revision or revision.endswith(".lock")):
+        raise UserError(f"--revision {shown(revision)} is no name of a branch; give letters, digits, dots, dashes and "
+                        "slashes inside it, such as v2")
     folder, files = collect(source)
     total = sum(file.size for file in files)
     print(f"{folder}, as {repository}{'' if revision is None else f' ({revision})'}:")
@@ -97,7 +102,11 @@ def push(
     if constants.HF_HUB_OFFLINE:
         raise UserError("the hub's client is offline, because HF_HUB_OFFLINE is set; unset it to upload")
     api = HfApi(endpoint=constants.ENDPOINT)
-    if get_token() is None:
+    token = get_token()
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise UserError("the token for the hub (HF_TOKEN, or that of 'hf auth login') has characters that no token has; "
+                        "copy it anew")
+    if token is None:
         raise UserError("there is no token for the hub: run 'hf auth login', or set HF_TOKEN to a token with the right "
                         "to write")
     try:
@@ -242,7 +251,7 @@ def _tree(
         known = known or path.suffix.lower() in PICTURES and f"({name.as_posix()})" in text
         if any(_is_left(part) for part in name.parts):
             left.append(name.as_posix())
-        elif not known or path.is_symlink() or any(part.startswith(".") for part in name.parts):
+        elif not known or path.is_symlink() or not path.is_file() or not path.name.isprintable() or any(part.startswith(".") for part in name.parts):
             odd.append(name.as_posix())
         yield path.relative_to(folder).as_posix()
     if left:

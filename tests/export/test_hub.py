@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import types
@@ -187,6 +188,22 @@ def test_a_name_that_is_none(cli: Callable, one: Path, name: str) -> None:
     assert outcome.code == 2 and "is no name of a repository" in outcome.err
 
 
+@pytest.mark.parametrize("name", ["", "a b", "a..b", "/a", "a/", "a.lock", "-a", "a\nb", "a~1", "\xe9"])
+def test_a_branch_that_is_none(cli: Callable, one: Path, name: str) -> None:
+    outcome = cli("push", one, "me/x", "--dry-run", f"--revision={name}")
+    assert outcome.code == 2 and "is no name of a branch" in outcome.err and not outcome.out
+
+
+@pytest.mark.parametrize("token", ["\xe9", "hf_a b", "hf_a\tb"])
+def test_a_token_that_is_none(
+    cli: Callable, one: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    outcome = cli("push", one, "me/x")
+    assert outcome.code == 2 and "characters that no token has" in outcome.err and not hub.received
+    assert token not in outcome.err
+
+
 # --- what is refused here
 
 
@@ -210,7 +227,13 @@ def linked(folder: Path) -> None:
     (folder / "unet/more.json").symlink_to("/etc/hostname")
 
 
+def piped(folder: Path) -> None:
+    os.mkfifo(folder / "unet/more.json")
+
+
 REFUSED = {
+    "a pipe": (piped, "no part of it: unet/more.json"),
+    "two lines": (added("unet/a\nb.json", "{}"), "no part of it: unet/a"),
     "no export": (removed("model_index.json"), "is no export and no student"),
     "no weights": (removed(WEIGHTS), "unet has no weights"),
     "no network": (removed("unet"), "it has no folder unet"),
