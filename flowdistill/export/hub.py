@@ -104,8 +104,8 @@ def push(
     api = HfApi(endpoint=constants.ENDPOINT)
     token = get_token()
     if token is not None and not re.fullmatch("[!-~]+", token):
-        raise UserError("the token for the hub (HF_TOKEN, or that of 'hf auth login') has characters that no token has; "
-                        "copy it anew")
+        raise UserError("the token for the hub (HF_TOKEN, or that of 'hf auth login') has characters that no token "
+                        "has; copy it anew")
     if token is None:
         raise UserError("there is no token for the hub: run 'hf auth login', or set HF_TOKEN to a token with the right "
                         "to write")
@@ -251,7 +251,8 @@ def _tree(
         known = known or path.suffix.lower() in PICTURES and f"({name.as_posix()})" in text
         if any(_is_left(part) for part in name.parts):
             left.append(name.as_posix())
-        elif not known or path.is_symlink() or not path.is_file() or not path.name.isprintable() or any(part.startswith(".") for part in name.parts):
+        elif not (known and path.is_file() and not path.is_symlink() and path.name.isprintable()
+                  and not any(part.startswith(".") for part in name.parts)):
             odd.append(name.as_posix())
         yield path.relative_to(folder).as_posix()
     if left:
