@@ -121,12 +121,12 @@ class Report:
 
     def _check(self) -> None:
         """ValueError, TypeError or another error where what a file gave is not what a report has."""
-        for name, value in (("num_images", self.num_images), ("seed", self.seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} is {shown(value)}")
-        for name, value in (("features", self.features), ("reference", self.reference)):
-            if not isinstance(value, (str, type(None))):
-                raise ValueError(f"{name} is {shown(value)}")
+        for name, number in (("num_images", self.num_images), ("seed", self.seed)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ValueError(f"{name} is {shown(number)}")
+        for name, text in (("features", self.features), ("reference", self.reference)):
+            if not isinstance(text, (str, type(None))):
+                raise ValueError(f"{name} is {shown(text)}")
         if not isinstance(self.protocol, dict):
             raise ValueError(f"protocol is {shown(self.protocol)}")
         for row in self.rows:
