@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -344,7 +346,8 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"{target}: a diffusers pipeline\n")
     print(_usage(target))
-    print(f"# README.md is its model card; to upload both: flowdistill push {local_path(args.out_dir)} owner/name")
+    print("# README.md is its model card; to upload both: flowdistill push "
+          f"{shlex.quote(str(local_path(args.out_dir)))} owner/name")
     return 0
 
 
@@ -352,8 +355,10 @@ def _usage(pipeline: Path) -> str:
     """The lines of Python by which the card of an exported pipeline loads and calls it, for the folder it is in."""
     from flowdistill.utils.text import read_text
 
-    card = read_text(pipeline / "README.md")
-    return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(pipeline)).strip()
+    code = read_text(pipeline / "README.md").split("```python\n")[1].split("```")[0]
+    # JSON's texts are Python's, with the quotes that the card has.
+    return re.sub('"path/to/this/folder(/[^"]*)?"', lambda found: json.dumps(f"{pipeline}{found[1] or ''}"),
+                  code).strip()
 
 
 def _push(args: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard, constants
 
 from flowdistill import __version__
@@ -297,6 +298,19 @@ def test_a_run_that_measured_nothing_says_nothing_of_figures(cli: Callable, run:
     assert cli("export", run, tmp_path / "out").code == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "## Measured" not in text and "model-index" not in text and "samples.png" not in text
+
+
+def test_what_an_export_prints_can_be_run_whatever_its_folder_is_called(
+    cli: Callable, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / """it's "q" \\ and\ntwo lines \xe9"""
+    outcome = cli("export", run, folder)
+    assert outcome.code == 0, outcome.err
+    code, command = outcome.out.split("pipeline\n\n", 1)[1].split("# README.md is its model card; to upload both: ")
+    names: dict[str, object] = {}
+    exec(code.split("images =")[0], names)
+    assert isinstance(names["pipe"], DiffusionPipeline)
+    assert shlex.split(command) == ["flowdistill", "push", str(folder), "owner/name"]
 
 
 @pytest.mark.parametrize(("features", "kind"), [("inception", "fid"), ("digits", "frechet_distance")])
