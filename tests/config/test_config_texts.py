@@ -76,7 +76,7 @@ def toy_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     registry: Registry[Any] = Registry("method", package="no_methods", group="no methods")
     for config in (ToyConfig, OtherConfig, HostConfig):
         former = ("another",) if config is OtherConfig else ()
-        registry.register(config().name, *former)(types.SimpleNamespace(Config=config))
+        registry.register(config().name, *former)(type("Method", (), {"Config": config}))
     monkeypatch.setattr("flowdistill.config.loading.METHODS", registry)
 
 
