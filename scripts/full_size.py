@@ -130,8 +130,14 @@ def run(arguments: Sequence[str]) -> None:
 
 def logged_runs(folder: Path) -> list[list[dict[str, Any]]]:
     """The lines about speed of each metrics.jsonl of a run: of one student or of several, one after another."""
-    lines = ([json.loads(text) for text in read_lines(file)] for file in sorted(folder.rglob("metrics.jsonl")))
-    return [[line for line in one if "images_per_second" in line] for one in lines]
+    runs = []
+    for file in sorted(folder.rglob("metrics.jsonl")):
+        try:
+            lines = [json.loads(text) for text in read_lines(file)]
+            runs.append([line for line in lines if "images_per_second" in line])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} has a line that no run wrote ({error}); delete {folder}, and try again") from error
+    return runs
 
 
 def seconds_a_step(folder: Path, rows: int) -> float:
@@ -148,15 +154,24 @@ def seconds_a_step(folder: Path, rows: int) -> float:
 class Recorded:
     """full_size.json: what was found and measured, by name of the student."""
 
-    def __init__(self, out: Path, world: str, device: str) -> None:
+    def __init__(self, out: Path, options: argparse.Namespace) -> None:
         self.file = out / RECORD
-        name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
-        asked = {"world": world, "device": name, "torch": torch.__version__}
+        device = torch.device(options.device)
+        # With other minutes or overrides the table would say the steps of one command and the figures of another.
+        asked = {
+            "world": options.world,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "minutes": [options.teacher_minutes, options.student_minutes],
+            "tiny": options.tiny,
+            "overrides": options.overrides,
+        }
         with disk_errors(str(out)):
             out.mkdir(parents=True, exist_ok=True)
         found = read_json_object(self.file) if self.file.is_file() else {}
         if found and found.get("asked") != asked:
-            raise UserError(f"{self.file} is of {found.get('asked')}, and this is {asked}; name another --out")
+            raise UserError(f"{self.file} is of {found.get('asked')}, and this is {asked}; give the same, or name "
+                            "another --out")
         self.values: dict[str, Any] = found or {"asked": asked, "students": {}}
 
     def student(self, name: str) -> dict[str, Any]:
@@ -225,7 +240,7 @@ def full_size(options: argparse.Namespace) -> None:
         config = load_config(student_configs(world)[name], overrides)
         if config.evaluation.features is not None:
             load_features(config.evaluation.features, "cpu")
-    record = Recorded(out, options.world, options.device)
+    record = Recorded(out, options)
     run(teacher_command(world, out, options.device, options.teacher_minutes, options.tiny))
     made = read_json_object(out / "teacher" / world.pipeline / "flowdistill.json")
     seconds = made.get("training_seconds", made.get("training_cpu_seconds"))

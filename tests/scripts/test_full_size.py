@@ -16,6 +16,7 @@ from flowdistill.evaluation.report import Report, Row
 from flowdistill.teachers import load_teacher
 from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator, method_class
+from flowdistill.utils.errors import UserError
 from scripts import full_size
 from tests.families import PROMPTS, stable_diffusion
 from tests.other_device import other_device, waits
@@ -110,8 +111,13 @@ def test_steps_fill_the_time_and_the_same_command_goes_on(tmp_path, monkeypatch,
     runs.commands.clear()
     assert full_size.main(command) == 0
     assert len(runs.commands) == 2 and runs.commands[1] == student  # no second trial
-    assert full_size.main(["fashion", *command[1:]]) == 2
-    assert "is of {'world': 'emoji'" in capsys.readouterr().err
+    for other in (["fashion", *command[1:]], [*command, "--student-minutes", "2"], [*command, "train.batch_size=8"]):
+        assert full_size.main(other) == 2
+        assert "is of {'world': 'emoji'" in capsys.readouterr().err
+    (tmp_path / "dmd2" / "metrics.jsonl").write_text('{"images_per_second": 1}\n{"ima\n')
+    runs.commands.clear()
+    with pytest.raises(UserError, match="metrics.jsonl has a line that no run wrote"):
+        full_size.logged_runs(tmp_path / "dmd2")
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
