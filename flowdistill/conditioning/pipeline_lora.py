@@ -50,14 +50,16 @@ def base_lora(config: TeacherConfig) -> BaseLora | None:
     return None if config.lora is None else BaseLora(config.lora, config.lora_scale)
 
 
-def with_lora(source: str, lora: BaseLora | None) -> str:
-    """A model in words: where it was loaded from, and the LoRA that is part of its weights."""
-    return source if lora is None else f"{source} with the LoRA {lora}"
+def with_parts(source: str, lora: BaseLora | None, vae: str | None) -> str:
+    """A model in words: where it was loaded from, the LoRA in its weights, and the autoencoder in the place of its own.
+    """
+    parts = ([] if lora is None else [f"the LoRA {lora}"]) + ([] if vae is None else [f"the autoencoder {vae}"])
+    return f"{source} with {' and '.join(parts)}" if parts else source
 
 
 def teacher_in_words(config: TeacherConfig) -> str:
     """The same of a teacher's settings."""
-    return with_lora(config.source, base_lora(config))
+    return with_parts(config.source, base_lora(config), config.vae)
 
 
 def check_takes_lora(kind: str, source: str) -> None:

@@ -14,7 +14,7 @@ from flowdistill.utils.files import local_path
 from flowdistill.utils.text import JsonObject, parse_yaml, read_text
 
 CONFIG = "config.yaml"
-TEACHER_PATHS = ("source", "lora", "prompts", "start")
+TEACHER_PATHS = ("source", "lora", "vae", "prompts", "start")
 
 
 def run_settings(folder: str | os.PathLike[str]) -> JsonObject:

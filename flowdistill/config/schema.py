@@ -156,6 +156,9 @@ class TeacherConfig:
     labels: list[int] | None = option(None, "class labels to draw from in training; null: all", at_least=0)
     variant: str | None = option(None, "weight files such as fp16, where a model has them; null: those without a "
                                        "variant, or a model's only one", pattern=r"[A-Za-z0-9_-]+")
+    vae: str | None = option(None, "autoencoder in the place of the pipeline's own: a folder or hub id (with or "
+                                   "without subfolder vae), such as stabilityai/sd-vae-ft-mse or "
+                                   "madebyollin/sdxl-vae-fp16-fix; null: the pipeline's own")
     start: str | None = option(None, "student (run or folder) whose network students start as; null: the teacher's own")
     lora: str | None = option(None, "text to image: LoRA that is made part of the weights, so that the teacher is a "
                                     "fine-tune: a .safetensors file, a folder or a hub id")

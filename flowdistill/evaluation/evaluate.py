@@ -549,10 +549,11 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         student = load_student(folder).to(device)
         info = student.info
         lora = {} if info.base_lora is None else {"lora": info.base_lora.source, "lora_scale": info.base_lora.scale}
-        section = teacher_found_again({"source": info.base_model, **lora}, folder)
+        vae = {} if info.base_vae is None else {"vae": info.base_vae.source}
+        section = teacher_found_again({"source": info.base_model, **lora, **vae}, folder)
         # A student is complete without its teacher: when that has moved, its rows are left out.
-        found = with_teacher and info.base_model and local_path(section["source"]).is_dir() and (
-            not lora or local_path(section["lora"]).exists())
+        found = with_teacher and info.base_model and local_path(section["source"]).is_dir() and all(
+            local_path(section[key]).exists() for key in ("lora", "vae") if key in section)
         return _Subject(name, _load_teacher(section, device) if found else None, student)
     if (student := exported_student(folder, device)) is not None:
         return _Subject(name, student=student)

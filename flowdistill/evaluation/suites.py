@@ -30,6 +30,8 @@ from flowdistill.data.image_sets import batches_of
 from flowdistill.evaluation.generation import Sampler
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
+from flowdistill.teachers.autoencoder import BaseVae
+from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import atomic_write, local_path
 from flowdistill.utils.hashing import json_sha256, module_sha256
@@ -315,9 +317,16 @@ def _facts(
 ) -> JsonObject:
     """What decides the images."""
     networks = model.networks if isinstance(model, Student) else [model.network]
-    weights = [module_sha256(network) for network in networks] + [module_sha256(model.codec)]
+    weights: list[object] = [module_sha256(network) for network in networks] + [module_sha256(model.codec)]
+    if isinstance(model.codec, VaeCodec) and _vae_of(model) is not None:  # whose weights may be scaled in two ways
+        codec = model.codec
+        weights += [codec.scale, codec.shift, codec.mean.flatten().tolist(), codec.std.flatten().tolist()]
     return {"suite": name, "prompts_sha256": json_sha256([[prompt.text, prompt.place] for prompt in prompts]),
             "weights_sha256": json_sha256(weights), "seed": seed, **how}
+
+
+def _vae_of(model: Teacher | Student) -> BaseVae | None:
+    return model.info.base_vae if isinstance(model, Student) else model.vae
 
 
 def _begin(folder: Path, beside: Path, facts: JsonObject) -> None:

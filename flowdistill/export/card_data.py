@@ -172,7 +172,9 @@ def write_card(folder: Path, text: str, student: Student, calls: int, library: s
     info = student.info
     license = {key: value for key in LICENSE_KEYS if (value := getattr(data, key, None)) is not None}
     base = portable_path(info.base_model) or "the teacher"
-    save_card(folder, data, text + about_license(license, base) + about_paper(info.method) + about_version())
+    vae = "" if info.base_vae is None else (
+        f"\nThe autoencoder in this folder is `{portable_path(info.base_vae.source)}`, whose licence applies too.\n")
+    save_card(folder, data, text + about_license(license, base) + vae + about_paper(info.method) + about_version())
 
 
 def save_card(folder: Path, data: ModelCardData, text: str) -> None:

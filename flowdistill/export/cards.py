@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowdistill.conditioning.pipeline_lora import with_lora
+from flowdistill.conditioning.pipeline_lora import with_parts
 from flowdistill.export.prompt_pipelines import stock_pipeline
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
@@ -54,7 +54,8 @@ def origin(student: Student) -> str:
     info = student.info
     base, lora = portable_path(info.base_model) or "a diffusers pipeline", info.base_lora
     if lora is not None:
-        base = with_lora(base, lora._replace(source=portable_path(lora.source)))
+        lora = lora._replace(source=portable_path(lora.source))
+    base = with_parts(base, lora, None if info.base_vae is None else portable_path(info.base_vae.source))
     return f"Distilled with {info.method or 'flowdistill'} from {base}."
 
 

@@ -22,6 +22,8 @@ from flowdistill.conditioning.pipeline_lora import FILE
 from flowdistill.networks.backbones.base import BaseVersion, PipelineFacts
 from flowdistill.paths.native_path import NativePath
 from flowdistill.students.steps import Steps
+from flowdistill.teachers.autoencoder import BaseVae
+from flowdistill.utils.files import portable_path
 
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """A second file, beside diffusers', where the names differ."""
@@ -145,6 +147,12 @@ def sampling(path: NativePath, steps: Steps, native: list[float], table: int | N
         if abs(native[0] - evenly[0]) < WHOLE:
             start *= (1 + levels[0] ** -2) ** 0.5
     return Sampling(sampler, "simple" if even else None, (*levels, 0.0), start)
+
+
+def with_vae(vae: BaseVae | None) -> str:
+    """Words behind a base model's name for an autoencoder in the place of its own; empty without one."""
+    return "" if vae is None else (f", with the autoencoder `{portable_path(vae.source)}` in the place of its own (its "
+                                   "weights in `models/vae`, node `VAELoader`),")
 
 
 def about_comfyui(file: str | None, found: Sampling | None, base: str, more: str = "") -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowdistill.conditioning.pipeline_lora import FILE, BaseLora
 from flowdistill.export.cards import origin
-from flowdistill.export.comfyui import about_comfyui, sampling, write_lora
+from flowdistill.export.comfyui import about_comfyui, sampling, with_vae, write_lora
 from flowdistill.export.few_step import StockSteps, native_times
 from flowdistill.export.prompt_pipelines import size_arguments, stock_pipeline
 from flowdistill.export.time_fold import TimeFold
@@ -98,7 +98,7 @@ def _write(student: Student, folder: Path, tensors: Mapping[str, Tensor], steps:
         usage_hint=f"{calls}, cfg 1.0{sampler}, strength 1.0",
     )
     more = "Set the node `FluxGuidance` to 1.0, as this network was trained." if guided else ""
-    return about_comfyui(file, found, f"`{base}`", more)
+    return about_comfyui(file, found, f"`{base}`{with_vae(student.info.base_vae)}", more)
 
 
 def _use(student: Student, scheduler: str, steps: str) -> str:
@@ -110,11 +110,15 @@ def _use(student: Student, scheduler: str, steps: str) -> str:
     loaded = name if family.pipelines[student.prompts.text.pipeline_class].exported_as else "DiffusionPipeline"
     guided = family.takes_guidance(student.network.velocity.backbone)
     guidance = "guidance_scale=1, " if guided else f"{facts.no_guidance}, " if facts.no_guidance else ""
+    base, vae = portable_path(student.info.base_model), student.info.base_vae
     fused, other = _base_lora(student.info.base_lora, getattr(diffusers, name))
+    imports = [] if vae is None else [vae.kind]
+    own = "" if vae is None else f", vae={vae.code()}"
+    imports += [loaded, scheduler.partition("(")[0].partition(".")[0]]
     return (
         f"\n`{FILE}` is the same student as a LoRA of its teacher:\n\n"
-        f"```python\nfrom diffusers import {loaded}, {scheduler.partition('(')[0].partition('.')[0]}\n\n"
-        f'pipe = {loaded}.from_pretrained("{portable_path(student.info.base_model)}")\n'
+        f"```python\nfrom diffusers import {', '.join(imports)}\n\n"
+        f'pipe = {loaded}.from_pretrained("{base}"{own})\n'
         f"{fused}pipe.scheduler = {scheduler}\n"
         'pipe.load_lora_weights("path/to/this/folder")\n'
         f'images = pipe("a prompt", {steps}, {guidance}{size_arguments(student)}).images\n```\n'

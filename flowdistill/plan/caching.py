@@ -22,6 +22,7 @@ from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.plan.images import Images, images_of
 from flowdistill.plan.meta_teacher import Architecture, meta_teacher, read_architecture
 from flowdistill.teachers import Teacher
+from flowdistill.teachers.autoencoder import checked_autoencoder
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import DTYPES, bank_settings, models_of, pipeline_folder
 from flowdistill.teachers.real_data import RealData, latents_mode
@@ -106,8 +107,11 @@ def _without_network(
     settings = config.teacher
     codec: PixelCodec | VaeCodec = PixelCodec()
     if isinstance(shaped.codec, VaeCodec):
-        kind = models_of(folder)["vae"]
-        codec = VaeCodec(load_model(folder / "vae", kind, DTYPES[settings.dtype], settings.variant))
+        if settings.vae is None:
+            vae = load_model(folder / "vae", models_of(folder)["vae"], DTYPES[settings.dtype], settings.variant)
+        else:
+            vae = checked_autoencoder(settings, folder).load(DTYPES[settings.dtype], settings.variant)
+        codec = VaeCodec(vae)
     classes = shaped.classes
     if classes is not None and settings.labels is not None:
         classes = classes.restricted(settings.labels)

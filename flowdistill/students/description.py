@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from flowdistill.conditioning.pipeline_lora import with_lora
+from flowdistill.conditioning.pipeline_lora import with_parts
 from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 
@@ -12,7 +12,8 @@ from flowdistill.teachers.codec import VaeCodec
 def describe(student: Student) -> str:
     """What a student is, where it comes from and what it takes, one fact a line."""
     info, networks = student.info, student.networks
-    origin = f", distilled from {with_lora(info.base_model, info.base_lora)}" if info.base_model else ""
+    vae = None if info.base_vae is None else info.base_vae.source
+    origin = f", distilled from {with_parts(info.base_model, info.base_lora, vae)}" if info.base_model else ""
     latents = "latents of an autoencoder" if isinstance(student.codec, VaeCodec) else "pixels in [-1, 1]"
     lines = [
         f"student       {student.kind.replace('_', ' ')}, by {info.method or 'an unknown method'}{origin}",

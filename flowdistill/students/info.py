@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowdistill.conditioning.pipeline_lora import BaseLora
+from flowdistill.teachers.autoencoder import BaseVae
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StudentInfo:
         settings: the method's own settings, for the record.
         base_lora: the LoRA that was part of the teacher's weights; None where there was none.
         base_quantize: what the teacher's weights were kept in (``teacher.quantize``); None: in their own type.
+        base_vae: the autoencoder in the place of the teacher's pipeline's own (``teacher.vae``); None: its own.
     """
 
     method: str = ""
@@ -29,3 +31,4 @@ class StudentInfo:
     settings: dict[str, Any] = field(default_factory=dict)
     base_lora: BaseLora | None = None
     base_quantize: str | None = None
+    base_vae: BaseVae | None = None

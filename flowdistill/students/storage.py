@@ -19,6 +19,7 @@ from flowdistill.conditioning.text_encoders import TextEncoders
 from flowdistill.networks.storage import SIDECAR, find_stored, read_network, write_network
 from flowdistill.networks.velocity import ExtendedVelocity
 from flowdistill.students.info import StudentInfo
+from flowdistill.teachers.autoencoder import BaseVae
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder
@@ -71,6 +72,8 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
             description["base_lora"] = info.base_lora._asdict()
         if info.base_quantize is not None:
             description["base_quantize"] = info.base_quantize
+        if info.base_vae is not None:
+            description["base_vae"] = info.base_vae._asdict()
         (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,7 +99,7 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
     folder = without_marks(folder)
     network, scheduler = read_network(folder, description)
     family, backbone = network.velocity.family, network.velocity.backbone
-    guidance, lora = description["guidance_range"], description.get("base_lora")
+    guidance, lora, vae = (description.get(key) for key in ("guidance_range", "base_lora", "base_vae"))
     info = StudentInfo(
         method=description["method"],
         base_model=description["base_model"],
@@ -105,6 +108,7 @@ def read_student(folder: Path, description: dict[str, Any]) -> StudentParts:
         settings=description["settings"],
         base_lora=None if lora is None else BaseLora(**lora),
         base_quantize=description.get("base_quantize"),
+        base_vae=None if vae is None else BaseVae(**vae),
     )
     classes = family.labels(backbone, description["null_label"])
     if classes is not None and description.get("labels") is not None:

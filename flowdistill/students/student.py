@@ -77,7 +77,7 @@ class Student(nn.Module, ABC):
     @classmethod
     def around(cls, network: nn.Module, teacher: Teacher, t_start: float, info: StudentInfo) -> Self:
         """A student of ``teacher`` around ``network``."""
-        info = replace(info, base_lora=teacher.lora, base_quantize=teacher.quantize)
+        info = replace(info, base_lora=teacher.lora, base_quantize=teacher.quantize, base_vae=teacher.vae)
         return cls(network, teacher.shape, t_start, teacher.codec, teacher.classes, info, teacher.scheduler,
                    teacher.prompts)
 

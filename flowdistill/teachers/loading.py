@@ -37,6 +37,7 @@ from flowdistill.objectives.guidance import NORMS
 from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS, VP_SCHEDULERS, NativePath, path_from_scheduler
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler
+from flowdistill.teachers.autoencoder import Found, checked_autoencoder, own_class
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
@@ -86,10 +87,14 @@ def load_teacher(
     words = weights if config.text_encoder_dtype is None else _dtype(config.text_encoder_dtype)
     pipeline: Any
     lora: PipelineLora | None = None
+    vae: Found | None = None
     if live is not None:
         if config.lora is not None:
             raise UserError("teacher.lora is for a pipeline folder or a hub id; a live pipeline, whose own weights are "
                             "used, takes it by load_lora_weights, fuse_lora and unload_lora_weights")
+        if config.vae is not None:
+            raise UserError("teacher.vae is for a pipeline folder or a hub id; a live pipeline takes another "
+                            "autoencoder as pipeline.vae")
         for key in ("text_encoder_dtype", "text_encoder_device", "text_encoder_quantize"):
             if getattr(config, key) is not None:
                 raise UserError(f"teacher.{key} is for a pipeline folder or a hub id; a live pipeline's text encoders "
@@ -109,7 +114,11 @@ def load_teacher(
         file = None if config.lora is None else find_lora(config.lora)  # the errors before the work
         if file is not None:
             check_takes_lora(read_json_object(folder / INDEX)["_class_name"], name)
-        pipeline, scheduler, recorded = _load_pipeline(folder, weights, config.variant)
+        given = {}
+        if config.vae is not None:
+            vae = checked_autoencoder(config, folder)
+            given["vae"] = vae.load(weights, config.variant)
+        pipeline, scheduler, recorded = _load_pipeline(folder, weights, config.variant, **given)
         if file is not None:
             network = _named_backbone(pipeline)
             lora = read_lora(file, config.lora_scale, type(pipeline), *network)
@@ -134,6 +143,10 @@ def load_teacher(
             lora.fuse(component, again)
         return again
 
+    def own_codec() -> VaeCodec:
+        assert folder is not None
+        return VaeCodec(load_model(folder / "vae", own_class(folder), weights, config.variant))
+
     parts = Parts(_backbone(pipeline), _codec(pipeline), scheduler or pipeline.scheduler, texts, whole)
     teacher = assemble(parts, config, name, device, prepare)
     if not known and teacher.classes is not None and teacher.classes.null_label is None:
@@ -147,6 +160,8 @@ def load_teacher(
         raise UserError(f"teacher.offload is '{config.offload}'; allowed are {', '.join(PARTS)}")
     teacher.offload = config.offload
     teacher.lora, teacher.quantize = base_lora(config), config.quantize
+    if vae is not None:
+        teacher.vae, teacher.own_codec = vae.record, own_codec
     if config.start is not None:
         teacher.start = _start(config.start, teacher)
     return teacher if device is None else teacher.to(device)
@@ -447,7 +462,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None = None, 
 
 
 def _load_pipeline(
-    folder: Path, dtype: torch.dtype, variant: str | None
+    folder: Path, dtype: torch.dtype, variant: str | None, **given: Any
 ) -> tuple[DiffusionPipeline, Scheduler, JsonObject]:
     index = read_json_object(folder / INDEX)
     # Read the scheduler as written: some pipelines (DDIMPipeline) rebuild theirs as another class when loaded.
@@ -457,7 +472,7 @@ def _load_pipeline(
     absent = {name: None for name, value in index.items()
               if isinstance(value, list) and (is_text(name) or name in UNUSED)}
     # With its scheduler, whose class diffusers looks for in the wrong place where it is a deprecated one.
-    pipeline = load_pipeline(folder, dtype, variant, scheduler=scheduler, **absent)
+    pipeline = load_pipeline(folder, dtype, variant, scheduler=scheduler, **absent, **given)
     return pipeline, _of_pipeline(scheduler, pipeline), recorded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import VelocityNetwork, per_sample
 from flowdistill.paths.native_path import NativePath
 from flowdistill.paths.scheduler_protocol import Scheduler
+from flowdistill.teachers.autoencoder import BaseVae
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
@@ -46,6 +47,8 @@ class Teacher:
             ``flowdistill.objectives.guidance.NORMS``; None: what the pipeline does.
         start: a velocity network that students start as instead of this one, maybe of another architecture.
         lora: the LoRA of a user's that is part of the weights; None where there is none.
+        vae: the record of the autoencoder in the place of the pipeline's own, ``codec``'s; None: it is its own.
+        own_codec: with ``vae``, loads the pipeline's own autoencoder.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Teacher:
         self.guidance_norm: str | None = None
         self.offload = "none"
         self.lora: BaseLora | None = None
+        self.vae: BaseVae | None = None
+        self.own_codec: Callable[[], VaeCodec] | None = None
         self.quantize: str | None = None
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
         self.offload_hook: OffloadHook | None = None
@@ -113,6 +118,11 @@ class Teacher:
         else:
             self.codec.to(device)
         return self
+
+    def take_autoencoder(self, other: Teacher) -> None:
+        """Put the autoencoder of ``other``, a teacher with the same latents, in the place of one's own; both share it.
+        """
+        self.codec, self.vae, self.own_codec = other.codec, other.vae, None
 
     def release(self) -> None:
         """Free the device of a network that only visits it; nothing may want a gradient through it any more."""
@@ -425,6 +435,7 @@ class Teacher:
             *self._describe_codes(network),
             *([] if self.lora is None else [f"LoRA          {self.lora}, part of the weights"]),
             f"sample        {sample}, {latents}",
+            *([] if self.vae is None else [f"autoencoder   {self.vae.source}, in the place of the pipeline's own"]),
             f"path          {kinds.get(path.kind, path.kind)}, predicts {path.prediction}, from {path.scheduler_name}",
             f"times         t = sigma / (alpha + sigma) from {path.t_max:.4f} (prior) to {path.t_min:.4f} (data)",
             "timesteps     continuous: the network's sinusoidal embedding takes non-integer timesteps",
