@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flowdistill.teachers.codec import VaeCodec
+from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import indexed_noise
@@ -21,7 +21,8 @@ SAME_IMAGE = 0.02  # mean difference of pixels in [0, 1]
 def check_pair(teacher: Teacher, student: Teacher) -> None:
     """UserError unless both are Stable Diffusion pipelines with one text encoder and one latent space between them.
 
-    Equal up to rounding is good enough, with a warning; schedules and prediction types may differ.
+    Equal up to rounding is good enough, with a warning; schedules and prediction types may differ. Of a teacher with
+    another autoencoder (``teacher.vae``), which both then have, the student's own may be like the one before or after.
     """
     for role, model in (("teacher.source", teacher), ("method.student", student)):
         kind = None if model.prompts is None else model.prompts.text.pipeline_class
@@ -56,22 +57,28 @@ def _other_text(teacher: Teacher, student: Teacher, how: str) -> UserError:
 
 
 def _check_latents(teacher: Teacher, student: Teacher) -> None:
-    problem = None
-    one, other = teacher.codec, student.codec
     if teacher.shape != student.shape:
-        problem = f"latents of {_size(student)} and {_size(teacher)}"
-    elif not isinstance(one, VaeCodec) or not isinstance(other, VaeCodec):
-        problem = "one of them has no autoencoder" if type(one) is not type(other) else None
-    elif _difference(one.vae.state_dict(), other.vae.state_dict()) != 0 or (one.scale, one.shift) != (
-        other.scale, other.shift,
-    ):
-        latents = indexed_noise(teacher.shape, 0, range(1)).to(teacher.device)
-        apart = (one.decode(latents) - other.to(teacher.device).decode(latents)).abs().mean().item()
-        if apart > SAME_IMAGE:
-            problem = f"the same latents become images {apart:.2f} apart"
+        problem: str | None = f"latents of {_size(student)} and {_size(teacher)}"
+    else:
+        problem = _codecs_apart(teacher, teacher.codec, student.codec)
+        if problem is not None and teacher.own_codec is not None:  # another decoder of the latents that both have
+            problem = _codecs_apart(teacher, teacher.own_codec().to(teacher.device), student.codec)
     if problem is not None:
         raise UserError(f"method.student {student.source} has another latent space than the teacher {teacher.source} "
                         f"({problem}); give a student with the teacher's autoencoder")
+
+
+def _codecs_apart(teacher: Teacher, one: PixelCodec | VaeCodec, other: PixelCodec | VaeCodec) -> str | None:
+    """How two codecs show that their latents are not the same; None: they are."""
+    if not isinstance(one, VaeCodec) or not isinstance(other, VaeCodec):
+        return "one of them has no autoencoder" if type(one) is not type(other) else None
+    if _difference(one.vae.state_dict(), other.vae.state_dict()) == 0 and (one.scale, one.shift) == (
+        other.scale, other.shift,
+    ):
+        return None
+    latents = indexed_noise(teacher.shape, 0, range(1)).to(teacher.device)
+    apart = (one.decode(latents) - other.to(teacher.device).decode(latents)).abs().mean().item()
+    return f"the same latents become images {apart:.2f} apart" if apart > SAME_IMAGE else None
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:

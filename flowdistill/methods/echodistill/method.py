@@ -81,6 +81,8 @@ class EchoDistill(Method):
         except UserError as error:
             raise UserError(f"method.student cannot be the student: {error}") from error
         check_pair(teacher, self.source)
+        if teacher.vae is not None:
+            self.source.take_autoencoder(teacher)
         start = one_step_time(self.source)
         step = (config.token_lr or config.teacher_optimizer.lr) / config.teacher_optimizer.lr
         with teacher.prompts.text.opened(torch.device("cpu")) as text:
@@ -261,7 +263,8 @@ class EchoDistill(Method):
         return self._student if network is None else self._student.with_network(network)
 
     def to(self, device: torch.device | str) -> EchoDistill:
-        for part in (self.teacher, self.source, self._student, self.feature_networks, self.concept, self.kept):
+        # The teacher last: an autoencoder that it shares with the student rests where the teacher's settings say.
+        for part in (self.source, self._student, self.teacher, self.feature_networks, self.concept, self.kept):
             part.to(device)
         for role in self._roles.values():
             role.network.to(device)

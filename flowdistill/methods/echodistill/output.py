@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowdistill.export.card_data import LICENSE_KEYS, about_license, about_paper, about_version, card_data, save_card
-from flowdistill.export.comfyui import COMFYUI_FILE
+from flowdistill.export.comfyui import COMFYUI_FILE, with_vae
 from flowdistill.methods.echodistill.student import load_adapted_pipeline, one_step_pipeline, save_adaptation
 from flowdistill.utils.files import portable_path
 from flowdistill.utils.images import save_grid, save_images
@@ -39,7 +39,8 @@ def publish(method: EchoDistill, folder: Path) -> None:
         "student": (config.student, 1, 0.0, "1 step, guidance off"),
     }
     for name, (base, steps, guidance, words) in models.items():
-        pipeline = load_adapted_pipeline(base, folder / name)
+        vae = method.teacher.vae  # of both
+        pipeline = load_adapted_pipeline(base, folder / name, vae=None if vae is None else vae.source)
         pipeline = one_step_pipeline(pipeline) if name == "student" else pipeline
         images = _pictures(method, pipeline.to(method.teacher.device), steps, guidance)
         columns = len(images) // PER_PROMPT
@@ -79,7 +80,13 @@ def _card(
         'pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")\n'
         if name == "student" else ""
     )
+    vae = method.teacher.vae
     imports = "DiffusionPipeline, EulerDiscreteScheduler" if trailing else "DiffusionPipeline"
+    imports = imports if vae is None else f"{vae.kind}, {imports}"
+    own = "" if vae is None else f", vae={vae.code(_from_here(vae.source))}"
+    decoded = "" if vae is None else (f"- The autoencoder is `{portable_path(vae.source)}`, in the place of the base "
+                                      "model's own.\n")
+    loaded = f"`{portable_path(base)}`{with_vae(vae)}"
     height, width = method.student().prompts.image_size
     shown = "\n".join(f"![image](image_{i}.png) `{prompt}`\n" for i, prompt in enumerate(prompts))
     call = f"num_inference_steps={steps}, guidance_scale={guidance}, height={height}, width={width}"
@@ -96,13 +103,13 @@ A LoRA (`pytorch_lora_weights.safetensors`) and a word (`learned_embeds.safetens
 - The new word is `{config.placeholder_token}`; it began as `{config.initializer_token}`.
 - Trained on {count} pictures with prompts such as `{config.instance_prompt}`.
 - Sample with {words}.
-
+{decoded}
 In the folder in which the run was started:
 
 ```python
 from diffusers import {imports}
 
-pipe = DiffusionPipeline.from_pretrained("{here}")
+pipe = DiffusionPipeline.from_pretrained("{here}"{own})
 {trailing}pipe.load_lora_weights("{adapters}")
 pipe.load_textual_inversion("{adapters}/learned_embeds.safetensors")
 image = pipe({json.dumps(prompts[0], ensure_ascii=False)}, {call}).images[0]
@@ -114,7 +121,7 @@ All pictures of a prompt in a column: [validation.png](validation.png)
 ## ComfyUI
 
 Copy `{COMFYUI_FILE}` to ComfyUI's `models/loras`, and `learned_embeds.safetensors` to `models/embeddings`, under a name
-of its own: in a prompt `embedding:` and that name stand for the word. Load `{portable_path(base)}` and behind it the
+of its own: in a prompt `embedding:` and that name stand for the word. Load {loaded} and behind it the
 LoRA at strength 1.0{comfyui}.
 """
     data = card_data(method.name, base, library="diffusers", pipeline_tag="text-to-image", tags=TAGS,

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowdistill.conditioning.components import LOADING_ERRORS
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
-from flowdistill.config import found_again
+from flowdistill.config import TeacherConfig, found_again
 from flowdistill.export.comfyui import write_lora
 from flowdistill.methods.echodistill.adaptation import adapted_tensors
 from flowdistill.methods.echodistill.token import TokenEncoder, TokenPrompts
@@ -29,6 +29,7 @@ from flowdistill.networks.storage import SIDECAR
 from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.students.generator import Generator, generated
 from flowdistill.students.student import Student, StudentInfo
+from flowdistill.teachers.autoencoder import BaseVae, checked_autoencoder
 from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
@@ -76,16 +77,22 @@ class ConceptStudent(Student):
             "prompts": self.prompts.prompts,
             "settings": self.info.settings,
         }
+        if self.info.base_vae is not None:
+            description["base_vae"] = self.info.base_vae._asdict()
         save_adaptation(local_path(folder), self.network.velocity, self.prompts.encoder, description)
 
     @classmethod
     def load(cls, folder: Path, description: JsonObject, resident: int | None = None) -> Generator:
         """The student of a folder that :meth:`save` has written: its LoRA becomes part of the weights."""
-        pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder)
+        recorded = description.get("base_vae")
+        vae = None if recorded is None else BaseVae(**recorded)
+        place = None if vae is None else found_again(vae.source, folder)
+        pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder, vae=place)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         base = load_teacher(pipeline, image_size=description["image_size"])
         info = StudentInfo(description["method"], description["base_model"], settings=description["settings"])
+        base.vae = vae
         student = Generator.around(ExtendedVelocity(base.network), base, one_step_time(base), info)
         prompts = description["prompts"]
         if prompts and student.prompts is not None:
@@ -109,8 +116,11 @@ def save_adaptation(
             (partial / SIDECAR).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.float32, vae: str | None = None) -> Any:
     """The base pipeline, a Stable Diffusion one, with LoRA and word of ``folder``, by diffusers' own loaders.
+
+    Args:
+        vae: the autoencoder in the place of the pipeline's own, a folder or a hub id; None: its own.
 
     Raises:
         UserError: the base model is not there, or the files do not fit it.
@@ -120,8 +130,14 @@ def load_adapted_pipeline(base: str, folder: Path, dtype: torch.dtype = torch.fl
         raise UserError(f"{folder} holds changes to the model {base}, which is not there; run this where it is")
     for file in folder.glob("*.safetensors"):
         check_weight_file(file)
-    pipeline = load_pipeline(pipeline_folder(base), dtype, safety_checker=None, feature_extractor=None,
-                             requires_safety_checker=False)
+    given: JsonObject = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    source = pipeline_folder(base)
+    if vae is not None:
+        try:
+            given["vae"] = checked_autoencoder(TeacherConfig(base, vae=vae), source).load(dtype)
+        except UserError as error:
+            raise UserError(f"{folder} was trained with an autoencoder in the place of {base}'s: {error}") from error
+    pipeline = load_pipeline(source, dtype, **given)
     try:
         with quiet_libraries():
             pipeline.load_lora_weights(folder)
