@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from flowdistill.config import needs, option
 from flowdistill.methods.echodistill.judge import Judge
 from flowdistill.training.snapshots import WeightSnapshots
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, disk_errors
-from flowdistill.utils.images import save_grid
+from flowdistill.utils.files import atomic_folder, atomic_write, disk_errors
+from flowdistill.utils.images import save_grid, save_images
 from flowdistill.utils.logging import say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.text import JsonObject
@@ -32,6 +32,7 @@ FOLDER = "echo"
 VALIDATION_SEED = 77_001
 POOL_SEED = 88_001
 SHOWN = 64
+METADATA = "metadata.jsonl"
 
 
 @dataclass
@@ -69,6 +70,13 @@ class Pool(NamedTuple):
     prompts: Tensor
 
 
+class Scores(NamedTuple):
+    """The judge's two scores, each (N,), of a round's pictures."""
+
+    levels: Tensor
+    margins: Tensor
+
+
 class EchoStage:
     """When a round begins and ends, and what it leaves behind in ``echo/`` of the run folder.
 
@@ -77,6 +85,7 @@ class EchoStage:
         sample: (``"student"`` or ``"teacher"``, numbers of prompts (B,), seed) -> latents and pictures on the CPU.
         tensors: everything that trains, by name, to take a round back.
         prompts: their numbers (M,).
+        texts: every prompt with the new word, by its number.
     """
 
     def __init__(
@@ -86,8 +95,9 @@ class EchoStage:
         sample: Callable[[str, Tensor, int], tuple[Tensor, Tensor]],
         tensors: Callable[[], Mapping[str, Tensor]],
         prompts: Tensor,
+        texts: Sequence[str],
     ) -> None:
-        self.config, self.sample, self.tensors, self.prompts = config, sample, tensors, prompts
+        self.config, self.sample, self.tensors, self.prompts, self.texts = config, sample, tensors, prompts, texts
         self._make_judge = judge
         self._judge: Judge | None = None
         self.history: list[JsonObject] = []
@@ -158,14 +168,15 @@ class EchoStage:
             before = self.measure()
             which = self._numbers(self.config.num_samples)
             latents, images = self.sample("student", which, POOL_SEED + number)
-            kept, figures = self.choose(images, latents, which)
+            scores = Scores(self.judge.levels(images), self.judge.margins(latents, which))
+            kept, figures = self.choose(scores)
             content = {"images": images[kept].contiguous(), "prompts": which[kept].contiguous()}
             with disk_errors(str(self._file(number, folder))), atomic_write(self._file(number, folder)) as output:
                 output.write(save(content))
             if len(kept):
                 save_grid(images[kept[:SHOWN]], self._file(number, folder).with_suffix(".png"))
-            separation = {name: value if math.isfinite(value) else None  # infinity is no JSON
-                          for name, value in asdict(self.judge.separation).items()}
+            self._show(self._file(number, folder).with_suffix(""), images, which, scores, kept)
+            separation = {name: _finite(value) for name, value in asdict(self.judge.separation).items()}
             return {"round": number + 1, "separation": separation, **figures, "before": before}
 
         entry = Processes.current().on_main(make)
@@ -173,22 +184,38 @@ class EchoStage:
         self._current = -1
         self._report(folder)
 
-    def choose(self, images: Tensor, latents: Tensor, which: Tensor) -> tuple[Tensor, JsonObject]:
+    def choose(self, scores: Scores) -> tuple[Tensor, JsonObject]:
         """Numbers of the pictures to keep, the best first, and what was found.
 
         One must reach the level and fit its own prompt better than any other; then only the most alike are kept.
         """
-        levels, margins = self.judge.levels(images), self.judge.margins(latents, which)
+        levels, margins = scores
         passed = (levels >= self.config.min_level) & (margins > 0)
         order = levels.masked_fill(~passed, -torch.inf).argsort(descending=True, stable=True)
-        most = max(1, int(self.config.keep_fraction * len(images)))
+        most = max(1, int(self.config.keep_fraction * len(levels)))
         kept = order[: min(int(passed.sum()), most)]
         return kept, {
-            "samples": len(images),
+            "samples": len(levels),
             "reached_level": int((levels >= self.config.min_level).sum()),
             "fit_their_prompt": int((margins > 0).sum()),
             "kept": len(kept),
         }
+
+    def _show(self, folder: Path, images: Tensor, which: Tensor, scores: Scores, kept: Tensor) -> None:
+        """A round's pictures as files, ``kept/`` and ``refused/``, each the most alike first, with what was found of
+        each in ``metadata.jsonl``, which data sets of image folders read."""
+        order = scores.levels.argsort(descending=True, stable=True)
+        parts = {"kept": kept, "refused": order[~torch.isin(order, kept)]}
+        with disk_errors(str(folder)), atomic_folder(folder) as partial:
+            for name, rows in parts.items():
+                if not len(rows):
+                    continue
+                files = save_images(images[rows], partial / name)
+                about = [{"file_name": file.name, "text": self.texts[int(which[row])],
+                          "level": _finite(float(scores.levels[row])), "margin": _finite(float(scores.margins[row]))}
+                         for file, row in zip(files, rows.tolist(), strict=True)]
+                lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in about)
+                (partial / name / METADATA).write_text(lines, encoding="utf-8")
 
     def _close(self, number: int, folder: Path) -> bool:
         """Measure after a round; take it back if a score fell too far."""
@@ -240,3 +267,8 @@ class EchoStage:
                 output.write((json.dumps(self.history, indent=2) + "\n").encode())
 
         Processes.current().on_main(write)
+
+
+def _finite(value: float) -> float | None:
+    """The value for JSON, which knows no infinity; None in its place."""
+    return value if math.isfinite(value) else None

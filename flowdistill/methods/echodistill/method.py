@@ -113,7 +113,8 @@ class EchoDistill(Method):
         if self.critics:
             heads = DiscriminatorHeads([critic.width for critic in self.critics])
             self._roles["discriminator"] = Role(heads, config.discriminator_optimizer)
-        self.echo = EchoStage(config.echo, self._judge, self.sample_images, self.trained, self.concept.echo)
+        self.echo = EchoStage(config.echo, self._judge, self.sample_images, self.trained, self.concept.echo,
+                              self.concept.prompts)
 
     def roles(self) -> dict[str, Role]:
         return self._roles

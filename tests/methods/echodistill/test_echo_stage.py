@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from flowdistill.data.pictures import read_picture
 from flowdistill.features.vision import load_vision
-from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool
+from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool, Scores
 from flowdistill.methods.echodistill.judge import PLAIN, Judge, Separation
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
@@ -44,21 +46,21 @@ def stage(tmp_path, levels, margins, tensors=None, **config):
         return latents, images
 
     made = EchoStage(EchoConfig(**settings), Scripted, sample, lambda: tensors or {"w": torch.zeros(1)},
-                     torch.tensor([3, 5]))
+                     torch.tensor([3, 5]), [f"prompt {i}" for i in range(6)])
     return made, calls
 
 
 def test_a_picture_is_kept_for_its_level_and_its_own_prompt(tmp_path):
     levels, margins = [0.9, 0.4, 0.8, 0.7, 0.6, 0.95], [1.0, 1.0, -1.0, 1.0, 1.0, 2.0]
     made, _ = stage(tmp_path, [levels], [margins], keep_fraction=0.5)
-    images, latents = made.sample("student", torch.arange(6), 0)[::-1]
-    kept, figures = made.choose(images, latents, torch.arange(6))
+    scores = Scores(torch.tensor(levels), torch.tensor(margins))
+    kept, figures = made.choose(scores)
     assert kept.tolist() == [5, 0, 3]  # 1 is no concept, 2 fits another prompt; the best three of the rest
     assert figures == {"samples": 6, "reached_level": 5, "fit_their_prompt": 5, "kept": 3}
     made.config.keep_fraction = 1.0
-    assert made.choose(images, latents, torch.arange(6))[0].tolist() == [5, 0, 3, 4]
+    assert made.choose(scores)[0].tolist() == [5, 0, 3, 4]
     made.config.min_level = 2.0  # the best of a bad lot is not good
-    assert len(made.choose(images, latents, torch.arange(6))[0]) == 0
+    assert len(made.choose(scores)[0]) == 0
 
 
 def test_rounds_begin_and_end_when_they_should(tmp_path, monkeypatch):
@@ -86,11 +88,51 @@ def test_a_stage_that_never_starts_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rounds_pictures_are_left_with_their_scores(tmp_path):
+    """The most alike first, in files that hold what was painted, for the prompt it was painted for."""
+    made, _ = stage(tmp_path, [[0.75, 0.25, 1.0, 0.5]], [[1.0, 2.0, math.inf, -1.0]], keep_fraction=0.5)
+    made.begin(2, tmp_path)
+    found = {}
+    for part in ("kept", "refused"):
+        folder = tmp_path / "echo" / "round-1" / part
+        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert {file.name for file in folder.glob("*.png")} == {line["file_name"] for line in lines}
+        for line in lines:  # the scripted level is the first value of the picture
+            assert abs(read_picture(folder / line["file_name"], 3)[0, 0, 0].item() / 255 - line["level"]) < 0.01
+        found[part] = [(line["level"], line["margin"], line["text"]) for line in lines]
+    assert found == {"kept": [(1.0, None, "prompt 3"), (0.75, 1.0, "prompt 3")],
+                     "refused": [(0.5, -1.0, "prompt 5"), (0.25, 2.0, "prompt 5")]}
+    assert sorted(file.name for file in (tmp_path / "echo").iterdir()) == [
+        "node-000.safetensors", "report.json", "round-1", "round-1.png", "round-1.safetensors"]
+
+
+def test_a_run_with_the_stage_is_the_one_without_until_it_starts(tmp_path):
+    """Bit for bit: what a comparison of both may train once."""
+    start = 2
+    plain = make_trainer(tmp_path, make_method(tmp_path), steps=start, name="plain")
+    for _ in range(start):
+        plain.train_step()
+    plain.save()
+    shutil.copytree(tmp_path / "plain" / "checkpoints", tmp_path / "forked" / "checkpoints")
+    methods = {}
+    for name in ("forked", "whole"):
+        methods[name] = make_method(tmp_path, echo={"start": start})
+        trainer = make_trainer(tmp_path, methods[name], steps=start + 1, name=name)
+        assert trainer.step == (start if name == "forked" else 0)
+        while not trainer.completed:
+            trainer.train_step()
+    forked, whole = (weights(method) for method in methods.values())
+    assert all(torch.equal(forked[name], value) for name, value in whole.items())
+    pools = [method.echo.pool for method in methods.values()]
+    assert all(torch.equal(one, other) for one, other in zip(*pools, strict=True))
+
+
 def test_a_round_that_keeps_nothing_trains_on_the_concepts_own_pictures(tmp_path):
     made, _ = stage(tmp_path, [[0.1, 0.2]], [[1.0, 1.0]])
     made.begin(2, tmp_path)
     assert made.pool is None and made.history[0]["kept"] == 0
     assert not (tmp_path / "echo" / "round-1.png").exists()
+    assert [part.name for part in (tmp_path / "echo" / "round-1").iterdir()] == ["refused"]
 
 
 def test_a_round_that_made_things_worse_is_taken_back(tmp_path):
