@@ -4,9 +4,10 @@
 
 Every model is judged on three things together: the concept alone (prompts without a background), the concept in places
 where no picture shows it, and old prompts; and by the strict judge of the shapes, which has no network, beside the row
-"drawn, through the autoencoder", above which no method can come. ``results.jsonl`` gets a line a model; what it has
-already is not made again. ``--table`` prints the means of all lines and makes nothing, ``--write-docs`` puts them into
-a page.
+"drawn, through the autoencoder", above which no method can come. The pictures that the echo stage kept and refused come
+before the strict judge too. ``results.jsonl`` gets a line a model; the same command goes on with what it has not.
+``--table`` prints the tables of all lines and makes nothing, ``--write-docs`` puts them into a page, ``--picture``
+draws the models' pictures below each other.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from flowdistill.cli.arguments import seed_number
-from flowdistill.config import load_config
+from flowdistill.config import load_config, save_config
 from flowdistill.data import shapes
 from flowdistill.data.pictures import read_picture
 from flowdistill.data.shapes_concepts import CONCEPTS, CONTEXTS, draw_concept, held_out_prompts, references
@@ -40,20 +42,23 @@ from flowdistill.methods.echodistill.student import load_adapted_pipeline
 from flowdistill.students import generated, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, set_rate
 from flowdistill.training.optimizers import make_optimizer
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
-from flowdistill.utils.images import save_grid
+from flowdistill.utils.files import atomic_folder, local_path
+from flowdistill.utils.images import grid, save_grid, save_picture
 from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
-from flowdistill.utils.text import read_lines
+from flowdistill.utils.text import read_json_lines, read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
-IMAGES = 96  # of the concept alone, and as many in its contexts
+FORMAT = 2  # of a line: 2 has the strict figures, the settings of the run and the models of its key
+IMAGES = 60  # of the concept alone, and as many in its contexts
 OLD = 216  # one of each class
 DRAWN = 64
 FEWER = 2  # at many steps: half as many
+KEYS_VALUES_RATE = 3.0e-4  # of matrices of full rank, which move further at a rate than the product of a LoRA's two
 STRICT_MEASURES = ("distance", "colour", "contrast", "blur", "pattern", "outline", "ghosts")
 # What the strict judge's table shows: the figure, its title and its form.
 STRICT_COLUMNS = (
@@ -62,6 +67,13 @@ STRICT_COLUMNS = (
     ("pattern", "pattern", ".2f"), ("outline", "outline", ".2f"), ("ghosts", "ghosts", ".3f"),
     ("position", "spread of position", ".2f"), ("size", "of size", ".2f"),
 )
+# Of the pairs: the figure, its title, its form, what it is shown in and whether more is better.
+PAIRED = (("alone", "accepted alone", "+.1f", 100, True), ("in_context", "accepted in context", "+.1f", 100, True),
+          ("distance", "distance", "+.2f", 1, False))
+FAST = ("train.sample_every=0", "train.num_samples=4")  # pictures that nobody looks at here; they teach nothing
+COLUMNS = 8
+ENLARGED = 2  # of the picture: 64 pixels each
+Line = dict[str, Any]
 Sampler = Callable[[Sequence[str], int], Tensor]
 
 
@@ -78,12 +90,15 @@ class Case:
     def word(self) -> str:
         return CONCEPTS[self.concept].word
 
+    def run_folder(self, name: str) -> Path:
+        """Of the run that makes the model ``name``."""
+        return self.folder / f"{self.concept}-{self.seed}-{name.replace(' ', '-').replace(',', '')}"
+
     def overrides(self, name: str) -> list[str]:
         subject, shown = f"<new1> {self.word}", [f"a <new1> {self.word}"]
-        shown += [prompt for prompt, _ in held_out_prompts(subject)[:3]]
         places = [shown[0], *(CONTEXTS[0].format(subject, background) for background in shapes.BACKGROUNDS)]
         return [
-            f"seed={self.seed}", f"output_dir={self.folder / f'{self.concept}-{self.seed}-{name}'}",
+            *FAST, f"seed={self.seed}", f"output_dir={self.run_folder(name)}",
             f"method.instance_data_dir=assets/shapes/concepts/{self.concept}",
             f'method.instance_prompt="a {subject}"', f"method.initializer_token={self.word}",
             f"method.validation_prompts={json.dumps(shown)}", f"method.student_prompts={json.dumps(places)}",
@@ -155,9 +170,41 @@ def strict_figures(alone: Tensor, placed: Tensor, concept: str, backgrounds: Seq
     return figures
 
 
+def filter_figures(folder: Path, concept: str) -> dict[str, Any]:
+    """What the strict judge makes of the pictures that the echo stage kept and refused, all rounds together.
+
+    For each of the two their number, the share accepted and the medians of the measures, None of no pictures;
+    ``closer``: share of pairs of one of each in which the kept one is nearer to a rendering, 0.5 for chance;
+    ``d_prime`` of the identity network and ``taken_back`` (the names of what fell) as the stage reports them.
+    """
+    figures: dict[str, Any] = {}
+    distances = {}
+    for part in ("kept", "refused"):
+        pictures, grounds = [], []
+        for file in sorted(folder.glob(f"round-*/{part}/metadata.jsonl")):
+            for _, (name, text) in read_json_lines(file, lambda line: (line["file_name"], line["text"]), "a picture"):
+                ground = shapes.read_caption(text)[2]
+                pictures.append(read_picture(file.parent / name, 3).float() / 255)
+                grounds.append(None if ground is None else list(shapes.BACKGROUNDS)[ground])
+        figures[part] = {"pictures": len(pictures)} | dict.fromkeys(("accepted", *STRICT_MEASURES))
+        if pictures:
+            judged = judge_concept(torch.stack(pictures), concept, grounds)
+            distances[part] = judged.measures.distance
+            figures[part]["accepted"] = judged.accepted.double().mean().item()
+            figures[part] |= {name: getattr(judged.measures, name).median().item() for name in STRICT_MEASURES}
+    figures["closer"] = None
+    if len(distances) == 2:
+        ahead = distances["refused"][None, :] - distances["kept"][:, None]
+        figures["closer"] = ((ahead > 0).double() + 0.5 * (ahead == 0)).mean().item()
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return figures | {"d_prime": report[0]["separation"]["d_prime"],
+                      "taken_back": [entry["taken_back_for"] for entry in report]}
+
+
 def show(sample: Sampler, subject: str, file: Path) -> None:
     """A row of pictures: the concept alone, then in the places that no picture shows."""
-    save_grid(sample([f"a {subject}"] * 2 + [prompt for prompt, _ in held_out_prompts(subject)], 4), file, columns=8)
+    prompts = [f"a {subject}"] * 2 + [prompt for prompt, _ in held_out_prompts(subject)]
+    save_grid(sample(prompts, 4), file, columns=COLUMNS)
 
 
 def one_step(network: Any, encode: Callable[[Sequence[str]], Any], teacher: Teacher, start: float) -> Sampler:
@@ -182,7 +229,7 @@ def many_steps(teacher: Teacher, steps: int, guidance: float) -> Sampler:
 
 def ceiling(case: Case) -> dict[str, Sampler]:
     """What the drawing code draws, as the autoencoder gives it back."""
-    codec = load_teacher(load_config(CONFIG, case.overrides("ceiling")).teacher.source).codec
+    codec = load_teacher(load_config(CONFIG, case.overrides("ceiling")).teacher, prompts=None).codec
 
     def sample(prompts: Sequence[str], seed: int) -> Tensor:
         grounds, pictures = list(shapes.BACKGROUNDS), []
@@ -202,7 +249,8 @@ def ceiling(case: Case) -> dict[str, Sampler]:
 def before(case: Case) -> dict[str, Sampler]:
     """Nothing learned: the prompts have the known word instead of the new one."""
     config = load_config(CONFIG, case.overrides("before"))
-    student, teacher = load_teacher(config.method.student), load_teacher(config.teacher.source)
+    teacher = load_teacher(config.teacher, prompts=None)
+    student = load_teacher(replace(config.teacher, source=config.method.student, prompts=None))
     return {
         "student before": one_step(student.network, lambda p: student.encode(prompts=p), student, student.t_max),
         "teacher before": many_steps(teacher, config.method.teacher_steps, config.method.teacher_guidance_scale),
@@ -210,15 +258,19 @@ def before(case: Case) -> dict[str, Sampler]:
 
 
 def on_the_student(
-    case: Case, name: str, word_only: bool = False, last: bool = False, prior: bool = True
+    case: Case, name: str, word_only: bool = False, last: bool = False, prior: bool = True, keys_values: bool = False
 ) -> dict[str, Sampler]:
-    """The diffusion loss on the one-step student itself, for as many steps: of its word, or of its LoRA as well."""
+    """The diffusion loss on the one-step student itself, for as many steps: of its word, or of its LoRA as well, or, as
+    Custom Diffusion, of the cross-attention's keys and values freely."""
     config = load_config(CONFIG, case.overrides(name))
     settings = config.method
     settings.time = NoiseLevels("timestep", low=0.999) if last else settings.time
     settings.teacher_prior_loss_weight = settings.prior_loss_weight if prior else 0.0
+    if keys_values:
+        settings.adapter = "kv_full"
+        settings.teacher_optimizer.lr = KEYS_VALUES_RATE
     seed_torch(config.seed)
-    base = load_teacher(settings.student, prompts=config.teacher.prompts)
+    base = load_teacher(replace(config.teacher, source=settings.student))
     method = EchoDistill(settings, base)
     network = method.roles()["teacher"].network
     if word_only:
@@ -236,26 +288,60 @@ def on_the_student(
     return {name: one_step(network.velocity, lambda p: student.encode(prompts=p), base, student.t_start)}
 
 
-def echodistill(case: Case, name: str, changes: Sequence[str], teacher_too: bool = False) -> dict[str, Sampler]:
-    """A run of the command, read back from its folder: the student, and perhaps the teacher at many steps and one."""
-    overrides = [*case.overrides(name.replace(" ", "-").replace(",", "")), *changes]
-    run, config = distill(CONFIG, overrides), load_config(CONFIG, overrides).method
-    student = load_student(run.output_dir)
+def fork(case: Case, name: str, plain: str) -> None:
+    """Begin the run ``name``, which has the echo stage, at the last checkpoint before it of ``plain``, which has not.
+
+    Until then both are the same run, bit for bit, so it is trained once. Nothing where ``name`` has begun already, or
+    where the checkpoint is not there.
+    """
+    source, target = case.run_folder(plain), case.run_folder(name)
+    config = load_config(CONFIG, case.overrides(name))
+    start = config.method.echo.start
+    found = dict(checkpoints(source / "checkpoints"))
+    if target.exists() or start not in found:
+        return
+    with atomic_folder(target) as partial:
+        shutil.copytree(found[start], partial / "checkpoints" / found[start].name)
+        begun = load_config(source / "config.yaml", [f"method.echo.start={start}"])
+        save_config(replace(begun, output_dir=config.output_dir), partial / "config.yaml")
+
+
+def echodistill(
+    case: Case, name: str, changes: Sequence[str], teacher_too: bool = False, like: str | None = None
+) -> dict[str, Sampler]:
+    """A run of the command, read back from its folder: the student, and perhaps the teacher at many steps and one.
+
+    Args:
+        like: the run without the echo stage, see :func:`fork`.
+
+    Raises:
+        UserError: a signal stopped the run.
+    """
+    overrides = [*case.overrides(name), *changes]
+    if like is not None:
+        fork(case, name, like)
+    run, config = distill(CONFIG, overrides), load_config(CONFIG, overrides)
+    if not run.completed:
+        raise UserError(f"{run.output_dir} was stopped at step {run.steps}; the same command goes on")
+    student, scale = load_student(run.output_dir), config.method.teacher_guidance_scale
+    known = load_teacher(config.teacher, prompts=None)
+    student.codec = known.codec
 
     def sample(prompts: Sequence[str], seed: int) -> Tensor:
         return student.generate(prompts=prompts, seed=seed)
 
     if not teacher_too:
         return {name: sample}
-    teacher = load_teacher(load_adapted_pipeline(load_config(CONFIG, overrides).teacher.source,
-                                                 run.output_dir / "teacher"))
+    teacher = load_teacher(load_adapted_pipeline(config.teacher.source, run.output_dir / "teacher"))
+    teacher.codec = known.codec
     return {
         name: sample,
-        f"{name}: teacher": many_steps(teacher, config.teacher_steps, config.teacher_guidance_scale),
-        f"{name}: teacher, one step": many_steps(teacher, 1, config.teacher_guidance_scale),
+        f"{name}: teacher": many_steps(teacher, config.method.teacher_steps, scale),
+        f"{name}: teacher, one step": many_steps(teacher, 1, scale),
     }
 
 
+WHOLE, PLAIN = "EchoDistill", "EchoDistill, no echo"
 NO_ECHO = "method.echo.start=null"
 MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "ceiling": ceiling,
@@ -263,9 +349,10 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "word": lambda case: on_the_student(case, "textual inversion on the student", word_only=True, prior=False),
     "lora_plain": lambda case: on_the_student(case, "LoRA DreamBooth on the student, no prior", prior=False),
     "lora": lambda case: on_the_student(case, "LoRA DreamBooth on the student"),
+    "keys_values": lambda case: on_the_student(case, "keys and values on the student", keys_values=True),
+    "no_echo": lambda case: echodistill(case, PLAIN, [NO_ECHO], teacher_too=True),
+    "echo": lambda case: echodistill(case, WHOLE, [], teacher_too=True, like=PLAIN),
     "lora_last": lambda case: on_the_student(case, "LoRA DreamBooth on the student, last time only", last=True),
-    "no_echo": lambda case: echodistill(case, "EchoDistill, no echo", [NO_ECHO], teacher_too=True),
-    "echo": lambda case: echodistill(case, "EchoDistill", [], teacher_too=True),
     "no_prior": lambda case: echodistill(
         case, "no prior", [NO_ECHO, "method.prior_loss_weight=0", "method.teacher_prior_loss_weight=0"]
     ),
@@ -283,68 +370,149 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
         NO_ECHO, "method.discriminators=[small]"]),
 }  # fmt: skip
 MAIN = tuple(MODELS)[:8]
-SHOWN = ("student before", "textual inversion on the student", "LoRA DreamBooth on the student",
-         "EchoDistill: teacher, one step", "EchoDistill, no echo", "EchoDistill", "EchoDistill: teacher")
+BASELINES = (*MAIN, "lora_last")  # what the first tables have, where it was made
+SHOWN = ("drawn, through the autoencoder", "student before", "textual inversion on the student",
+         "keys and values on the student", "LoRA DreamBooth on the student, no prior", "LoRA DreamBooth on the student",
+         f"{WHOLE}: teacher, one step", PLAIN, WHOLE, f"{WHOLE}: teacher")
 
 
-def compared(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of the two tables by its name; the ablation's are beside the whole method in the same cases."""
-    ablation = [line for line in lines if line["key"] not in MAIN]
+def tables(lines: Sequence[Line]) -> dict[str, str]:
+    """Markdown by its name, of those for which there are lines, the strict judge's first.
+
+    The ablation's lines are beside the whole method in the same cases.
+    """
+    main = [line for line in lines if line["key"] in BASELINES]
+    ablation = [line for line in lines if line["key"] not in BASELINES]
     cases = {(line["concept"], line["seed"]) for line in ablation}
-    whole = [line for line in lines if line["key"] == "no_echo" and ":" not in line["model"]]
-    beside = [line for line in whole if (line["concept"], line["seed"]) in cases]
-    return {"echodistill": [line for line in lines if line["key"] in MAIN], "echodistill_ablation": beside + ablation}
+    whole = [line for line in main if line["model"] == PLAIN and (line["concept"], line["seed"]) in cases]
+    texts = {
+        "echodistill_strict": strict_table(main),
+        "echodistill_pairs": pairs_table(main),
+        "echodistill_filter": filter_table(main),
+        "echodistill": table(main),
+        "echodistill_ablation_strict": strict_table(whole + ablation) if ablation else "",
+        "echodistill_ablation": table(whole + ablation) if ablation else "",
+    }
+    return {name: text for name, text in texts.items() if text}
 
 
-def strict_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and range over concepts and seeds of the strict judge's figures, where they were measured."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        if "strict" in line:
-            groups[line["model"]].append(line["strict"])
-    text = [f"| model | runs | {' | '.join(title for _, title, _ in STRICT_COLUMNS)} |",
-            "|" + "---|" * (2 + len(STRICT_COLUMNS))]
-    for model, rows in groups.items():
-        cells = []
-        for column, _, form in STRICT_COLUMNS:
-            values = [row[column] for row in rows if row[column] is not None]
-            cell = f"{statistics.fmean(values):{form}}" if values else "-"
-            cells.append(cell + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""))
-        text.append(f"| {model} | {len(rows)} | {' | '.join(cells)} |")
-    return "\n".join(text)
+def mean_and_range(values: Sequence[float | None], form: str) -> str:
+    """Of the values that are known, in one cell."""
+    known = [value for value in values if value is not None]
+    cell = f"{statistics.fmean(known):{form}}" if known else "-"
+    return cell + (f" ({min(known):{form}} to {max(known):{form}})" if len(known) > 1 else "")
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and range over concepts and seeds."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def by_model(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         groups[line["model"]].append(line)
-    columns = ("alone", "in_context", "background", "old_prompts", "likeness", "variety")
-    text = ["| model | runs | concept alone | concept in context | its background | old prompts | likeness | variety |",
-            "|" + "---|" * 8]
-    for model, rows in groups.items():
+    return groups
+
+
+def rows_of(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; nothing without rows."""
+    if not rows:
+        return ""
+    first, *others = ("| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def strict_table(lines: Sequence[Line]) -> str:
+    """Mean and range over concepts and seeds of the strict judge's figures."""
+    rows = [[model, len(mine), *(mean_and_range([line["strict"][column] for line in mine], form)
+                                 for column, _, form in STRICT_COLUMNS)] for model, mine in by_model(lines).items()]
+    return rows_of(["model", "runs", *(title for _, title, _ in STRICT_COLUMNS)], rows)
+
+
+def pairs_table(lines: Sequence[Line]) -> str:
+    """What the echo stage changes: with it minus without it for the same concept, seed and number of steps.
+
+    Mean and standard deviation over the pairs, and in how many of them it is better and worse.
+    """
+    found = {(line["model"], (line["concept"], line["seed"])): line["strict"] for line in lines}
+    parts = {"": "student, one step", ": teacher": "teacher", ": teacher, one step": "teacher, one step"}
+    rows = []
+    for part, title in parts.items():
+        pairs = [(strict, found[PLAIN + part, case]) for (model, case), strict in found.items()
+                 if model == WHOLE + part and (PLAIN + part, case) in found]
+        cells = [change_of([factor * (one[column] - other[column]) for one, other in pairs], form, more)
+                 for column, _, form, factor, more in PAIRED]
+        rows += [[title, len(pairs), *cells]] if pairs else []
+    titles = [title + (", points" if factor == 100 else "") for _, title, _, factor, _ in PAIRED]
+    return rows_of(["with the echo stage minus without", "pairs", *titles], rows)
+
+
+def change_of(changes: Sequence[float], form: str, more: bool) -> str:
+    """A cell of :func:`pairs_table`; ``more``: whether a change above 0 is a better one."""
+    if not changes:
+        return ""
+    spread = f" ± {statistics.stdev(changes):{form.lstrip('+')}}" if len(changes) > 1 else ""
+    up, down = (sum(sign * change > 0 for change in changes) for sign in (1, -1))
+    better, worse = (up, down) if more else (down, up)
+    return f"{statistics.fmean(changes):{form}}{spread} ({better} better, {worse} worse)"
+
+
+def filter_table(lines: Sequence[Line]) -> str:
+    """Mean and range over concepts and seeds of what the strict judge makes of the echo stage's pictures."""
+    known = [line["filter"] for line in lines if "filter" in line]
+    rows = []
+    for part in ("kept", "refused") if known else ():
+        cells = [mean_and_range([found[part][name] for found in known], form) for name, form in (
+            ("pictures", ".0f"), ("accepted", ".0%"),
+            *((name, form) for name, _, form in STRICT_COLUMNS if name in STRICT_MEASURES))]
+        closer = mean_and_range([found["closer"] for found in known], ".0%") if part == "kept" else ""
+        rows.append([part, len(known), *cells, closer])
+    titles = [title for name, title, _ in STRICT_COLUMNS if name in STRICT_MEASURES]
+    text = rows_of(["pictures", "runs", "number", "accepted", *titles, "nearer than a refused one"], rows)
+    rounds = [names for found in known for names in found["taken_back"]]
+    separation = mean_and_range([found["d_prime"] for found in known], ".1f")
+    return text and (f"{text}\n\nd' of the identity network: {separation}. Rounds taken back: "
+                     f"{sum(map(bool, rounds))} of {len(rounds)}.")
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Mean and range over concepts and seeds of the networks' figures."""
+    titles = {"alone": "concept alone", "in_context": "concept in context", "background": "its background",
+              "old_prompts": "old prompts", "likeness": "likeness", "variety": "variety"}
+    rows = []
+    for model, mine in by_model(lines).items():
         cells = []
-        for column in columns:
+        for column in titles:
             factor, form, unit = (1, ".2f", "") if column in ("likeness", "variety") else (100, ".0f", " %")
-            values = [factor * row[column] for row in rows]
-            mean, low, high = sum(values) / len(values), min(values), max(values)
-            spread = "" if len(values) == 1 else f" ({low:{form}} to {high:{form}})"
-            cells.append(f"{mean:{form}}{unit}{spread}")
-        text.append(f"| {model} | {len(rows)} | {' | '.join(cells)} |")
-    return "\n".join(text)
+            values = [factor * line[column] for line in mine]
+            spread = "" if len(values) == 1 else f" ({min(values):{form}} to {max(values):{form}})"
+            cells.append(f"{statistics.fmean(values):{form}}{unit}{spread}")
+        rows.append([model, len(mine), *cells])
+    return rows_of(["model", "runs", *titles.values()], rows)
 
 
-def picture(folders: Sequence[Path], models: Sequence[str], file: Path) -> None:
-    """The kept rows of these models below each other, the cases (concept and seed) side by side.
+def picture(folders: Mapping[str, Path], models: Sequence[str], file: Path) -> None:
+    """For each concept (with the folder of its rows) its references, then the kept row of each model, all of the same
+    noises, enlarged and with their names at the left.
 
     Raises:
         UserError: a row has not been made.
     """
-    missing = [path for folder in folders for name in models if not (path := folder / f"{name}.png").is_file()]
+    missing = [path for folder in folders.values() for name in models if not (path := folder / f"{name}.png").is_file()]
     if missing:
         raise UserError(f"{missing[0]} has not been made")
-    cases = [torch.cat([read_picture(folder / f"{name}.png", 3) for name in models], 1) for folder in folders]
-    to_pil_image(torch.cat(cases, 2)).save(file)
+    rows: list[tuple[str, Image.Image]] = []
+    for concept, folder in folders.items():
+        rows.append((f"{concept}: the references", grid(references(concept)[0], COLUMNS)))
+        for name in models:
+            with Image.open(folder / f"{name}.png") as row:
+                rows.append((name, row.convert("RGB")))
+    font = ImageFont.load_default(15)
+    left = math.ceil(max(font.getlength(name) for name, _ in rows)) + 16
+    width, height = (ENLARGED * max(row.size[axis] for _, row in rows) for axis in (0, 1))
+    whole = Image.new("RGB", (left + width, height * len(rows)), "white")
+    drawing = ImageDraw.Draw(whole)
+    for number, (name, row) in enumerate(rows):
+        large = row.resize((ENLARGED * row.width, ENLARGED * row.height), Image.Resampling.NEAREST)
+        whole.paste(large, (left, number * height))
+        drawing.text((8, number * height + height // 2), name, fill="black", font=font, anchor="lm")
+    save_picture(whole, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -360,12 +528,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
     add, path = parser.add_argument, local_path
     add("--write-docs", type=path, metavar="PAGE", help="put the tables between their markers in PAGE")
-    add("--picture", type=path, metavar="PNG", help="the students' pictures of the first of --seeds")
+    add("--picture", type=path, metavar="PNG", help="the models' pictures for the first of --seeds")
     args = parser.parse_args(arguments)
     try:
         run(args)
         if args.picture:
-            folders = [args.out / "pictures" / f"{concept}-{args.seeds[0]}" for concept in args.concepts]
+            folders = {concept: args.out / "pictures" / f"{concept}-{args.seeds[0]}" for concept in args.concepts}
             picture(folders, SHOWN, args.picture)
     except UserError as error:
         print(f"echodistill_experiment: error: {error}", file=sys.stderr)
@@ -382,6 +550,18 @@ def read_measured(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def check_lines(file: Path, lines: Sequence[Line], settings: Sequence[str] | None) -> None:
+    """UserError unless the lines can stand beside each other, and beside new ones with these ``--set``."""
+    for line in lines:
+        if line.get("format") != FORMAT:
+            raise UserError(f"{file} has lines of an older form of this script, which measured otherwise; give a new "
+                            "--out")
+        before = line["settings"]
+        if before != list(lines[0]["settings"] if settings is None else settings):
+            what = f"lines with --set {' '.join(before)}" if before else "lines without --set"
+            raise UserError(f"{file} has {what} beside others; give each --set an --out of its own")
+
+
 def run(args: argparse.Namespace) -> None:
     """Make what is missing, and print the tables."""
     from experiment_results import write_docs
@@ -389,32 +569,41 @@ def run(args: argparse.Namespace) -> None:
 
     file = args.out / "results.jsonl"
     lines = read_measured(file)
+    check_lines(file, lines, None if args.table else args.set)
     for concept in () if args.table else args.concepts:
         for seed in args.seeds:
             case = Case(concept, seed, args.out, args.set)
             for key in args.models:
-                if any((line["concept"], line["seed"], line["key"]) == (concept, seed, key) for line in lines):
-                    continue
-                made = []
-                for model, sample in MODELS[key](case).items():
-                    subject = case.word if key == "before" else f"<new1> {case.word}"
-                    show(sample, subject, args.out / "pictures" / f"{concept}-{seed}" / f"{model}.png")
-                    line = {"model": model, "key": key, "concept": concept, "seed": seed}
-                    many = "teacher" in model and "one step" not in model
-                    made.append(line | measure(sample, concept, subject, FEWER if many else 1))
-                # Together, so that a run that is killed meanwhile is measured again as a whole.
-                args.out.mkdir(parents=True, exist_ok=True)
-                for line in made:
+                for line in measured(case, key, lines):
+                    args.out.mkdir(parents=True, exist_ok=True)
                     append_line(file, line)
                     print(json.dumps(line), flush=True)
-                lines += made
-    texts = {name: table(part) + "\n" for name, part in compared(lines).items()}
-    if any("strict" in line for line in lines):
-        texts["echodistill_strict"] = strict_table(lines) + "\n"
-    for name, text in texts.items():
-        print(text)
+                    lines.append(line)
+    for name, text in tables(lines).items():
+        print(text + "\n")
         if args.write_docs:
-            write_docs(args.write_docs, name, text)
+            write_docs(args.write_docs, name, text + "\n")
+
+
+def measured(case: Case, key: str, lines: Sequence[Line]) -> Iterator[Line]:
+    """A line of each model of ``key`` that ``lines`` do not have yet; nothing is trained where they have all."""
+    mine = [line for line in lines if (line["concept"], line["seed"], line["key"]) == (case.concept, case.seed, key)]
+    done = {line["model"] for line in mine}
+    if mine and done.issuperset(mine[0]["models"]):
+        return
+    samplers = MODELS[key](case)
+    for model, sample in samplers.items():
+        if model in done:
+            continue
+        subject = case.word if key == "before" else f"<new1> {case.word}"
+        show(sample, subject, case.folder / "pictures" / f"{case.concept}-{case.seed}" / f"{model}.png")
+        many = "teacher" in model and "one step" not in model
+        line = {"format": FORMAT, "settings": list(case.extra), "model": model, "models": list(samplers), "key": key,
+                "concept": case.concept, "seed": case.seed}
+        line |= measure(sample, case.concept, subject, FEWER if many else 1)
+        if model == WHOLE and (case.run_folder(model) / "echo").is_dir():
+            line["filter"] = filter_figures(case.run_folder(model) / "echo", case.concept)
+        yield line
 
 
 if __name__ == "__main__":

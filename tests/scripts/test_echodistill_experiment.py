@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flowdistill.config import load_config
+from flowdistill.config import load_config, save_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, held_out_prompts
 from flowdistill.features.shapes_networks import load_shapes_classifier
+from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.run import Run, check_folder
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.images import save_images
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,29 +57,91 @@ def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
                 images.append(draw_concept("striped-star", [background], i))
         return torch.cat(images)
 
-    perfect = script.measure(lambda prompts, seed: paint(prompts, False), "striped-star", "<new1> star", share=4)
+    perfect = script.measure(lambda prompts, seed: paint(prompts, False), "striped-star", "<new1> star", share=3)
     likeness, variety, strict = (perfect.pop(name) for name in ("likeness", "variety", "strict"))
     assert (strict["alone"], strict["in_context"]) == (1.0, 1.0) and strict["distance"] < 0.2 and strict["blur"] == 0
     assert 0.4 < strict["position"] < 1.6 and 0.4 < strict["size"] < 1.6
     assert 0.7 < variety < 1.3
     assert all(value > 0.9 for value in perfect.values()), perfect
     plain = script.measure(lambda prompts, seed: paint(["a red star on a white background"] * len(prompts), False),
-                           "striped-star", "<new1> star", share=4)
+                           "striped-star", "<new1> star", share=3)
     assert likeness > 0.5 and plain["likeness"] < 0.4 and plain["alone"] < 0.1 and plain["strict"]["alone"] == 0
-    forgetful = script.measure(lambda prompts, seed: paint(prompts, True), "striped-star", "<new1> star", share=4)
+    forgetful = script.measure(lambda prompts, seed: paint(prompts, True), "striped-star", "<new1> star", share=3)
     assert forgetful["alone"] > 0.9 and forgetful["in_context"] < 0.1 and forgetful["background"] < 0.1
     assert forgetful["strict"]["alone"] == 1 and forgetful["strict"]["in_context"] == 0
 
 
-def test_the_strict_table_has_what_was_measured(script):
-    strict = {column: 0.5 for column, _, _ in script.STRICT_COLUMNS}
-    lines = [{"model": "old"}, {"model": "a", "strict": strict},
-             {"model": "a", "strict": {column: 0.25 for column in strict} | {"size": None}},
-             {"model": "b", "strict": strict | {"size": None}}]
+FIGURES = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9, "variety": 0.5}
+
+
+def line_of(script, model, key, concept="striped-star", seed=0, models=None, settings=(), **strict):
+    return {"format": script.FORMAT, "settings": list(settings), "model": model, "models": models or [model],
+            "key": key, "concept": concept, "seed": seed, **FIGURES,
+            "strict": {column: 0.5 for column, _, _ in script.STRICT_COLUMNS} | strict}
+
+
+def test_the_strict_table_has_mean_and_range(script):
+    lines = [line_of(script, "a", "echo"), line_of(script, "a", "echo", size=None, **{
+        column: 0.25 for column, _, _ in script.STRICT_COLUMNS if column != "size"}),
+        line_of(script, "b", "echo", size=None)]
     rows = script.strict_table(lines).splitlines()
     assert len(rows) == 4 and rows[0].count("|") == rows[1].count("|") == rows[2].count("|")
     assert rows[2].startswith("| a | 2 | 38% (25% to 50%) | 38% (25% to 50%) | 0.4 (0.2 to 0.5) |")
     assert rows[2].endswith("| 0.38 (0.25 to 0.50) | 0.50 |") and rows[3].endswith("| 0.50 | - |")
+
+
+def test_the_pairs_are_of_one_concept_and_seed(script):
+    """Two cases with both runs, one without its partner."""
+    plain, whole = script.PLAIN, script.WHOLE
+    lines = [line_of(script, plain, "no_echo", seed=0, alone=0.25, distance=4.0),
+             line_of(script, whole, "echo", seed=0, alone=0.5, distance=3.0),
+             line_of(script, plain, "no_echo", "ring-circle", alone=0.5, distance=4.0),
+             line_of(script, whole, "echo", "ring-circle", alone=0.375, distance=6.0),
+             line_of(script, whole, "echo", seed=7, alone=1.0, distance=0.0),
+             line_of(script, f"{plain}: teacher", "no_echo", in_context=0.5),
+             line_of(script, f"{whole}: teacher", "echo", in_context=0.75)]
+    rows = script.pairs_table(lines).splitlines()
+    assert rows[2:] == [
+        "| student, one step | 2 | +6.2 ± 26.5 (1 better, 1 worse) | +0.0 ± 0.0 (0 better, 0 worse) | "
+        "+0.50 ± 2.12 (1 better, 1 worse) |",
+        "| teacher | 1 | +0.0 (0 better, 0 worse) | +25.0 (1 better, 0 worse) | +0.00 (0 better, 0 worse) |",
+    ]
+    assert script.pairs_table(lines[:1]) == ""
+
+
+def echo_folder(folder, script, kept, refused):
+    """As the echo stage leaves it: ``kept`` and ``refused`` are lists of (picture, prompt)."""
+    for part, pictures in (("kept", kept), ("refused", refused)):
+        target = folder / "round-1" / part
+        for i, (image, text) in enumerate(pictures):
+            save_images(image[None], target, start=i)
+            about = {"file_name": f"{i:06d}.png", "text": text, "level": 1.0, "margin": None}
+            with open(target / "metadata.jsonl", "a") as output:
+                output.write(json.dumps(about) + "\n")
+    (folder / "report.json").write_text(json.dumps([
+        {"round": 1, "separation": {"d_prime": 7.5, "overlap": 0.0}, "taken_back_for": ["student"]}]))
+    return folder
+
+
+def test_the_filter_is_judged_by_what_it_kept_and_refused(script, tmp_path):
+    right = draw_concept("striped-star", ["pink", "white"], 5)
+    wrong = shapes.draw_shapes(torch.tensor([shapes.class_of("a red star on a pink background")]), 1)[0]
+    texts = ("a <new1> star on a pink background", "a <new1> star")
+    kept, refused = list(zip(right, texts, strict=True)), [(wrong, texts[0]), (right[1], texts[0])]
+    found = script.filter_figures(echo_folder(tmp_path / "a", script, kept, refused), "striped-star")
+    assert found["kept"]["pictures"] == 2 and found["kept"]["accepted"] == 1 and found["kept"]["distance"] < 0.5
+    # The second of the refused is no pink picture: its own prompt counts.
+    assert found["refused"]["pictures"] == 2 and found["refused"]["accepted"] == 0
+    assert (found["closer"], found["d_prime"], found["taken_back"]) == (1.0, 7.5, [["student"]])
+    nothing = script.filter_figures(echo_folder(tmp_path / "b", script, [], refused[:1]), "striped-star")
+    assert nothing["closer"] is None and nothing["kept"]["pictures"] == 0 and nothing["kept"]["accepted"] is None
+    lines = [line_of(script, script.WHOLE, "echo", seed=seed) | {"filter": figures}
+             for seed, figures in enumerate((found, nothing))]
+    rows = script.filter_table(lines).splitlines()
+    assert rows[2].startswith("| kept | 2 | 1 (0 to 2) | 100% |") and rows[2].endswith("| 100% |")
+    assert rows[3].startswith("| refused | 2 | 2 (1 to 2) | 0% (0% to 0%) |")
+    assert rows[-1] == "d' of the identity network: 7.5 (7.5 to 7.5). Rounds taken back: 2 of 2."
+    assert script.filter_table([line_of(script, "a", "echo")]) == ""
 
 
 def test_the_ceiling_is_drawn_as_the_prompts_say(script, monkeypatch):
@@ -101,48 +166,104 @@ def test_the_table_has_mean_and_range(script):
     assert rows[3] == "| b | 1 | 100 % | 50 % | 25 % | 0 % | 0.90 | 0.50 |"
 
 
-def test_the_ablation_is_beside_the_whole_method_in_its_own_cases(script, tmp_path, capsys, monkeypatch):
-    figures = {"alone": 1.0, "in_context": 0.5, "background": 0.25, "old_prompts": 0.0, "likeness": 0.9, "variety": 0.5}
-    models = [("no_echo", "EchoDistill, no echo"), ("no_echo", "EchoDistill, no echo: teacher"), ("echo", "EchoD")]
-    lines = [{"model": model, "key": key, "concept": "striped-star", "seed": seed, **figures}
-             for key, model in models for seed in range(2)]
-    lines.append({"model": "no prior", "key": "no_prior", "concept": "striped-star", "seed": 1, **figures})
-    parts = script.compared(lines)
-    assert parts["echodistill"] == lines[:-1]
-    assert parts["echodistill_ablation"] == [lines[1], lines[-1]]
-    kept = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "results.jsonl").write_text(kept + '{"model": "cut sho')
+def test_the_tables_have_their_own_lines_the_strict_ones_first(script, tmp_path, capsys, monkeypatch):
+    models = [("no_echo", script.PLAIN), ("no_echo", f"{script.PLAIN}: teacher"), ("echo", script.WHOLE)]
+    lines = [line_of(script, model, key, seed=seed) for key, model in models for seed in range(2)]
+    assert list(script.tables(lines)) == ["echodistill_strict", "echodistill_pairs", "echodistill"]
+    assert script.tables([]) == {}
+    lines.append(line_of(script, "no prior", "no_prior", seed=1))
+    texts = script.tables(lines)
+    assert len(texts["echodistill"].splitlines()) == 2 + len(models)
+    beside = [row.split(" | ")[:2] for row in texts["echodistill_ablation"].splitlines()[2:]]
+    assert beside == [[f"| {script.PLAIN}", "1"], ["| no prior", "1"]]  # the case of the ablation alone
+    assert len(texts["echodistill_ablation_strict"].splitlines()) == 4
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"model": "cut sho')
     page = tmp_path / "page.md"
-    names = ("echodistill", "echodistill_ablation")
-    page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in names))
+    page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in texts))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     assert script.main(["--out", str(tmp_path), "--table", "--write-docs", str(page)]) == 0
-    assert "| no prior | 1 | 100 % |" in page.read_text() and "| EchoD | 2 | 100 % (100 to 100) |" in page.read_text()
+    assert "| no prior | 1 | 100 % |" in page.read_text() and "| EchoDistill | 2 | 50% (50%" in page.read_text()
     assert script.main(["--out", str(tmp_path), "--table", "--write-docs", str(tmp_path / "none.md")]) == 2
     assert "none.md does not exist" in capsys.readouterr().err
+    for name in texts:  # every table has its place in the page of the experiment
+        assert f"<!-- table:{name} -->" in (ROOT / "docs/experiments/echodistill.md").read_text()
+    assert "<!-- table:echodistill_filter -->" in (ROOT / "docs/experiments/echodistill.md").read_text()
+
+
+def test_lines_that_cannot_be_compared_are_refused(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setitem(script.MODELS, "word", lambda case: pytest.fail("it began"))
+    file = tmp_path / "results.jsonl"
+
+    def refusal(*arguments):
+        assert script.main(["--out", str(tmp_path), "--models", "word", *arguments]) == 2
+        return capsys.readouterr().err
+
+    file.write_text(json.dumps({"model": "a", "key": "echo", "concept": "striped-star", "seed": 0, **FIGURES}) + "\n")
+    for arguments in ((), ("--table",)):
+        assert "lines of an older form" in refusal(*arguments)
+    with_set, without = (line_of(script, "a", "echo", settings=settings) for settings in (["train.steps=7"], []))
+    file.write_text(json.dumps(with_set) + "\n")
+    assert "lines with --set train.steps=7 beside others; give each --set an --out of its own" in refusal()
+    assert script.main(["--out", str(tmp_path), "--table"]) == 0  # they need not be told again
+    file.write_text(json.dumps(with_set) + "\n" + json.dumps(without) + "\n")
+    assert "lines without --set beside others" in refusal("--table")
 
 
 def test_a_run_that_was_cut_short_goes_on_with_what_is_missing(script, tmp_path, monkeypatch):
-    """Killed between the two models of one key: both are measured again."""
+    """Killed between the two models of one key: the second alone is measured; no key is made twice."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    made, fail = [], [True]
+    made, fail, built = [], [True], []
 
     def measure(sample, *rest):
         if sample == "teacher" and fail:
             raise KeyboardInterrupt
         made.append(sample)
-        return {"alone": 1.0, "in_context": 1.0, "background": 1.0, "old_prompts": 1.0, "likeness": 1.0, "variety": 1.0}
+        return {**FIGURES, "strict": {column: 0.5 for column, _, _ in script.STRICT_COLUMNS}}
+
+    def models(*names):
+        return lambda case: built.append(names) or {name: name for name in names}
 
     monkeypatch.setattr(script, "measure", measure)
     monkeypatch.setattr(script, "show", lambda *rest: None)
-    monkeypatch.setitem(script.MODELS, "before", lambda case: {"student": "student", "teacher": "teacher"})
-    monkeypatch.setitem(script.MODELS, "word", lambda case: {"word": "word"})
+    monkeypatch.setitem(script.MODELS, "before", models("student", "teacher"))
+    monkeypatch.setitem(script.MODELS, "word", models("word"))
     arguments = ["--out", str(tmp_path / "out"), "--concepts", "ring-circle", "--models", "word", "before"]
     with pytest.raises(KeyboardInterrupt):
         script.main(arguments)
     fail.clear()
-    assert script.main(arguments) == 0 and made == ["word", "student", "student", "teacher"]
-    assert script.main(arguments) == 0 and len(made) == 4
+    assert script.main(arguments) == 0 and made == ["word", "student", "teacher"]
+    assert script.main(arguments) == 0 and len(made) == 3 and built == [("word",), *2 * [("student", "teacher")]]
+
+
+def test_the_run_with_the_stage_begins_where_the_one_without_is_before_it(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    case = script.Case("ring-circle", 1, tmp_path, ["train.batch_size=2"])
+    plain, whole = (case.run_folder(name) for name in (script.PLAIN, script.WHOLE))
+    config = load_config(script.CONFIG, case.overrides(script.WHOLE))
+    start = config.method.echo.start
+    script.fork(case, script.WHOLE, script.PLAIN)
+    assert not whole.exists()  # there is nothing to begin at
+    for step in (start - 100, start, start + 100):
+        checkpoint = plain / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step}))
+    save_config(load_config(script.CONFIG, [*case.overrides(script.PLAIN), script.NO_ECHO]), plain / "config.yaml")
+    script.fork(case, script.WHOLE, script.PLAIN)
+    assert [step for step, _ in checkpoints(whole / "checkpoints")] == [start]
+    assert json.loads((whole / "checkpoints" / f"step-{start:06d}" / "state.json").read_text()) == {"step": start}
+    check_folder(whole, config)  # the run takes the folder for its own
+    assert load_config(whole / "config.yaml").method.echo.start == start
+    (whole / "mine").touch()
+    script.fork(case, script.WHOLE, script.PLAIN)
+    assert (whole / "mine").exists()  # what has begun goes on
+
+
+def test_a_run_that_a_signal_stopped_is_not_measured(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(script, "distill", lambda *_: Run(tmp_path, 5, completed=False, interrupted=15))
+    with pytest.raises(UserError, match="was stopped at step 5; the same command goes on"):
+        script.MODELS["no_echo"](script.Case("ring-circle", 0, tmp_path, []))
 
 
 def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
@@ -157,13 +278,23 @@ def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
     assert (tmp_path / "row.png").is_file()
 
 
-def test_the_picture_has_a_row_a_model_and_a_column_a_case(script, tmp_path):
-    folders = [tmp_path / name for name in ("one", "other")]
-    for folder in folders:
-        for model in ("a", "b"):
-            script.show(lambda prompts, seed: torch.rand(len(prompts), 3, 32, 32), "star", folder / f"{model}.png")
+def test_the_picture_has_the_references_and_a_named_row_a_model(script, tmp_path):
+    folders = {name: tmp_path / name for name in ("striped-star", "ring-circle")}
+    colours = torch.rand(4, 3)
+    for i, folder in enumerate(folders.values()):
+        for k, model in enumerate(("a", "b")):
+            flat = colours[2 * i + k][:, None, None]
+            script.show(lambda prompts, seed, flat=flat: flat.expand(len(prompts), 3, 32, 32), "star",
+                        folder / f"{model}.png")
     script.picture(folders, ["a", "b"], tmp_path / "all.png")
-    row = Image.open(folders[0] / "a.png")
-    assert Image.open(tmp_path / "all.png").size == (2 * row.width, 2 * row.height)
+    with Image.open(tmp_path / "all.png") as whole, Image.open(folders["ring-circle"] / "a.png") as row:
+        assert whole.height == 6 * 2 * row.height and whole.width > 2 * row.width
+        left = whole.width - 2 * row.width
+        places = [(1, 0), (2, 1), (4, 2), (5, 3)]  # below the references of each concept
+        for place, number in places:
+            seen = whole.getpixel((left + row.height, 2 * row.height * place + row.height))
+            assert all(abs(value - 255 * wanted) < 1.5 for value, wanted in zip(seen, colours[number], strict=True))
+            names = whole.crop((0, 2 * row.height * place, left, 2 * row.height * (place + 1))).getcolors()
+            assert len(names) > 1  # the name, black on white
     with pytest.raises(UserError, match=r"c\.png has not been made"):
         script.picture(folders, ["a", "c"], tmp_path / "all.png")
