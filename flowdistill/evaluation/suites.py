@@ -317,7 +317,7 @@ def _facts(
 ) -> JsonObject:
     """What decides the images."""
     networks = model.networks if isinstance(model, Student) else [model.network]
-    weights: list[object] = [module_sha256(network) for network in networks] + [module_sha256(model.codec)]
+    weights: list[object] = [*(module_sha256(network) for network in networks), module_sha256(model.codec)]
     if isinstance(model.codec, VaeCodec) and _vae_of(model) is not None:  # whose weights may be scaled in two ways
         codec = model.codec
         weights += [codec.scale, codec.shift, codec.mean.flatten().tolist(), codec.std.flatten().tolist()]
