@@ -104,12 +104,20 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def strange_shapes(count: int, seed: int) -> Tensor:
-    """Objects of any two colours in any pattern on any colour (count, 3, SIZE, SIZE), for the autoencoder only."""
+def strange_shapes(count: int, seed: int, named_grounds: float = 0.0) -> Tensor:
+    """Objects of any two colours in any pattern on any colour (count, 3, SIZE, SIZE), for the autoencoder only.
+
+    The share ``named_grounds`` of them is on the backgrounds that captions name, some of which hardly come up among any
+    colours: white is in a corner of those.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = torch.randint(len(shapes.SHAPES), (count,), generator=generator)
     pattern = torch.randint(4, (count,), generator=generator)
     colours = [255.0 * torch.rand(count, 3, generator=generator) for _ in range(3)]
+    if named_grounds:
+        named = torch.rand(count, generator=generator) < named_grounds
+        ground = torch.randint(len(shapes.BACKGROUNDS), (count,), generator=generator)
+        colours[2] = torch.where(named[:, None], shapes.palette(shapes.BACKGROUNDS)[ground], colours[2])
     return shapes.render(shapes.place(shape, pattern, *colours, seed + 1))
 
 
