@@ -138,18 +138,23 @@ def test_a_resume_elsewhere_is_the_same_run(project: Path, trained: Path, monkey
 
 
 def test_a_student_on_top_of_another_model_finds_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are changes to a pipeline that it names by a relative path."""
-    asked: list[str] = []
+    """Its weights are changes to a pipeline that it names by a relative path, and so is another autoencoder for it."""
+    asked: list[str | None] = []
 
-    def load(base: str, folder: Path) -> None:
-        asked.append(base)
+    def load(base: str, folder: Path, vae: str | None = None) -> None:
+        asked.extend((base, vae))
         raise UserError("enough")
 
     monkeypatch.setattr("flowdistill.methods.echodistill.student.load_adapted_pipeline", load)
     folder = project / "runs" / "a" / "student"
     with pytest.raises(UserError, match="enough"):
         ConceptStudent.load(folder, {"base_model": "models/teacher"})
-    assert asked == [str(project / "models" / "teacher")]
+    place = str(project / "models" / "teacher")
+    assert asked == [place, None]
+    with pytest.raises(UserError, match="enough"):
+        ConceptStudent.load(folder, {"base_model": "models/teacher", "base_vae": {
+            "source": "models/teacher", "subfolder": "vae", "kind": "AutoencoderKL"}})
+    assert asked[2:] == [place, place]
 
 
 def test_loading_alone_needs_nothing_of_it(project: Path) -> None:
