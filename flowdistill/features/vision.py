@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +30,23 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class VisionFeatures(NamedTuple):
-    """Features of the whole picture (B, D) and of its parts (B, T, D')."""
+    """Features of the whole picture (B, D) and of its parts (B, T, D'); ``grid``: rows and columns of the parts where
+    the network has a map of them."""
 
     pooled: Tensor
     tokens: Tensor
+    grid: tuple[int, int] | None = None
+
+    def places(self) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that are places of the picture, row by row (B, H' W', D'), and their grid (H', W').
+
+        Without a map they are the last tokens that fill a square: class and register tokens, which are no places, lead
+        in transformers.
+        """
+        if self.grid is not None:
+            return self.tokens, self.grid
+        side = math.isqrt(self.tokens.shape[1])
+        return self.tokens[:, self.tokens.shape[1] - side * side :], (side, side)
 
 
 class Vision(nn.Module):
@@ -43,6 +57,7 @@ class Vision(nn.Module):
     Attributes:
         name: as it was asked for.
         width: D of its pooled features.
+        num_places: H' W' of :meth:`VisionFeatures.places` (of 32 x 32 pixels, for a network that takes any size).
     """
 
     mean: Tensor
@@ -63,7 +78,8 @@ class Vision(nn.Module):
         for key, values in zip(("mean", "std"), normal, strict=True):
             self.register_buffer(key, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
         with torch.no_grad():
-            self.width = self(torch.zeros(1, 3, size or 32, size or 32)).pooled.shape[1]
+            seen = self(torch.zeros(1, 3, size or 32, size or 32))
+        self.width, self.num_places = seen.pooled.shape[1], seen.places()[0].shape[1]
 
     def forward(self, images: Tensor) -> VisionFeatures:
         images = images.float()
@@ -91,7 +107,7 @@ class SmallVision(nn.Module):
         for layer in self.layers:
             x = F.silu(layer(x))
             means.append(x.mean((2, 3)))
-        return VisionFeatures(torch.cat(means, 1), x.flatten(2).transpose(1, 2))
+        return VisionFeatures(torch.cat(means, 1), x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
 
 
 def load_vision(name: str, setting: str) -> Vision:
@@ -120,11 +136,12 @@ def load_vision(name: str, setting: str) -> Vision:
 
 def _seen(features: Tensor) -> VisionFeatures:
     """Features (B, D), (B, T, D) or (B, D, H, W), pooled by the mean."""
-    if features.ndim == 4:
-        features = features.flatten(2).transpose(1, 2)
     if features.ndim == 2:
         return VisionFeatures(features, features[:, None])
-    return VisionFeatures(features.mean(1), features)
+    grid = (features.shape[2], features.shape[3]) if features.ndim == 4 else None
+    if grid is not None:
+        features = features.flatten(2).transpose(1, 2)
+    return VisionFeatures(features.mean(1), features, grid)
 
 
 def _timm(name: str, model: str, file: str, setting: str) -> Vision:
@@ -148,7 +165,7 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
 
     def read(network: Any, x: Tensor) -> VisionFeatures:
         features = network.forward_features(x)
-        return VisionFeatures(network.forward_head(features, pre_logits=True), _seen(features).tokens)
+        return _seen(features)._replace(pooled=network.forward_head(features, pre_logits=True))
 
     return Vision(name, network, read, data["input_size"][-1], (data["mean"], data["std"]))
 
@@ -185,7 +202,7 @@ def _transformers(name: str, folder: Path, setting: str) -> Vision:
     def read(network: Any, x: Tensor) -> VisionFeatures:
         output = network(pixel_values=x)
         seen, pooled = _seen(output.last_hidden_state), getattr(output, "pooler_output", None) if pools else None
-        return seen if pooled is None else VisionFeatures(pooled.flatten(1), seen.tokens)
+        return seen if pooled is None else seen._replace(pooled=pooled.flatten(1))
 
     return Vision(name, network, read, size if isinstance(size, int) else size[0], normal)
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from flowdistill.features.vision import load_vision
 from flowdistill.utils.errors import UserError
@@ -34,6 +41,10 @@ def brightness():
 
 def mean_colour():
     return nn.AdaptiveAvgPool2d(1)
+
+
+def pixels():
+    return nn.Identity()
 
 
 class Classifier(nn.Module):
@@ -86,6 +97,34 @@ def test_the_visual_side_of_a_two_sided_model(tmp_path):
                                                                               "patch_size": 8}, projection_dim=8)
     CLIPModel(config).save_pretrained(tmp_path)
     assert load_vision(f"transformers:{tmp_path}", "x").width == 16
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_the_places_of_a_transformer_leave_its_leading_tokens_out(tmp_path, registers):
+    """Class and register tokens come first; one token a patch is left."""
+    if registers:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+            image_size=24, patch_size=8, num_register_tokens=registers, **TINY))
+    else:
+        model = ViTModel(ViTConfig(image_size=24, patch_size=8, **TINY))
+    lively(model).save_pretrained(tmp_path)
+    network = load_vision(f"transformers:{tmp_path}", "x")
+    images = pictures(24)
+    seen = network(images)
+    places, grid = seen.places()
+    assert grid == (3, 3) and network.num_places == 9 and seen.tokens.shape[1] == 10 + registers
+    assert torch.equal(places, seen.tokens[:, 1 + registers :])
+
+
+def test_the_places_of_a_map_are_its_grid():
+    small = load_vision("small", "x")
+    places, grid = small(pictures()[:, :, :, :16]).places()  # 32 x 16 pixels
+    assert grid == (4, 2) and places.shape == (2, 8, 64) and small.num_places == 16
+    colours = load_vision("python:tests.features.test_vision:pixels", "x")
+    places, grid = colours(pictures()[:, :, :, :16]).places()
+    assert grid == (32, 16) and torch.equal(places, pictures()[:, :, :, :16].flatten(2).transpose(1, 2))
+    whole = load_vision("python:tests.features.test_vision:Classifier", "x")
+    assert whole.num_places == 1 and whole(pictures()).places()[1] == (1, 1)
 
 
 def test_what_is_missing_is_named_with_where_to_get_it(tmp_path):

@@ -54,6 +54,9 @@ class EchoConfig:
                                                "each left out in turn, from ordinary ones of the same prompts; below "
                                                "it the run is refused; null: do not ask", at_least=0,
                                                only=needs("start"))
+    features: str = option("pooled", "what the level compares: pooled, the identity network's features of the whole "
+                                     "picture; patches, each of a reference's places with the one most like it",
+                           choices=("pooled", "patches"), only=needs("start"))
     real_fraction: float = option(0.5, "share of the concept's own images in the batches of the stage", at_least=0,
                                   at_most=1, only=needs("start"))
     rate: float = option(0.5, "factor on the learning rates", above=0, only=needs("start"))

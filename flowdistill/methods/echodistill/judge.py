@@ -57,9 +57,11 @@ class Judge:
     The level is the mean cosine of their identity features to the references', on a scale where 0 is what pictures of
     the initializer's word have and 1 what the references have among themselves, each left out in turn. With masks a
     reference's features are those of its object alone: the mean over plain backgrounds that it is put on, grays and
-    the colours around the objects. The margin is how much worse the frozen
-    teacher denoises a picture under other prompts than under its own, the new word replaced by the initializer; below
-    0 another prompt fits better.
+    the colours around the objects. With ``patches`` the cosine is that of the network's features of places: the mean,
+    over a reference's places (with masks those of the object, by their share of it), of the greatest to any place of
+    the picture. So the object may be anywhere, and what else the picture shows takes nothing away. The margin is how
+    much worse the frozen teacher denoises a picture under other prompts than under its own, the new word replaced by
+    the initializer; below 0 another prompt fits better.
 
     Args:
         teacher: the frozen one.
@@ -68,8 +70,11 @@ class Judge:
         ordinary: pictures of the initializer's word in the same prompts.
         prompts: the prompts with the initializer in the place of the word.
         masks: (N, 1, H, W) in [0, 1], 1 where a reference shows the object.
+        patches: compare the features of places, not those of whole pictures.
 
     Attributes:
+        references: features (N, T, D) of length 1, of whole pictures as one place.
+        shares: (N, T) of a reference's places in its cosine, 1 in sum.
         separation: how much the level can be trusted.
     """
 
@@ -81,12 +86,13 @@ class Judge:
         ordinary: Tensor,
         prompts: Sequence[str],
         masks: Tensor | None = None,
+        patches: bool = False,
     ) -> None:
-        self.teacher, self.feature_network = teacher, feature_network
-        seen = self._features(references)
-        self.references = seen if masks is None else self._of_objects(references, masks)
+        self.teacher, self.feature_network, self.patches = teacher, feature_network, patches
+        self.references = self._features(references) if masks is None else self._of_objects(references, masks)
+        self.shares = self._shares(references, masks)
         count = len(references)
-        alike = (seen @ self.references.T).cpu().fill_diagonal_(0)
+        alike = self._alike(references).fill_diagonal_(0)
         own, plain = alike.sum(1) / max(1, count - 1), self._cosine(ordinary)
         self.low, self.high = plain.mean().item(), own.mean().item() if count > 1 else 1.0
         self.separation = Separation.of(own, plain)
@@ -140,18 +146,41 @@ class Judge:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        parts = [self.feature_network(part.to(self.teacher.device)).pooled for part in images.split(AT_ONCE)]
-        return F.normalize(torch.cat(parts), dim=1)
+        """Features (B, T, D) of length 1 of places, or of the whole as one place."""
+        parts = []
+        for part in images.split(AT_ONCE):
+            seen = self.feature_network(part.to(self.teacher.device))
+            parts.append(seen.places()[0] if self.patches else seen.pooled[:, None])
+        return F.normalize(torch.cat(parts), dim=2)
 
     def _of_objects(self, references: Tensor, masks: Tensor) -> Tensor:
-        """Features (N, D) of length 1 of the objects alone."""
+        """Features (N, T, D) of length 1 of the objects alone."""
         around = ((1 - masks) * references).sum((2, 3)) / (1 - masks).sum((2, 3)).clamp(min=1e-6)
         grounds = torch.cat([references.new_tensor(PLAIN)[:, None].expand(-1, 3), around])
         total = torch.stack([
             self._features(masks * references + (1 - masks) * ground[None, :, None, None]) for ground in grounds
         ]).sum(0)
-        return F.normalize(total, dim=1)
+        return F.normalize(total, dim=2)
+
+    @torch.no_grad()
+    def _shares(self, references: Tensor, masks: Tensor | None) -> Tensor:
+        shares = torch.ones(self.references.shape[:2], device=self.references.device)
+        if self.patches and masks is not None:
+            _, grid = self.feature_network(references[:1].to(self.teacher.device)).places()
+            shares = F.adaptive_avg_pool2d(masks, grid).flatten(1).to(shares)
+        return shares / shares.sum(1, keepdim=True)
+
+    @torch.no_grad()
+    def _alike(self, images: Tensor) -> Tensor:
+        """Cosine (B, N) to each reference, on the CPU."""
+        parts = []
+        for part in images.split(AT_ONCE):
+            seen = self._features(part)
+            best = [(seen @ reference.T).amax(1) @ share
+                    for reference, share in zip(self.references, self.shares, strict=True)]
+            parts.append(torch.stack(best, 1).cpu())
+        return torch.cat(parts)
 
     def _cosine(self, images: Tensor) -> Tensor:
         """Mean cosine (B,) to the references, on the CPU."""
-        return (self._features(images) @ self.references.T).mean(1).cpu()
+        return self._alike(images).mean(1)

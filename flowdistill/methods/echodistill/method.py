@@ -95,6 +95,11 @@ class EchoDistill(Method):
         for key, names in (("identity", [config.identity]), ("discriminators", config.discriminators)):
             new = [name for name in names if name not in feature_networks]
             feature_networks |= {name: load_vision(name, f"method.{key}") for name in new}
+        self.patches = config.echo.start is not None and config.echo.features == "patches"
+        if self.patches and feature_networks[config.identity].num_places == 1:
+            raise UserError(f"method.echo.features is patches, but method.identity {config.identity} sees the whole "
+                            "picture only; give a network with features of places, a vision transformer for example "
+                            "(transformers:FOLDER, timm:NAME=FILE), or take pooled")
         self.feature_networks = nn.ModuleList(feature_networks.values())
         self.critics = [feature_networks[name] for name in config.discriminators]
         null_ids = self.word.ids([teacher.prompts.negative or ""])
@@ -243,7 +248,8 @@ class EchoDistill(Method):
         _, ordinary = self.sample_images("before", self.concept.echo.repeat(4), 0)
         plain = [self.word.replaced(text) for text in self.concept.prompts]
         concept = self.concept
-        return Judge(self.teacher, self.align.feature_network, concept.images, ordinary, plain, concept.masks)
+        return Judge(self.teacher, self.align.feature_network, concept.images, ordinary, plain, concept.masks,
+                     self.patches)
 
     # --- what remains
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig, ViTModel
 
 from flowdistill.data.pictures import read_picture
 from flowdistill.features.vision import load_vision
@@ -18,6 +19,7 @@ from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
 from tests.echo_world import make_method, make_trainer, teacher_pipeline, weights
+from tests.families import lively
 
 
 class Scripted:
@@ -207,9 +209,17 @@ class MeanColour(nn.Module):
         return x.mean((2, 3))
 
 
-def judge_of(references, ordinary, prompts=("a cat", "a dog"), masks=None):
-    feature_network = load_vision("python:tests.methods.echodistill.test_echo_stage:MeanColour", "x")
-    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts, masks)
+class Pixels(nn.Module):
+    """Each pixel's colour is the feature of its place."""
+
+    def forward(self, x):
+        return x
+
+
+def judge_of(references, ordinary, prompts=("a cat", "a dog"), masks=None, patches=False):
+    kind = "Pixels" if patches else "MeanColour"
+    feature_network = load_vision(f"python:tests.methods.echodistill.test_echo_stage:{kind}", "x")
+    return Judge(load_teacher(teacher_pipeline()), feature_network, references, ordinary, prompts, masks, patches)
 
 
 def flat(*colours):
@@ -261,8 +271,87 @@ def test_masks_take_the_background_out_of_the_references():
     # The features are those of the object on grays and on the three colours around the objects.
     around = torch.cat([torch.tensor(PLAIN)[:, None].expand(-1, 3), grounds[:, :, 0, 0]])
     seen = torch.nn.functional.normalize((red[:, 0, 0] + 3 * around) / 4, dim=1).sum(0)
-    expected = torch.nn.functional.normalize(seen, dim=0).expand(3, 3)
+    expected = torch.nn.functional.normalize(seen, dim=0).expand(3, 1, 3)
     torch.testing.assert_close(masked.references.cpu(), expected)
+
+
+def object_in(ground, object_colours, at):
+    """A picture (3, 4, 4) of this ground with pixels of these colours at these places."""
+    picture = torch.tensor(ground)[:, None, None].repeat(1, 4, 4)
+    for colour, (row, column) in zip(object_colours, at, strict=True):
+        picture[:, row, column] = torch.tensor(colour)
+    return picture
+
+
+RED, GREEN, BLUE, GRAY = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0.5, 0.5, 0.5)
+
+
+def test_patches_find_the_object_in_another_place_on_another_ground():
+    """An object of a red and a green pixel; half of it is half as alike, whatever is around, and the whole is 1."""
+    places = [[(0, 0), (0, 1)], [(3, 2), (1, 1)]]
+    references = torch.stack([object_in(BLUE, (RED, GREEN), places[0]), object_in(GRAY, (RED, GREEN), places[1])])
+    masks = torch.zeros(2, 1, 4, 4)
+    for mask, ((row, column), (below, right)) in zip(masks, places, strict=True):
+        mask[:, row, column] = mask[:, below, right] = 1
+    ordinary = torch.stack([object_in(BLUE, (), ()), object_in(BLUE, (BLUE,), [(0, 0)])])
+    judge = judge_of(references, ordinary, masks=masks, patches=True)
+    assert judge.shares.sum(1).tolist() == [1, 1] and ((judge.shares > 0).sum(1) == 2).all()
+    assert (judge.low, judge.high) == (pytest.approx(0, abs=1e-6), pytest.approx(1, abs=1e-6))
+    elsewhere = [(2, 0), (0, 3)]
+    made = torch.stack([object_in(BLUE, (GREEN, RED), elsewhere), object_in(BLUE, (GREEN,), elsewhere[:1]),
+                        object_in(BLUE, (), ())])
+    assert judge.levels(made).tolist() == pytest.approx([1, 0.5, 0], abs=1e-6)
+    assert judge.separation.d_prime > 1e3 and judge.separation.overlap == 0
+    # The mean colour of the whole picture, of the same references and masks, does not see the object.
+    assert judge_of(references, ordinary, masks=masks).separation.d_prime < 3
+    # Without masks every place counts: of the first reference 14 of 16 are blue, which the plain picture has.
+    unmasked = judge_of(references, ordinary, patches=True)
+    assert unmasked.low == pytest.approx((14 / 16 + 14 / 16 / 3**0.5) / 2, abs=1e-6)
+
+
+def test_the_cosine_of_patches_is_the_mean_of_the_best_of_each_place():
+    generator = torch.Generator().manual_seed(0)
+    references, ordinary = torch.rand(3, 3, 4, 4, generator=generator), torch.rand(2, 3, 4, 4, generator=generator)
+    masks = torch.rand(3, 1, 4, 4, generator=generator)
+    judge = judge_of(references, ordinary, masks=masks, patches=True)
+    around = ((1 - masks) * references).sum((2, 3)) / (1 - masks).sum((2, 3))
+    grounds = torch.cat([torch.tensor(PLAIN)[:, None].expand(-1, 3), around])
+
+    def unit(picture):
+        return torch.nn.functional.normalize(picture.flatten(1).T, dim=1)
+
+    for n in range(3):
+        own = sum(unit(masks[n] * references[n] + (1 - masks[n]) * ground[:, None, None]) for ground in grounds)
+        own = torch.nn.functional.normalize(own, dim=1)
+        for b in range(2):
+            best = (own @ unit(ordinary[b]).T).amax(1)
+            wanted = (best * masks[n].flatten()).sum() / masks[n].sum()
+            assert judge._alike(ordinary)[b, n].item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_patches_need_a_network_that_has_places(tmp_path):
+    whole = "python:tests.methods.echodistill.test_echo_stage:MeanColour"
+    make_method(tmp_path, identity=whole, discriminators=[], echo={"start": 2})
+    make_method(tmp_path, identity=whole, discriminators=[], echo={"features": "patches"})  # no stage, no question
+    with pytest.raises(UserError, match="features is patches, but method.identity .*sees the whole picture only"):
+        make_method(tmp_path, identity=whole, discriminators=[], echo={"start": 2, "features": "patches"})
+
+
+def test_the_stage_runs_on_the_patches_of_a_vision_transformer(tmp_path):
+    model = lively(ViTModel(ViTConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=16,
+                                      num_hidden_layers=2, num_attention_heads=2)))
+    model.save_pretrained(tmp_path / "vit")
+    method = make_method(tmp_path, identity=f"transformers:{tmp_path / 'vit'}",
+                         echo={"start": 1, "features": "patches"})
+    judge = method.echo.judge
+    assert judge.references.shape == (4, 4, 16) and judge.shares.tolist() == [[0.25] * 4] * 4
+    trainer = make_trainer(tmp_path, method, steps=2)
+    while not trainer.completed:
+        trainer.train_step()
+    assert method.echo.history[0]["separation"]["d_prime"] == pytest.approx(judge.separation.d_prime)
+    with pytest.raises(UserError, match="would choose by chance"):
+        make_method(tmp_path, identity=f"transformers:{tmp_path / 'vit'}", echo={
+            "start": 1, "features": "patches", "min_separation": 1e6}).echo.begin(0, tmp_path)
 
 
 @pytest.mark.parametrize("separation, words", [
