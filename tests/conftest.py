@@ -73,6 +73,27 @@ def short_pictures() -> Iterator[int]:
         yield calls
 
 
+LARGER = (
+    "data/test_data.py", "evaluation/test_compare.py", "evaluation/test_demo.py", "evaluation/test_features.py",
+    "evaluation/test_kept_rows.py", "evaluation/test_protocols.py", "evaluation/test_report.py",
+    "evaluation/test_shipped_rows.py", "features/test_named.py", "scripts/test_emoji_teacher.py",
+    "scripts/test_evaluate_fid.py", "scripts/test_experiment.py", "scripts/test_fashion_classifier.py",
+    "scripts/test_fashion_teacher.py", "test_example_package.py", "test_notebooks.py", "test_readme.py",
+    "training/test_comparison.py", "training/test_run_page.py",
+)
+"""Files whose networks are those that are shipped, Inception's, or as large."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_networks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny networks take four fifths of their time; see ``quicken`` for what is another then."""
+    from tests.quick import quicken
+
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch.setattr, without_onednn=request.path.relative_to(FOLDER).as_posix() not in LARGER)
+        yield
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

@@ -7,12 +7,15 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+
+python_deepcopy = copy.deepcopy
+"""Python's own, also where ``quick_deepcopy`` stands in for it."""
 
 _UNCHANGEABLE = frozenset((bool, int, float, str, type(None), type, torch.dtype, torch.device, torch.Size,
                            types.FunctionType))
@@ -30,7 +33,19 @@ def copied(module: M, shared: Mapping[int, object] | None = None) -> M:
         module: a network with all that it is made of.
         shared: id -> what stands for the object with that id in the copy: itself, where both are to have it.
     """
-    memo: dict[int, Any] = dict(shared or {})
+    return _copied_into(module, dict(shared or {}))
+
+
+def quick_deepcopy(x: Any, memo: dict[int, Any] | None = None) -> Any:
+    """``copy.deepcopy``, of networks as ``copied`` makes them."""
+    if isinstance(x, nn.Module):
+        return _copied_into(x, {} if memo is None else memo)
+    return python_deepcopy(x, memo)
+
+
+def _copied_into(module: M, memo: dict[int, Any]) -> M:
+    if id(module) in memo:
+        return cast(M, memo[id(module)])
     made = []
     for part in module.modules():
         if id(part) not in memo and _is_plain(type(part)):
@@ -38,14 +53,14 @@ def copied(module: M, shared: Mapping[int, object] | None = None) -> M:
             made.append((part, new))
     for part, new in reversed(made):  # only now, for an attribute may hold any of them; the inner ones first
         new.__setstate__({name: _copied(value, memo) for name, value in vars(part).items()})
-    return copy.deepcopy(module, memo)
+    return python_deepcopy(module, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _UNCHANGEABLE or kind is tuple and all(type(one) in _UNCHANGEABLE for one in value):
         return value
-    return kind() if kind in _CONTAINERS and not value else copy.deepcopy(value, memo)
+    return kind() if kind in _CONTAINERS and not value else python_deepcopy(value, memo)
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from tests.quick import usual_kernels
+
 BACKWARD = "backward"
 
 
@@ -18,7 +20,10 @@ def real_peak(update: Callable[[], object]) -> int:
 def real_peaks(update: Callable[[], object]) -> tuple[int, int]:
     """The most before it comes to a ``torch.profiler.record_function(BACKWARD)``, and the most in all."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        usual_kernels(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         update()
     events = profile.profiler.kineto_results.events()
     start = min((event.start_ns() for event in events if event.name() == BACKWARD), default=None)

@@ -26,6 +26,10 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
+from torch.backends import mkldnn
+
+from tests.quick import quicken
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 TIMEOUT = 600.0
@@ -80,7 +84,8 @@ class Child:
         self._out.touch()
         self._err.touch()
         given = arguments if callable(target) else tuple(map(str, arguments))
-        start = (target, given, dict(environment() if env is None else env), cwd, self._out, self._err)
+        start = (target, given, dict(environment() if env is None else env), cwd, self._out, self._err,
+                 not mkldnn.enabled)
         self._process = server().Process(target=_begin, args=start, daemon=True)
         self._process.start()
 
@@ -193,7 +198,8 @@ def launched(*command: object, env: Mapping[str, str] | None = None, cwd: Path =
 
 
 def _begin(
-    target: Target, arguments: tuple[Any, ...], env: dict[str, str], cwd: Path, out: Path, err: Path
+    target: Target, arguments: tuple[Any, ...], env: dict[str, str], cwd: Path, out: Path, err: Path,
+    without_onednn: bool,
 ) -> None:
     """In the child: put everything as in a process of its own, then run."""
     for number, path in ((1, out), (2, err)):
@@ -203,6 +209,7 @@ def _begin(
     gc.freeze()  # what the server has imported is shared: looking through it for garbage would copy it
     # As in a process of its own. tqdm's lock would else be a file, which a process that is killed does not remove.
     multiprocessing.set_start_method("fork", force=True)
+    quicken(without_onednn=without_onednn)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

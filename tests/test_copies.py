@@ -1,6 +1,5 @@
 """Copies of networks are those that Python makes."""
 
-import copy
 import functools
 import types
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from flowdistill.networks.lora import LoraSettings
 from flowdistill.networks.velocity import ExtendedVelocity
 from flowdistill.teachers import load_teacher
 from flowdistill.utils import quantized
-from tests.copies import copied
+from tests.copies import copied, python_deepcopy, quick_deepcopy
 from tests.families import FAMILIES, clip_encoder, condition_unet
 from tests.tiny import tiny_unet
 
@@ -131,7 +130,7 @@ NETWORKS = {
 def test_a_copy_is_pythons(name):
     network = NETWORKS[name]()
     network.eval()
-    alike(copy.deepcopy(network), copied(network), network, {})
+    alike(python_deepcopy(network), copied(network), network, {})
     with torch.no_grad():  # none of its numbers is the network's
         for tensor in (made := copied(network)).state_dict().values():
             tensor.zero_()
@@ -144,7 +143,7 @@ def test_what_is_shared_stands_in_both(name):
     network = NETWORKS[name]()
     own = {id(value): value for value in list(network.parameters())[::2]}
     made = dict(copied(network, own).named_parameters())
-    alike(copy.deepcopy(network, dict(own)), copied(network, own), network, {})
+    alike(python_deepcopy(network, dict(own)), copied(network, own), network, {})
     for key, value in network.named_parameters():
         assert (made[key] is value) == (id(value) in own), key
 
@@ -153,6 +152,16 @@ def test_a_network_that_is_shared_is_not_copied():
     network = tied()
     made = copied(network, {id(network[0]): network[0]})
     assert made[0] is network[0] and made[1] is not network[1] and made[1] is made[2]
+
+
+@pytest.mark.parametrize("deepcopy", [quick_deepcopy, python_deepcopy])
+def test_copies_with_one_memo_know_each_other(deepcopy):
+    network, memo = tied(), {}
+    first, both = deepcopy(network[0], memo), deepcopy([network, network[1]], memo)
+    made = deepcopy(network, memo)
+    assert made is both[0] and made[0] is first and made[1] is both[1] is made[2]
+    assert first is not network[0] and first.weight is made[1][0].weight is not network[0].weight
+    assert deepcopy(network) is not made and torch.equal(deepcopy(network)[0].weight, first.weight)
 
 
 def test_scripted_parts_are_left_to_torch():

@@ -1,5 +1,6 @@
 """The processes that other tests start: as new as those of a command, and none is left behind."""
 
+import copy
 import os
 import signal
 import sys
@@ -7,8 +8,11 @@ import time
 
 import pytest
 import torch
+from torch.backends import mkldnn
 
+from tests.copies import quick_deepcopy
 from tests.processes import PRELOADED, Child, environment, ranks, run
+from tests.quick import usual_kernels
 
 
 def describe() -> None:
@@ -23,6 +27,22 @@ def test_a_process_has_one_thread_its_own_environment_and_no_methods(tmp_path, m
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert run(describe, cwd=tmp_path).split() == ["1", "None", str(tmp_path)]
     assert "ACCELERATE_USE_CPU" not in environment()
+
+
+def say_kernels() -> None:
+    print(mkldnn.enabled, copy.deepcopy is quick_deepcopy)
+
+
+def test_a_process_computes_as_the_tests_do(monkeypatch):
+    for enabled in (True, False):
+        monkeypatch.setattr(mkldnn, "enabled", enabled)
+        assert run(say_kernels).split() == [str(enabled), "True"]
+    assert copy.deepcopy is quick_deepcopy  # nothing came before, and LARGER does not name this file
+    monkeypatch.undo()
+    assert not mkldnn.enabled
+    with usual_kernels():
+        assert mkldnn.enabled
+    assert not mkldnn.enabled
 
 
 def test_a_script_has_its_arguments_exit_code_and_streams(tmp_path):
