@@ -73,11 +73,12 @@ class Child:
         env: the whole environment; None: ``environment()``.
         cwd: its folder.
         log: a file to which standard output and standard error are added; None: a file of its own for each.
+        daemon: False: one that itself starts processes by ``multiprocessing``.
     """
 
     def __init__(
         self, target: Target, *arguments: Any, env: Mapping[str, str] | None = None, cwd: Path = ROOT,
-        log: Path | None = None,
+        log: Path | None = None, daemon: bool = True,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (log or Path(self._folder.name) / name for name in ("stdout", "stderr"))
@@ -86,7 +87,7 @@ class Child:
         given = arguments if callable(target) else tuple(map(str, arguments))
         start = (target, given, dict(environment() if env is None else env), cwd, self._out, self._err,
                  not mkldnn.enabled)
-        self._process = server().Process(target=_begin, args=start, daemon=True)
+        self._process = server().Process(target=_begin, args=start, daemon=daemon)
         self._process.start()
 
     @property

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from flowdistill.cli.commands import make_parser
 from flowdistill.config import load_config
 from flowdistill.training.checkpoint import checkpoints
-from tests.processes import BIN, ROOT, TIMEOUT, environment, ranks
+from tests.processes import ROOT, TIMEOUT, Child, environment, ranks
 from tests.toy_method import figures
 
 SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*.sh"))
@@ -43,11 +45,12 @@ ACTS = {
 }
 
 
-def ended(job: subprocess.Popen[bytes]) -> None:
+def ended(job: subprocess.Popen[bytes] | Child) -> None:
     """End what is left of a process and of those that it has started, which it is asked to do first."""
     job.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        job.wait(60)
+    end = time.monotonic() + 60
+    while job.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
@@ -152,21 +155,35 @@ def test_what_is_told_to_be_submitted_can_be() -> None:
             load_config(ROOT / words[place + 1], words[place + 2 :])
 
 
+def torchrun(*arguments: str) -> None:
+    """In a process of its own: the leader of a group, so that its workers can be ended with it."""
+    os.setsid()
+    sys.argv = ["torchrun", *arguments]
+    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+
+
+PROGRAM = """
+import sys
+from tests.toy_method import main
+main(sys.argv[1:])
+"""
+
+
 def test_two_nodes_train_and_stop_as_one_does(tmp_path: Path) -> None:
     """torchrun's rendezvous over loopback: one of two nodes is told to stop, and both write the same checkpoint as one
-    node of two processes does after as many steps."""
+    node of two processes does after as many steps. Its workers are forked, as it can do with programs by their path."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    (program := tmp_path / "program.py").write_text(PROGRAM)
     meet = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id",
-            "two", "-m", "tests.toy_method", str(tmp_path / "two"), "steps=100000", "checkpoint_every=0", "pause=20")
+            "two", "--start-method", "fork", "--run-path", str(program), str(tmp_path / "two"), "steps=100000",
+            "checkpoint_every=0", "pause=20")
     log = tmp_path / "log"
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("a"))
         nodes = []
         for _ in range(2):
-            node = subprocess.Popen([BIN / "torchrun", *meet], env=environment(), cwd=ROOT, stdout=output,
-                                    stderr=output, start_new_session=True)
+            node = stack.enter_context(Child(torchrun, *meet, log=log, daemon=False))
             stack.callback(ended, node)
             nodes.append(node)
         end = time.monotonic() + TIMEOUT
