@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.build import build_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,12 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which nothing but the wheel is installed; its dependencies are this environment's."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    subprocess.run([*pip, *build], check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True,
-                   capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # as pip calls what builds it
+        wheel = build_wheel(str(folder))
+    with zipfile.ZipFile(folder / wheel) as file:  # all that pip does with a wheel of this kind
+        file.extractall(folder / "site")
     return folder / "site"
 
 
