@@ -26,6 +26,7 @@ LONG = (
     "paths/test_scheduler_options.py", "test_wheel.py", "methods/test_consistency.py",
     "methods/test_flow_map_matching.py", "test_image_sizes.py", "methods/echodistill/test_echodistill.py",
     "evaluation/test_kept_rows.py", "training/test_stopping.py", "evaluation/test_shipped_rows.py",
+    "test_other_device.py", "test_notebooks.py", "test_example_package.py",
 )
 """Files that take longest. They come first, so that no process is left alone with one of them at the end."""
 
