@@ -1,10 +1,12 @@
 """The processes that other tests start: as new as those of a command, and none is left behind."""
 
 import copy
+import importlib.metadata
 import os
 import signal
 import sys
 import time
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.backends import mkldnn
 
 from tests.copies import quick_deepcopy
 from tests.processes import PRELOADED, Child, environment, ranks, run
-from tests.quick import usual_kernels
+from tests.quick import known_entry_points, usual_kernels
 
 
 def describe() -> None:
@@ -43,6 +45,21 @@ def test_a_process_computes_as_the_tests_do(monkeypatch):
     with usual_kernels():
         assert mkldnn.enabled
     assert not mkldnn.enabled
+
+
+def test_what_a_test_installs_is_found(tmp_path):
+    info = tmp_path / "some-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[tests.some]\none = a:b\n")
+    found = importlib.metadata.entry_points
+    assert found is known_entry_points and not found(group="tests.some")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        (point,) = found(group="tests.some")
+    assert point.value == "a:b" and not found(group="tests.some")
+    assert found(group="console_scripts") == entry_points(group="console_scripts")
+    assert found(group="console_scripts", name="no such program") == ()
 
 
 def test_a_script_has_its_arguments_exit_code_and_streams(tmp_path):
