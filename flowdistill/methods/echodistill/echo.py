@@ -46,14 +46,17 @@ class EchoConfig:
     prompts: list[str] = option([], "prompts of the student's samples, with the new word; []: those it is trained on",
                                 only=needs("start"))
     num_samples: int = option(200, "pictures the student makes in a round", at_least=1, only=needs("start"))
-    keep_fraction: float = option(0.25, "at most this share of them is kept, those most like the concept", above=0,
-                                  at_most=1, only=needs("start"))
+    keep_fraction: float = option(0.25, "at most this share of each prompt's pictures is kept, those most like the "
+                                        "concept", above=0, at_most=1, only=needs("start"))
     min_level: float = option(0.5, "a picture must be this much like the concept: 0 is a picture of the initializer's "
                                    "word, 1 as alike as the concept's own images are", only=needs("start"))
     min_separation: float | None = option(1.5, "d' at which the identity network must tell the concept's pictures, "
                                                "each left out in turn, from ordinary ones of the same prompts; below "
                                                "it the run is refused; null: do not ask", at_least=0,
                                                only=needs("start"))
+    identity: str | None = option(None, "the network of the level, as method.identity; null: that one, which a student "
+                                        "trained on its features may please without being more like the concept",
+                                  only=needs("start"))
     features: str = option("pooled", "what the level compares: pooled, the identity network's features of the whole "
                                      "picture; patches, each of a reference's places with the one most like it",
                            choices=("pooled", "patches"), only=needs("start"))
@@ -158,8 +161,9 @@ class EchoStage:
 
         reason = Processes.current().on_main(refusal)
         if reason:
+            named = "method.identity" if self.config.identity is None else "method.echo.identity"
             raise UserError(f"the echo stage would choose by chance: {reason}; give another network as "
-                            "method.identity, masks beside the pictures (NAME.mask.png) or more pictures, or train "
+                            f"{named}, masks beside the pictures (NAME.mask.png) or more pictures, or train "
                             "without the stage (method.echo.start=null)")
         self._checked = True
 
@@ -172,7 +176,7 @@ class EchoStage:
             which = self._numbers(self.config.num_samples)
             latents, images = self.sample("student", which, POOL_SEED + number)
             scores = Scores(self.judge.levels(images), self.judge.margins(latents, which))
-            kept, figures = self.choose(scores)
+            kept, figures = self.choose(scores, which)
             content = {"images": images[kept].contiguous(), "prompts": which[kept].contiguous()}
             with disk_errors(str(self._file(number, folder))), atomic_write(self._file(number, folder)) as output:
                 output.write(save(content))
@@ -187,16 +191,21 @@ class EchoStage:
         self._current = -1
         self._report(folder)
 
-    def choose(self, scores: Scores) -> tuple[Tensor, JsonObject]:
-        """Numbers of the pictures to keep, the best first, and what was found.
+    def choose(self, scores: Scores, which: Tensor) -> tuple[Tensor, JsonObject]:
+        """Numbers of the pictures to keep, the best first, and what was found; ``which``: the numbers (N,) of prompts.
 
-        One must reach the level and fit its own prompt better than any other; then only the most alike are kept.
+        One must reach the level and fit its own prompt better than any other; then only the most alike of each prompt
+        are kept. Over all prompts together some places would be in every picture, because a network takes part of the
+        background for the object, and others in none.
         """
         levels, margins = scores
         passed = (levels >= self.config.min_level) & (margins > 0)
-        order = levels.masked_fill(~passed, -torch.inf).argsort(descending=True, stable=True)
-        most = max(1, int(self.config.keep_fraction * len(levels)))
-        kept = order[: min(int(passed.sum()), most)]
+        order = levels.argsort(descending=True, stable=True)
+        best = torch.zeros_like(passed)
+        for prompt in which.unique():
+            most = max(1, int(self.config.keep_fraction * int((which == prompt).sum())))
+            best[order[(which == prompt)[order] & passed[order]][:most]] = True
+        kept = order[best[order]]
         return kept, {
             "samples": len(levels),
             "reached_level": int((levels >= self.config.min_level).sum()),

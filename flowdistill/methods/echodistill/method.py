@@ -92,12 +92,17 @@ class EchoDistill(Method):
         self.concept = Concept(config, self.word, size)
         self.kept = KeptPrompts(teacher, self.source, start, self.word)
         feature_networks: dict[str, Vision] = {}
-        for key, names in (("identity", [config.identity]), ("discriminators", config.discriminators)):
+        echoes = config.echo.start is not None
+        seen_by = config.echo.identity if echoes and config.echo.identity is not None else config.identity
+        for key, names in (("identity", [config.identity]), ("echo.identity", [seen_by]),
+                           ("discriminators", config.discriminators)):
             new = [name for name in names if name not in feature_networks]
             feature_networks |= {name: load_vision(name, f"method.{key}") for name in new}
-        self.patches = config.echo.start is not None and config.echo.features == "patches"
-        if self.patches and feature_networks[config.identity].num_places == 1:
-            raise UserError(f"method.echo.features is patches, but method.identity {config.identity} sees the whole "
+        self.patches = echoes and config.echo.features == "patches"
+        self.judging = feature_networks[seen_by]
+        if self.patches and self.judging.num_places == 1:
+            named = "method.identity" if config.echo.identity is None else "method.echo.identity"
+            raise UserError(f"method.echo.features is patches, but {named} {seen_by} sees the whole "
                             "picture only; give a network with features of places, a vision transformer for example "
                             "(transformers:FOLDER, timm:NAME=FILE), or take pooled")
         self.feature_networks = nn.ModuleList(feature_networks.values())
@@ -248,7 +253,7 @@ class EchoDistill(Method):
         _, ordinary = self.sample_images("before", self.concept.echo.repeat(4), 0)
         plain = [self.word.replaced(text) for text in self.concept.prompts]
         concept = self.concept
-        return Judge(self.teacher, self.align.feature_network, concept.images, ordinary, plain, concept.masks,
+        return Judge(self.teacher, self.judging, concept.images, ordinary, plain, concept.masks,
                      self.patches)
 
     # --- what remains

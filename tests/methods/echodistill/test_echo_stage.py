@@ -56,13 +56,26 @@ def test_a_picture_is_kept_for_its_level_and_its_own_prompt(tmp_path):
     levels, margins = [0.9, 0.4, 0.8, 0.7, 0.6, 0.95], [1.0, 1.0, -1.0, 1.0, 1.0, 2.0]
     made, _ = stage(tmp_path, [levels], [margins], keep_fraction=0.5)
     scores = Scores(torch.tensor(levels), torch.tensor(margins))
-    kept, figures = made.choose(scores)
+    one_prompt = torch.zeros(6, dtype=torch.int64)
+    kept, figures = made.choose(scores, one_prompt)
     assert kept.tolist() == [5, 0, 3]  # 1 is no concept, 2 fits another prompt; the best three of the rest
     assert figures == {"samples": 6, "reached_level": 5, "fit_their_prompt": 5, "kept": 3}
     made.config.keep_fraction = 1.0
-    assert made.choose(scores)[0].tolist() == [5, 0, 3, 4]
+    assert made.choose(scores, one_prompt)[0].tolist() == [5, 0, 3, 4]
     made.config.min_level = 2.0  # the best of a bad lot is not good
-    assert len(made.choose(scores)[0]) == 0
+    assert len(made.choose(scores, one_prompt)[0]) == 0
+
+
+def test_each_prompt_keeps_its_own_best(tmp_path):
+    """Prompt 5's pictures are all more alike than prompt 3's, which would have none among the best half of all."""
+    levels, which = [0.9, 0.55, 0.8, 0.6, 0.85, 0.65], torch.tensor([5, 3, 5, 3, 5, 3])
+    made, _ = stage(tmp_path, [levels], [[1.0] * 6], keep_fraction=0.5)
+    kept, figures = made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)
+    assert kept.tolist() == [0, 5] and figures["kept"] == 2  # half of three, rounded down, the best first
+    made.config.keep_fraction = 0.1  # but one at least
+    assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)[0].tolist() == [0, 5]
+    made.config.min_level = 0.7
+    assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)[0].tolist() == [0]
 
 
 def test_rounds_begin_and_end_when_they_should(tmp_path, monkeypatch):
@@ -92,7 +105,7 @@ def test_a_stage_that_never_starts_does_nothing(tmp_path):
 
 def test_a_rounds_pictures_are_left_with_their_scores(tmp_path):
     """The most alike first, in files that hold what was painted, for the prompt it was painted for."""
-    made, _ = stage(tmp_path, [[0.75, 0.25, 1.0, 0.5]], [[1.0, 2.0, math.inf, -1.0]], keep_fraction=0.5)
+    made, _ = stage(tmp_path, [[0.75, 0.25, 1.0, 0.5]], [[1.0, 2.0, math.inf, -1.0]], keep_fraction=1.0, min_level=0.7)
     made.begin(2, tmp_path)
     found = {}
     for part in ("kept", "refused"):
@@ -335,6 +348,22 @@ def test_patches_need_a_network_that_has_places(tmp_path):
     make_method(tmp_path, identity=whole, discriminators=[], echo={"features": "patches"})  # no stage, no question
     with pytest.raises(UserError, match="features is patches, but method.identity .*sees the whole picture only"):
         make_method(tmp_path, identity=whole, discriminators=[], echo={"start": 2, "features": "patches"})
+
+
+def test_the_stage_may_look_with_a_network_that_trains_nothing(tmp_path):
+    """``echo.identity`` is the judge's, ``identity`` the losses'; without a stage it is not even loaded."""
+    module = "python:tests.methods.echodistill.test_echo_stage"
+    own, other = f"{module}:MeanColour", f"{module}:Pixels"
+    method = make_method(tmp_path, identity=own, discriminators=[], echo={"start": 2, "identity": other})
+    assert method.judging is not method.align.feature_network
+    assert method.echo.judge.feature_network is method.judging
+    same = make_method(tmp_path, identity=own, discriminators=[], echo={"start": 2})
+    assert same.judging is same.align.feature_network
+    make_method(tmp_path, identity=own, discriminators=[], echo={"identity": "transformers:nowhere"})
+    with pytest.raises(UserError, match="'method.echo.identity' names .*nowhere"):
+        make_method(tmp_path, identity=own, discriminators=[], echo={"start": 2, "identity": "transformers:nowhere"})
+    with pytest.raises(UserError, match="features is patches, but method.echo.identity .*sees the whole picture only"):
+        make_method(tmp_path, identity=other, echo={"start": 2, "features": "patches", "identity": own})
 
 
 def test_the_stage_runs_on_the_patches_of_a_vision_transformer(tmp_path):
