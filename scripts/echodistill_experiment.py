@@ -50,7 +50,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, local_path
 from flowdistill.utils.images import grid, save_grid, save_picture
 from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
-from flowdistill.utils.text import read_json_lines, read_lines
+from flowdistill.utils.text import read_json, read_json_lines, read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
 FORMAT = 2  # of a line: 2 has the strict figures, the settings of the run and the models of its key
@@ -196,7 +196,7 @@ def filter_figures(folder: Path, concept: str) -> dict[str, Any]:
     if len(distances) == 2:
         ahead = distances["refused"][None, :] - distances["kept"][:, None]
         figures["closer"] = ((ahead > 0).double() + 0.5 * (ahead == 0)).mean().item()
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "report.json")
     return figures | {"d_prime": report[0]["separation"]["d_prime"],
                       "taken_back": [entry["taken_back_for"] for entry in report]}
 

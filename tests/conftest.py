@@ -75,12 +75,13 @@ def short_pictures() -> Iterator[int]:
 
 
 LARGER = (
-    "data/test_data.py", "evaluation/test_compare.py", "evaluation/test_demo.py", "evaluation/test_features.py",
-    "evaluation/test_kept_rows.py", "evaluation/test_protocols.py", "evaluation/test_report.py",
-    "evaluation/test_shipped_rows.py", "features/test_named.py", "scripts/test_emoji_teacher.py",
-    "scripts/test_evaluate_fid.py", "scripts/test_experiment.py", "scripts/test_fashion_classifier.py",
-    "scripts/test_fashion_teacher.py", "test_example_package.py", "test_notebooks.py", "test_readme.py",
-    "training/test_comparison.py", "training/test_run_page.py",
+    "data/test_data.py", "data/test_shapes.py", "evaluation/test_compare.py", "evaluation/test_demo.py",
+    "evaluation/test_features.py", "evaluation/test_kept_rows.py", "evaluation/test_protocols.py",
+    "evaluation/test_report.py", "evaluation/test_shipped_rows.py", "features/test_named.py",
+    "scripts/test_emoji_teacher.py", "scripts/test_evaluate_fid.py", "scripts/test_experiment.py",
+    "scripts/test_fashion_classifier.py", "scripts/test_fashion_teacher.py", "scripts/test_shapes_autoencoder.py",
+    "test_example_package.py", "test_notebooks.py", "test_readme.py", "training/test_comparison.py",
+    "training/test_run_page.py",
 )
 """Files whose networks are those that are shipped, Inception's, or as large."""
 
