@@ -28,6 +28,7 @@ from flowdistill.config import (
     save_config,
     validate,
 )
+from flowdistill.config.schema import MISSING
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.comparison import save_comparison
 from flowdistill.evaluation.evaluate import is_teacher
@@ -286,19 +287,51 @@ def leave_group() -> None:
 def difference(saved: Mapping[Any, Any], config: Mapping[Any, Any]) -> tuple[str, Any, Any] | None:
     """The first setting that decides what is learned and differs: (key, saved value, value now).
 
-    Settings that the saved configuration does not have (it was written by an older version) do not count.
+    Settings that the saved configuration does not have do not count here, see :func:`newer_difference`.
     """
     here = dict(_leaves(config))
     # The method's name first: with another one all its settings differ.
     for key, value in sorted(_leaves(saved), key=lambda leaf: leaf[0] != "method.name"):
-        section = key.split(".")[0]
-        if section in ("output_dir", "evaluation", "started_in") or not FREE.isdisjoint((key, key.rpartition(".")[0])):
-            continue
-        if key.endswith(FREE_ANYWHERE):
-            continue
-        if key not in here or here[key] != value:
+        if not _is_free(key) and (key not in here or here[key] != value):
             return key, value, here.get(key)
     return None
+
+
+def newer_difference(
+    saved: Mapping[Any, Any], config: Any, usual: Any = None, prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first setting that the saved configuration does not have, because an older version wrote it, and that is not
+    at its default, which stands for what that version did: (key, default, value now).
+
+    Args:
+        config: the settings, or a section of them.
+        usual: the section as it is by default; None: as its class has it.
+    """
+    for item in dataclasses.fields(config):
+        key, value, there = prefix + item.name, getattr(config, item.name), saved.get(item.name)
+        default = _default(item) if usual is None else getattr(usual, item.name)
+        if _is_free(key):
+            continue
+        if dataclasses.is_dataclass(value) and (isinstance(there, Mapping) or type(default) is type(value)):
+            section = there if isinstance(there, Mapping) else {}
+            found = newer_difference(section, value, default if type(default) is type(value) else None, f"{key}.")
+            if found is not None:
+                return found
+        elif item.name not in saved and default != MISSING and value != default:
+            return key, default, value
+    return None
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return MISSING if item.default is dataclasses.MISSING else item.default
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting may change between a run and its resume."""
+    return key.split(".")[0] in ("output_dir", "evaluation", "started_in") or key.endswith(FREE_ANYWHERE) or (
+        not FREE.isdisjoint((key, key.rpartition(".")[0])))
 
 
 def has_begun(folder: Path) -> bool:
@@ -325,7 +358,7 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
             accept_former_names(saved, type(config.method))
         if not isinstance(saved, dict) or not isinstance(here, dict):
             raise UserError(f"{file} is no configuration of a run; choose another output_dir")
-        if (found := difference(saved, here)) is not None:
+        if (found := difference(saved, here) or newer_difference(saved, config)) is not None:
             key, old, new = found
             raise UserError(
                 f"{folder} holds another run: {key} is {shown(old, quoted=False)} there and {shown(new, quoted=False)} "

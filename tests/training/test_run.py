@@ -1,7 +1,9 @@
 """``distill``: a whole run folder, its resume, and the folders and devices it refuses."""
 
+import functools
 import json
 import math
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.utils import DistributedType
 
 import flowdistill
@@ -20,7 +23,7 @@ from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.optimizer import rate_changes
 from flowdistill.training.roles import prepare_roles
-from flowdistill.training.run import difference, distill, make_accelerator
+from flowdistill.training.run import check_folder, difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
 from flowdistill.utils.files import atomic_folder
 from tests.tiny import tiny_unet_pipeline
@@ -203,6 +206,30 @@ def test_settings_an_older_version_did_not_write_do_not_count():
     assert difference(saved, here) == ("method.gone", 1, None)
     here["method"]["gone"] = 1
     assert difference(saved, here) is None
+
+
+def test_a_setting_an_older_version_did_not_have_is_at_its_default(tmp_path, measured):
+    """Else half of the run would be trained with it; also in sections of sections. What decides nothing may be new."""
+    def config():
+        return make_config(tmp_path, steps=2, max_grad_norm=3.0)
+
+    distill(config())
+    file = tmp_path / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    for section, name in ((saved["teacher"], "vae"), (saved["method"], "dropout"), (saved["train"], "log_every"),
+                          (saved["method"]["critic_optimizer"], "weight_decay"), (saved["train"], "stop_when")):
+        del section[name]
+    file.write_text(yaml.safe_dump(saved))
+    assert check_folder(tmp_path, config())  # 0.1 is the decay that the section has by default
+    changes = {"teacher.vae": "other", "method.dropout": 0.5, "method.critic_optimizer.weight_decay": 0.0}
+    for key, value in changes.items():
+        changed, (*sections, name) = config(), key.split(".")
+        setattr(functools.reduce(getattr, sections, changed), name, value)
+        with pytest.raises(UserError, match=rf"holds another run: {re.escape(key)} is .* there and {value} here"):
+            check_folder(tmp_path, changed)
+    changed = config()
+    changed.train.log_every, changed.evaluation.at_end = 1, False
+    assert not check_folder(tmp_path, changed)
 
 
 def test_folders_that_cannot_be_used(tmp_path, measured):
