@@ -26,7 +26,7 @@ from flowdistill.data.captions import has_captions, read_prompts_or_captions
 from flowdistill.networks.backbones import BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import make_scheduler
-from flowdistill.teachers.autoencoder import check_fits, check_has_autoencoder, find_autoencoder
+from flowdistill.teachers.autoencoder import bare_codec, check_fits, check_has_autoencoder, find_autoencoder
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.loading import (
     DTYPES,
@@ -163,8 +163,8 @@ def meta_teacher(config: TeacherConfig, architecture: Architecture, listed: bool
         check_has_autoencoder(config, {name: (part.get("_class_name"),) for name, part in parts.items()})
         assert isinstance(codec, VaeCodec)
         if (other := find_autoencoder(config.vae, config.variant, download=False)) is not None:
-            own, codec = codec, VaeCodec(_on_meta(read_json_object(other.folder / "config.json"), dtype))
-            check_fits(codec, own, config)
+            check_fits(bare_codec(other.folder, other.kind), codec, config)
+            codec = VaeCodec(_on_meta(read_json_object(other.folder / "config.json"), dtype))
     backbone = _on_meta(parts[name], dtype)
     if config.lora is not None:  # changes weights and no shape, so only whether it fits is of interest
         check_takes_lora(architecture.pipeline, config.source)

@@ -64,6 +64,8 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
     Raises:
         UserError: nothing there, or something else.
     """
+    if not source.strip():
+        raise UserError(f"teacher.vae is empty; give {FORMS}, or null for the pipeline's own")
     place = find_path(source)
     if place.is_file():
         raise UserError(f"teacher.vae {source} is a file; give {FORMS}: diffusers makes a folder of a single file with "
@@ -75,7 +77,6 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
         if found is None:
             return None
         place = found
-    place = without_marks(place)
     there = [inside for inside in PLACES if (place / inside / FILE).is_file()]
     if not there:
         raise UserError(f"teacher.vae {source} holds no autoencoder: neither it nor a folder {INSIDE} in it has a "
@@ -84,7 +85,7 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
     for inside, name in zip(there, names, strict=True):
         kind = component_class(("diffusers", name))
         if kind is not None and hasattr(kind, "encode") and hasattr(kind, "decode"):
-            return Found(place / inside, kind, BaseVae(source, inside, str(name)))
+            return Found(without_marks(place / inside), kind, BaseVae(source, inside, str(name)))
     what = "no model of diffusers" if names[0] is None else f"a {shown(names[0], quoted=False)}"
     raise UserError(f"teacher.vae {source} holds no autoencoder, but {what}; give {FORMS}")
 
@@ -151,7 +152,7 @@ def checked_autoencoder(config: TeacherConfig, folder: Path) -> Found:
     check_has_autoencoder(config, read_json_object(folder / INDEX))
     found = find_autoencoder(config.vae, config.variant)
     assert found is not None  # what is not here was fetched
-    check_fits(_bare_codec(found.folder, found.kind), _bare_codec(folder / INSIDE, own_class(folder)), config)
+    check_fits(bare_codec(found.folder, found.kind), bare_codec(folder / INSIDE, own_class(folder)), config)
     return found
 
 
@@ -173,15 +174,20 @@ def own_class(folder: Path) -> type[nn.Module]:
     return kind
 
 
-def _bare_codec(folder: Path, kind: Any) -> VaeCodec:
-    """A codec without weights, of the config in ``folder``."""
+def bare_codec(folder: Path, kind: Any) -> VaeCodec:
+    """A codec without weights, of the config in ``folder``.
+
+    Raises:
+        UserError: a config that is not one of this class, or an autoencoder that is not supported.
+    """
     try:
         with quiet_libraries(), torch.device("meta"):
-            bare = kind.from_config(kind.load_config(folder))
+            return VaeCodec(kind.from_config(kind.load_config(folder)))
+    except UserError:
+        raise
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the {kind.__name__} in {folder} could not be made from its {FILE}: {reason}") from error
-    return VaeCodec(bare)
 
 
 def check_fits(new: VaeCodec, own: VaeCodec, config: TeacherConfig) -> None:

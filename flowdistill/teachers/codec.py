@@ -48,7 +48,8 @@ class VaeCodec(nn.Module):
         factor: pixels along one side of a latent's element.
 
     Raises:
-        UserError: an autoencoder that takes more than latents, or whose configuration does not say how much it shrinks.
+        UserError: an autoencoder that takes more than latents, that draws noise to decode them, or whose configuration
+            does not say how much it shrinks.
     """
 
     mean: Tensor
@@ -63,7 +64,11 @@ class VaeCodec(nn.Module):
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        needs = [name for name, parameter in list(inspect.signature(vae.decode).parameters.items())[1:]
+        taken = inspect.signature(vae.decode).parameters
+        if "num_inference_steps" in taken:
+            raise UserError(f"the autoencoder {type(vae).__name__} is not supported: its decode() draws noise of its "
+                            "own, so the same latents become other images each time")
+        needs = [name for name, parameter in list(taken.items())[1:]
                  if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
         if needs or not blocks and not config.get("temperal_downsample"):
             raise UserError(f"the autoencoder {type(vae).__name__} is not supported: "

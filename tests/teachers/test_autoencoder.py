@@ -190,12 +190,28 @@ def bad_vae(case: str, models: Callable[[str], Path], place: Path) -> str:
         network(AutoencoderKLQwenImage, z_dim=4, **dims).save_pretrained(new)
     elif case == "a file":
         new.write_bytes(b"x")
-    elif case == "empty":
+    elif case == "noise":
+        shrinks = {"encoder_block_out_channels": (32, 32), "encoder_down_block_types": ("DownEncoderBlock2D",) * 2}
         new.mkdir()
-    return {"no id": "somewhere", "offline": "some/vae", "a network": str(models("sd") / "base" / "unet")}.get(
-        case, str(new))
+        (new / "config.json").write_text(json.dumps({"_class_name": "ConsistencyDecoderVAE", **shrinks}))
+    elif case in BROKEN:
+        own.save_pretrained(new)
+        file = new / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | BROKEN[case]))
+    elif case in ("empty", "large"):
+        new.mkdir()
+    if case == "large":  # somebody's home: nothing in it is read
+        (new / "mail").mkdir()
+        (new / "mail" / "old.txt").write_bytes(b"caf\xe9")
+    return {"no name": "", "no id": "somewhere", "offline": "some/vae",
+            "a network": str(models("sd") / "base" / "unet")}.get(case, str(new))
 
 
+BROKEN: dict[str, dict[str, Any]] = {
+    "a scale in words": {"scaling_factor": "large"},
+    "several scales": {"scaling_factor": [1.0]},
+    "means in words": {"latents_mean": "small", "latents_std": [1.0]},
+}
 ALIKE = "; give one with the same latents, or set it to null"
 BAD = {
     "missing": "new does not exist; give a folder or a hub id",
@@ -203,6 +219,10 @@ BAD = {
     "offline": r"some/vae is no folder here and could not be fetched from the hub",
     "a file": r"is a file; give .* with AutoencoderKL\.from_single_file",
     "empty": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
+    "large": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
+    "no name": "teacher.vae is empty; give .*, or null for the pipeline's own",
+    "noise": "ConsistencyDecoderVAE is not supported: its decode.. draws noise of its own",
+    **dict.fromkeys(BROKEN, r"the AutoencoderKL in .*new could not be made from its config\.json: "),
     "a pixel pipeline": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
     "a network": "holds no autoencoder, but a UNet2DConditionModel; give",
     "a text encoder": "holds no autoencoder, but no model of diffusers; give",
