@@ -542,12 +542,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_measured(file: Path) -> list[dict[str, Any]]:
-    """What has been measured; a line that a crash cut short is not there."""
-    found = []
+    """What has been measured; a line that a crash cut short is not there, and of a model that two processes measured
+    for one case only the first."""
+    found: dict[str, dict[str, Any]] = {}
     for text in read_lines(file, strict=False) if file.is_file() else ():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return found
+            line = json.loads(text)
+            same = [line.get(name) for name in ("settings", "concept", "seed", "key", "model")]
+            found.setdefault(json.dumps(same), line)
+    return list(found.values())
 
 
 def check_lines(file: Path, lines: Sequence[Line], settings: Sequence[str] | None) -> None:
@@ -574,6 +577,8 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             case = Case(concept, seed, args.out, args.set)
             for key in args.models:
+                lines = read_measured(file)  # another process may have added to them
+                check_lines(file, lines, args.set)
                 for line in measured(case, key, lines):
                     args.out.mkdir(parents=True, exist_ok=True)
                     append_line(file, line)

@@ -236,6 +236,32 @@ def test_a_run_that_was_cut_short_goes_on_with_what_is_missing(script, tmp_path,
     assert script.main(arguments) == 0 and len(made) == 3 and built == [("word",), *2 * [("student", "teacher")]]
 
 
+def test_what_another_process_has_measured_counts_once(script, tmp_path, capsys, monkeypatch):
+    """What it adds to the same results meanwhile is not made again; of two lines of one model the tables take one."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    file = tmp_path / "results.jsonl"
+
+    def write(line):
+        with open(file, "a") as output:
+            output.write(json.dumps(line) + "\n")
+
+    def build(case):
+        write(line_of(script, "word", "word"))
+        return {"student": None}
+
+    monkeypatch.setattr(script, "measure", lambda *rest: {
+        **FIGURES, "strict": {column: 0.5 for column, _, _ in script.STRICT_COLUMNS}})
+    monkeypatch.setattr(script, "show", lambda *rest: None)
+    monkeypatch.setitem(script.MODELS, "before", build)
+    monkeypatch.setitem(script.MODELS, "word", lambda case: pytest.fail("it was made again"))
+    arguments = ["--out", str(tmp_path), "--concepts", "striped-star", "--models", "before", "word"]
+    assert script.main(arguments) == 0
+    write(line_of(script, "word", "word", alone=0.0))
+    capsys.readouterr()
+    assert script.main(["--out", str(tmp_path), "--table"]) == 0
+    assert "| word | 1 | 50% |" in capsys.readouterr().out
+
+
 def test_the_run_with_the_stage_begins_where_the_one_without_is_before_it(script, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     case = script.Case("ring-circle", 1, tmp_path, ["train.batch_size=2"])
