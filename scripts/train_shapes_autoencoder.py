@@ -36,6 +36,7 @@ EDGE_WEIGHT = 0.5  # of the absolute error of differences between neighbours, wh
 
 
 def build_autoencoder(like: AutoencoderKL) -> AutoencoderKL:
+    """One of random weights, for latents (4, 8, 8) on the scale of ``like``'s."""
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 48, 64), layers_per_block=1,
         norm_num_groups=8, sample_size=shapes.SIZE, down_block_types=("DownEncoderBlock2D",) * 3,
@@ -50,10 +51,12 @@ def latents_of(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def slopes(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbours down (..., H - 1, W) and across (..., H, W - 1) images (..., H, W)."""
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
 
 
 def train(args: argparse.Namespace, like: AutoencoderKL, deadline: float) -> AutoencoderKL | None:
+    """The averaged autoencoder; None where the deadline (seconds, monotonic clock) came first."""
     captioned = shapes.make_shapes(args.images, args.seed)[0].mul_(2).sub_(1)
     others = [strange_shapes(args.images, args.seed + 1 + i, share).mul_(2).sub_(1)
               for i, share in enumerate((0.0, NAMED_GROUNDS))]

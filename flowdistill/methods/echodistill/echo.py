@@ -46,8 +46,8 @@ class EchoConfig:
     prompts: list[str] = option([], "prompts of the student's samples, with the new word; []: those it is trained on",
                                 only=needs("start"))
     num_samples: int = option(200, "pictures the student makes in a round", at_least=1, only=needs("start"))
-    keep_fraction: float = option(0.25, "at most this share of each prompt's pictures is kept, those most like the "
-                                        "concept", above=0, at_most=1, only=needs("start"))
+    keep_fraction: float = option(0.25, "at most this share of all pictures, and of each prompt's, is kept, those most "
+                                        "like the concept", above=0, at_most=1, only=needs("start"))
     min_level: float = option(0.5, "a picture must be this much like the concept: 0 is a picture of the initializer's "
                                    "word, 1 as alike as the concept's own images are", only=needs("start"))
     min_separation: float | None = option(1.5, "d' at which the identity network must tell the concept's pictures, "
@@ -201,11 +201,15 @@ class EchoStage:
         levels, margins = scores
         passed = (levels >= self.config.min_level) & (margins > 0)
         order = levels.argsort(descending=True, stable=True)
-        best = torch.zeros_like(passed)
+        rank = torch.full_like(order, -1)  # of a picture among its prompt's, 0 the best; -1: out
         for prompt in which.unique():
             most = max(1, int(self.config.keep_fraction * int((which == prompt).sum())))
-            best[order[(which == prompt)[order] & passed[order]][:most]] = True
-        kept = order[best[order]]
+            rows = order[(which == prompt)[order] & passed[order]][:most]
+            rank[rows] = torch.arange(len(rows))
+        # With few pictures a prompt its one at least may be more than the share of all: then the best of them.
+        found = order[rank[order] >= 0]
+        found = found[rank[found].argsort(stable=True)][: max(1, int(self.config.keep_fraction * len(levels)))]
+        kept = found[levels[found].argsort(descending=True, stable=True)]
         return kept, {
             "samples": len(levels),
             "reached_level": int((levels >= self.config.min_level).sum()),

@@ -72,8 +72,12 @@ def test_each_prompt_keeps_its_own_best(tmp_path):
     made, _ = stage(tmp_path, [levels], [[1.0] * 6], keep_fraction=0.5)
     kept, figures = made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)
     assert kept.tolist() == [0, 5] and figures["kept"] == 2  # half of three, rounded down, the best first
-    made.config.keep_fraction = 0.1  # but one at least
+    made.config.keep_fraction = 0.34  # two of all, and one at least of each
     assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)[0].tolist() == [0, 5]
+    made.config.keep_fraction = 0.1  # one of all
+    assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)[0].tolist() == [0]
+    made.config.keep_fraction = 0.5  # a prompt for each picture: the share is that of all
+    assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), torch.arange(6))[0].tolist() == [0, 4, 2]
     made.config.min_level = 0.7
     assert made.choose(Scores(torch.tensor(levels), torch.ones(6)), which)[0].tolist() == [0]
 
