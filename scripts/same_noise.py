@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Draw what several students, and the teacher that they share, make of the same noise.
+
+    python scripts/same_noise.py runs/fashion-dmd2 --out picture.png
+    python scripts/same_noise.py "DMD2=runs/fashion-dmd2" "DMD2=runs/fashion-dmd2-4step" --teacher-steps 50 1 --rows 2
+
+The picture has a block for the teacher at each number of Euler steps, and one for each student at each number of calls
+that it goes by. Every block starts from the same noise, with the labels or prompts in turn, one a column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
+from flowdistill.utils.seeds import check_seed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 0, or 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="[TITLE=]RUN", help="run folders of one teacher; the title defaults "
+                        "to the name of the method")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE.png", help="where the picture goes")
+    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[50, 1], metavar="N",
+                        help="blocks of the teacher (default: 50 1)")
+    parser.add_argument("--calls", type=int, nargs="+", metavar="K", help="of the students, where they go by these "
+                        "(default: all that each goes by)")
+    parser.add_argument("--rows", type=int, default=2, metavar="N", help="of a block (default: 2)")
+    parser.add_argument("--columns", type=int, default=10, metavar="N", help="images in a row (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (default: 0)")
+    options = parser.parse_args(arguments)
+    try:
+        draw(options)
+    except UserError as error:
+        print(f"same_noise: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Load what is asked for, and write the picture."""
+    import dataclasses
+
+    import torch
+
+    from flowdistill import load_student, load_teacher
+    from flowdistill.config import load_config, teacher_found_again
+    from flowdistill.evaluation import student_sampler, teacher_sampler
+    from flowdistill.evaluation.comparison import calls_in_words
+    from flowdistill.utils.images import grid, save_picture, stacked
+    from flowdistill.utils.randomness import indexed_noise
+
+    for name in ("rows", "columns"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if any(steps < 1 for steps in options.teacher_steps):
+        raise UserError(f"--teacher-steps has {min(options.teacher_steps)}; each must be at least 1")
+    check_seed(options.seed, "--seed")
+    check_writable(options.out)
+    named = [_titled(text) for text in options.runs]
+    for _, folder in named:
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} has no config.yaml; give the folder of a run")
+    configs = [load_config(folder / "config.yaml", []) for _, folder in named]
+    settings = [teacher_found_again(dataclasses.asdict(config.teacher), folder)
+                for config, (_, folder) in zip(configs, named, strict=True)]
+    for (_, folder), other in zip(named, settings, strict=True):
+        if other != settings[0]:
+            raise UserError(f"{folder} has another teacher than {named[0][1]}: {_difference(settings[0], other)}; one "
+                            "picture has the students of one teacher")
+    students = [load_student(folder) for _, folder in named]
+    scales = sorted({student.info.guidance_scale for student in students})
+    if len(scales) > 1:
+        raise UserError(f"the runs have learnt the guidance scales {scales[0]:g} and {scales[1]:g}; one picture has "
+                        "the students of one")
+    teacher = load_teacher(**settings[0])
+
+    count = options.rows * options.columns
+    noise = indexed_noise(teacher.shape, options.seed, range(count))
+    condition = teacher.examples(range(options.columns)) if options.rows == 1 else teacher.examples(
+        [column for _ in range(options.rows) for column in range(options.columns)])
+    blocks = {f"teacher, {calls_in_words(steps)}": teacher_sampler(teacher, steps, guidance_scale=scales[0])
+              for steps in options.teacher_steps}
+    for (title, folder), config, student in zip(named, configs, students, strict=True):
+        counts = [steps for steps in student.step_counts if options.calls is None or steps in options.calls]
+        if not counts:
+            own, asked = ("/".join(map(str, some)) for some in (student.step_counts, options.calls))
+            raise UserError(f"{folder} goes by {own} calls an image, and not by the {asked} of --calls")
+        for steps in counts:
+            name = f"{title or config.method.name}, {calls_in_words(steps)}"
+            if name in blocks:
+                raise UserError(f"two blocks would be called {name!r}; give the runs titles, such as first=RUN")
+            blocks[name] = student_sampler(student, steps=steps)
+    with torch.no_grad():
+        drawn = {title: grid(sampler(noise, condition), options.columns) for title, sampler in blocks.items()}
+    save_picture(stacked(drawn), options.out)
+    print(f"from top to bottom: {'; '.join(drawn)}")
+
+
+def _titled(text: str) -> tuple[str, Path]:
+    """The title, which may be empty, and the folder; a folder may have an equals sign in its name."""
+    title, equals, folder = text.partition("=")
+    if not equals or local_path(text).is_dir():
+        return "", local_path(text)
+    return title, local_path(folder)
+
+
+def _difference(first: dict[str, object], second: dict[str, object]) -> str:
+    name = next(key for key in first if first[key] != second[key])
+    return f"teacher.{name} is {second[name]}, not {first[name]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

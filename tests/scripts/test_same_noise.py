@@ -1,0 +1,92 @@
+"""``scripts/same_noise.py``: students of one teacher from the same noise, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowdistill import load_student, load_teacher
+from flowdistill.config import load_config
+from flowdistill.evaluation import student_sampler
+from flowdistill.training.run import method_class
+from flowdistill.utils.images import grid
+from flowdistill.utils.randomness import indexed_noise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def main():
+    return runpy.run_path(str(ROOT / "scripts" / "same_noise.py"))["main"]
+
+
+SOURCE = "assets/digits-flow"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs of the teacher of digits: of one call, of one to eight, of one with guidance, and one of another teacher."""
+    folder = tmp_path_factory.mktemp("place")
+    teacher = load_teacher(SOURCE)
+    for name, source, method, scale in (
+        ("a", SOURCE, "freeflow", 1.0), ("map", SOURCE, "flow_map_matching", 1.0), ("guided", SOURCE, "freeflow", 2.0),
+        ("ddpm", "assets/digits-ddpm", "boot", 1.0),
+    ):
+        own = teacher if source == SOURCE else load_teacher(source)
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text(
+            f"output_dir: {folder / name}\nteacher: {{source: {source}}}\nmethod: {{name: {method}}}\n")
+        config = load_config(folder / name / "config.yaml", [])
+        student = method_class(method)(config.method, own).student()
+        student.info = dataclasses.replace(student.info, guidance_scale=scale)
+        student.save(folder / name / "student")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_each_block_is_of_the_same_noise_and_labels(main, place, capsys):
+    given = [place / "a", f"any={place / 'map'}", "--calls", 1, 4, "--teacher-steps", 2, "--columns", 3, "--seed", 5]
+    assert main([*map(str, given), "--out", str(place / "out.png")]) == 0
+    assert capsys.readouterr().out == (
+        "from top to bottom: teacher, 2 calls; freeflow, 1 call; any, 1 call; any, 4 calls\n")
+    teacher = load_teacher(SOURCE)
+    noise, condition = indexed_noise(teacher.shape, 5, range(6)), teacher.examples([0, 1, 2, 0, 1, 2])
+    wanted = [
+        teacher.decode(teacher.sample(noise, condition, steps=2)),
+        student_sampler(load_student(place / "a"))(noise, condition),
+        *(student_sampler(load_student(place / "map"), steps=steps)(noise, condition) for steps in (1, 4)),
+    ]
+    wanted = [np.array(grid(images, 3)) for images in wanted]
+    with Image.open(place / "out.png") as picture:
+        pixels, height = np.array(picture), wanted[0].shape[0]
+    band = pixels.shape[0] // 4 - height
+    for number, block in enumerate(wanted):
+        top = number * (band + height) + band
+        assert np.array_equal(pixels[top : top + height], block)
+    assert not np.array_equal(wanted[0], wanted[1])
+
+
+@pytest.mark.parametrize("given, words", [
+    (["nowhere"], "nowhere has no config.yaml; give the folder of a run"),
+    (["a", "ddpm"], "has another teacher than"),
+    (["a", "guided"], "guidance scales 1 and 2"),
+    (["a", "a"], "two blocks would be called 'freeflow, 1 call'"),
+    (["a", "--calls", "3"], "goes by 1 calls an image, and not by the 3 of --calls"),
+    (["a", "--rows", "0"], "--rows is 0"), (["a", "--teacher-steps", "-1"], "--teacher-steps has -1"),
+])
+def test_what_makes_no_picture_is_refused(main, place, given, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)  # before any network is asked
+    out = place / "none.png"
+    given = [str(place / one) if one in ("a", "ddpm", "guided", "nowhere") else one for one in given]
+    assert main([*given, "--out", str(out)]) == 2
+    assert words in capsys.readouterr().err and not out.exists()
