@@ -5,7 +5,8 @@
     python scripts/nearest_neighbours.py images --training fashion --held-out fashion-test --features fashion
 
 A folder of images, or a named set, is held against the training set and against images that were not trained on, in a
-feature space. "nearer" is 0.5 for images like those held out, and 1 for copies; "very near" is 1 % for the former.
+feature space. "nearer" is 0.5 for images like those held out, and 1 for copies; "very near" is 1 % for the former. The
+FID of the images to either set stands beside them: a model that remembers is nearer to the one it was trained on.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def look(options: argparse.Namespace) -> None:
     from torchvision.utils import save_image
 
     from flowdistill.evaluation.copying import CLOSEST, copying
-    from flowdistill.evaluation.reference import load_reference, open_images
+    from flowdistill.evaluation.moments import frechet_distance
+    from flowdistill.evaluation.reference import Reference, load_reference, open_images
     from flowdistill.features import load_features
 
     extractor = load_features(options.features)
@@ -61,15 +63,24 @@ def look(options: argparse.Namespace) -> None:
         if found.features is None or len(found.features) != found.count:
             raise UserError(f"{name} has more images than features of each are kept; give fewer, or another set")
     found = copying(*(sets[name].features for name in (options.images, options.training, options.held_out)))
+
+    def distance(first: Reference, second: Reference) -> float:
+        return frechet_distance(*(part.numpy() for one in (first, second) for part in (one.mean, one.covariance)))
+
+    ours, seen, unseen = (sets[name] for name in (options.images, options.training, options.held_out))
     figures = {
         "images": options.images, "training": options.training, "held_out": options.held_out,
         "features": extractor.name, "num_images": len(found.distances), "num_held_out": sets[options.held_out].count,
         "nearer": found.nearer, "very_near": found.very_near, "median_distance": found.distances.median().item(),
+        "fid_training": distance(ours, seen), "fid_held_out": distance(ours, unseen),
+        "fid_of_both": distance(seen, unseen),
     }
     print(f"{figures['num_images']:,} images against {sets[options.training].count:,} of {options.training} and "
           f"{figures['num_held_out']:,} of {options.held_out}, features {extractor.name}\n"
           f"nearer to the training set than a held-out image is: {found.nearer:.3f} (0.5: no copying, 1: copies)\n"
-          f"nearer than the closest {CLOSEST:.0%} of the held-out images: {found.very_near:.2%}")
+          f"nearer than the closest {CLOSEST:.0%} of the held-out images: {found.very_near:.2%}\n"
+          f"FID of the images: {figures['fid_training']:.3f} to the training set, {figures['fid_held_out']:.3f} to "
+          f"those held out; of these two to each other: {figures['fid_of_both']:.3f}")
     if options.json:
         with atomic_write(options.json) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())
@@ -81,10 +92,10 @@ def look(options: argparse.Namespace) -> None:
             ((_, (image,)),) = stored[name].batches(range(row, row + 1), 1, extractor.channels)
             return image / 255.0
 
-        ours = [picture(options.images, row) for row in rows]
-        theirs = [picture(options.training, int(found.neighbours[row])) for row in rows]
+        above = [picture(options.images, row) for row in rows]
+        below = [picture(options.training, int(found.neighbours[row])) for row in rows]
         try:
-            drawn = torch.stack([*ours, *theirs])
+            drawn = torch.stack([*above, *below])
         except RuntimeError as error:
             raise UserError(f"the picture needs images of one size, and those of {options.images} and "
                             f"{options.training} are not") from error

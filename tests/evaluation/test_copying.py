@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowdistill.data import load_images
 from flowdistill.evaluation.copying import copying
+from flowdistill.evaluation.moments import frechet_distance
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images
 from tests.data.fashion import FOLDER_VARIABLE, write_fashion
@@ -61,7 +62,16 @@ def test_the_script_finds_copies_and_draws_them_with_their_neighbours(tmp_path, 
     said = capsys.readouterr().out
     assert "12 images against 40 of fashion and 20 of fashion-test" in said and "is: 1.000" in said
     assert "nearer than the closest 1% of the held-out images: 100.00%" in said
-    assert json.loads((tmp_path / "found.json").read_text())["nearer"] == 1.0
+    figures = json.loads((tmp_path / "found.json").read_text())
+    assert figures["nearer"] == 1.0
+    sets = {"images": images, "training": load_images("fashion")[0], "held_out": load_images("fashion-test")[0]}
+    moments = {name: (pixels.mean(axis=0), np.cov(pixels, rowvar=False)) for name, pixels in
+               ((name, part.double().flatten(1).numpy()) for name, part in sets.items())}
+    for name, pair in (("fid_training", ("images", "training")), ("fid_held_out", ("images", "held_out")),
+                       ("fid_of_both", ("training", "held_out"))):
+        assert figures[name] == pytest.approx(frechet_distance(*moments[pair[0]], *moments[pair[1]]), rel=1e-4)
+        assert f"{figures[name]:.3f}" in said
+    assert figures["fid_training"] < figures["fid_held_out"]
     with Image.open(tmp_path / "found.png") as picture:
         assert picture.size == (3 * 30 + 2, 2 * 30 + 2)
         rows = torch.from_numpy(np.array(picture.convert("L")))
