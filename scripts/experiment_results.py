@@ -92,23 +92,25 @@ def _pairs(teacher_settings: tuple[Any, ...], guidance_scale: float) -> tuple[An
     return noise, condition, teacher.sample(noise, condition, PAIR_STEPS, guidance_scale=guidance_scale)
 
 
-def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
+def table(labels: Sequence[str], lines: Sequence[Line], speed: bool = False) -> str:
     """Markdown: the teacher's rows once, then a row a label with mean and standard deviation over seeds.
 
-    Precision and recall have columns when a row has them.
+    Precision and recall have columns when a row has them, and images a second with ``speed``.
     """
     rows = [row for line in lines for row in line["rows"]]
     more = [name for name in ("precision", "recall") if any(row.get(name) is not None for row in rows)]
     several = any(row.get("stored_parameters") != row.get("active_parameters") for row in rows)
     sizes = ["parameters: of an image", "of all students"] if several else []
     better = ["FID ↓", *(f"{name} ↑" for name in more), "label accuracy ↑", "paired error ↓"]
-    head = ["model", "network calls", *better, "training", *sizes]
+    fast = ["images/s ↑"] if speed else []
+    head = ["model", "network calls", *better, *fast, "training", *sizes]
     text = [_cells(head), "|" + "---|" * len(head)]
     for row in (row for row in lines[0]["rows"] if row["model"] == "teacher"):
         shares = [_share([row.get(name)]) for name in more]
         accuracy = _percent([row["accuracy"]])
-        empty = [""] * (2 + len(sizes))
-        text.append(_cells(["teacher", row["calls"], _fid([row["fid"]]), *shares, accuracy, *empty]))
+        rate = [_spread([row["images_per_second"]], ".0f")] if speed else []
+        empty = [""] * (1 + len(sizes))
+        text.append(_cells(["teacher", row["calls"], _fid([row["fid"]]), *shares, accuracy, "", *rate, *empty]))
     for label in labels:
         mine = [line for line in lines if line["label"] == label]
         if not mine:
@@ -124,7 +126,8 @@ def table(labels: Sequence[str], lines: Sequence[Line]) -> str:
             accuracy = _percent([row["accuracy"] for row in students])
             shares = [_share([row.get(name) for row in students]) for name in more]
             counts = [f"{students[0][key]:,}" for key in ("active_parameters", "stored_parameters")] if several else []
-            text.append(_cells([label, calls, fid, *shares, accuracy, error, minutes, *counts]))
+            rate = [_spread([row["images_per_second"] for row in students], ".0f")] if speed else []
+            text.append(_cells([label, calls, fid, *shares, accuracy, error, *rate, minutes, *counts]))
     if lines[0]["fid_floor"] is not None:
         floor = ["two random halves of the real images", "", _fid([lines[0]["fid_floor"]])]
         text.append(_cells(floor + [""] * (len(head) - len(floor))))

@@ -16,6 +16,7 @@ experiment file has the keys:
     runs         label: list of key=value texts; without it one run with the experiment's name
     bases        label: configuration file of that label's runs in place of base (optional)
     curve        {num_images, every}: measure the averaged student every so many steps too (optional)
+    speed        true: a column with images a second (optional)
 
 OUT gets LABEL/seed-S/ (run folders; LABEL/seed-S.log is what they print), results.jsonl with one line a run, table.md
 and figure.png. The paired error is the root mean square difference, in latents, between the student's images and its
@@ -61,6 +62,7 @@ class Experiment:
     bases: dict[str, str] = field(default_factory=dict)
     fewer_seeds: dict[str, list[int]] = field(default_factory=dict)
     curve: dict[str, int] | None = None
+    speed: bool = False
 
     def base_of(self, label: str) -> str:
         """The configuration file of a label's runs."""
@@ -97,7 +99,8 @@ def read_experiment(path: Path) -> Experiment:
     if not isinstance(values, dict) or set(values) - set(known) or {"name", "base", "seeds"} - set(values):
         raise UserError(f"{path} must have the keys name, base and seeds, and no others than {', '.join(known)}")
     # What is a text stays as it is written, whatever YAML would make of it.
-    experiment = Experiment(**texts | {key: values[key] for key in ("seeds", "fewer_seeds", "curve") if key in values})
+    typed = ("seeds", "fewer_seeds", "curve", "speed")
+    experiment = Experiment(**texts | {key: values[key] for key in typed if key in values})
     experiment.runs = experiment.runs or {experiment.name: []}
     seeds, curve = experiment.seeds, experiment.curve
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
@@ -121,6 +124,8 @@ def read_experiment(path: Path) -> Experiment:
                         f"are {', '.join(experiment.runs)}")
     if curve is not None and (set(curve) != {"num_images", "every"} or any(value < 1 for value in curve.values())):
         raise UserError(f"{path}: curve must be {{num_images: N, every: STEPS}} with positive numbers")
+    if type(experiment.speed) is not bool:
+        raise UserError(f"{path}: speed must be true or false, not {shown(experiment.speed)}")
     for label in experiment.runs:
         load_config(experiment.base_of(label), experiment.settings(label, 0))
     return experiment
@@ -264,7 +269,7 @@ def run_all(options: argparse.Namespace) -> int:
             return 130
     lines = [found[label, seed] for label in experiment.runs for seed in experiment.seeds if (label, seed) in found]
     if lines:
-        text = table(list(experiment.runs), lines)
+        text = table(list(experiment.runs), lines, experiment.speed)
         (out / "table.md").write_text(text, encoding="utf-8")
         figure(experiment.name, list(experiment.runs), lines, out / "figure.png")
         print(text)

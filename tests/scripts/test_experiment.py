@@ -130,6 +130,27 @@ def test_precision_and_recall_have_columns_where_they_were_measured():
     assert "| two random halves of the real images | | 1.50 | | | | | |" in text
 
 
+def test_images_a_second_have_a_column_where_they_are_asked_for(tmp_path):
+    from experiment_results import table
+    from run_experiment import read_experiment
+
+    def timed(label: str, seed: int, rate: float):
+        found = line(label, seed, 3.0)
+        for row, each in zip(found["rows"], (50.0, rate), strict=True):
+            row["images_per_second"] = each
+        return found
+
+    lines = [timed("one", 0, 200.0), timed("one", 1, 220.0)]
+    text = table(["one"], lines, speed=True)
+    assert "| label accuracy ↑ | paired error ↓ | images/s ↑ | training |" in text
+    assert "| teacher | 50 | 8.00 | 99.00 % | | 50 | |" in text
+    assert "| 0.1000 ± 0.0000 | 210 ± 14 | 2.0 ± 0.0 min |" in text and "| 1.50 | | | | |" in text
+    assert "images/s" not in table(["one"], lines)
+    assert read_experiment(write(tmp_path / "a.yaml", "seeds: [0]\nspeed: true\n")).speed
+    with pytest.raises(UserError, match="speed must be true or false, not 'fast'"):
+        read_experiment(write(tmp_path / "a.yaml", "seeds: [0]\nspeed: fast\n"))
+
+
 def test_a_label_may_run_with_fewer_seeds_than_others(tmp_path, capsys):
     from experiment_results import table
     from run_experiment import main, read_experiment, read_results
