@@ -23,7 +23,8 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
     XFormersJointAttnProcessor,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill.config.schema import ATTENTION
@@ -93,13 +94,19 @@ def only_math() -> bool:
 def allow_forward_mode(network: nn.Module, key: str) -> None:
     """Make a student's ``network`` ready for forward-mode differentiation, which runs with torch's math kernel.
 
-    One line of the log says what changes.
+    One line of the log says what changes. In such passes group norms get their input in order, which the transposed
+    rows of an attention block are not: up to torch 2.8 their forward-mode rule ends in an error on others.
 
     Args:
         key: the setting that asks for it.
     """
     velocity = getattr(network, "velocity", None)
-    if velocity is None or velocity.attention == "math":
+    if velocity is None:
+        return
+    for module in velocity.backbone.modules():
+        if isinstance(module, nn.GroupNorm) and _in_order not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_in_order)
+    if velocity.attention == "math":
         return
     if velocity.attention != "sdpa":
         log_once(f"{key} needs attention with a forward-mode rule, which {velocity.attention} has not: the student "
@@ -109,6 +116,11 @@ def allow_forward_mode(network: nn.Module, key: str) -> None:
     else:
         log_once(f"{key} needs attention with a forward-mode rule, which of torch's kernels only math has: it is used "
                  "in the passes that are differentiated forwards")
+
+
+def _in_order(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    differentiated = unpack_dual(inputs[0]).tangent is not None
+    return (inputs[0].contiguous(), *inputs[1:]) if differentiated else None
 
 
 def no_forward_mode(error: Exception, key: str, instead: str) -> bool:

@@ -7,9 +7,11 @@ from types import ModuleType
 import pytest
 import torch
 from diffusers.models import attention_dispatch, attention_processor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill.config import load_config
 from flowdistill.methods.freeflow import FreeFlow, FreeFlowConfig
+from flowdistill.networks.attention import allow_forward_mode
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.students import FlowMap, StudentInfo
 from flowdistill.teachers import load_teacher
@@ -192,6 +194,28 @@ def test_jvp_under_sdpa_switches_to_math(make, without_xformers, caplog):
     exact, near, lines, _ = derivatives(teacher, caplog)
     assert len(lines) == 1 and "of torch's kernels only math has" in lines[0] and exact.abs().max() > 1e-2
     assert torch.allclose(exact, near, rtol=0.05, atol=5e-3)
+
+
+def test_group_norms_get_their_input_in_order_where_it_is_differentiated_forwards():
+    """The rule of torch up to 2.8 for group norm ends in an error on what a U-Net's attention leaves, transposed."""
+    teacher, seen = load_teacher(tiny_unet_pipeline()), []
+    network = FreeFlow(FreeFlowConfig(derivative="jvp"), teacher).student().network
+    allow_forward_mode(network, "method.derivative=jvp")  # a second time
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {len(norm._forward_pre_hooks) for norm in norms} == {1}
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+
+    def velocity(t):
+        return network.velocity(torch.ones(2, *teacher.shape), t, teacher.encode([0, 1]))
+
+    with torch.no_grad():
+        velocity(torch.full((2,), 0.5))
+        assert not all(seen)  # the other passes are left alone
+        seen.clear()
+        with sdpa_kernel(SDPBackend.MATH):
+            torch.func.jvp(velocity, (torch.full((2,), 0.5),), (torch.ones(2),))
+    assert seen and all(seen)
 
 
 def test_jvp_under_math_says_nothing(without_xformers, caplog):
