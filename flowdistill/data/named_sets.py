@@ -10,13 +10,12 @@ from torch import Tensor
 from flowdistill.data.digits import load_digits
 from flowdistill.data.emoji import emoji_captions, load_emoji, load_emoji64
 from flowdistill.data.fashion import load_fashion, load_fashion_test
-from flowdistill.data.mnist import load_mnist5k
 from flowdistill.data.shapes import caption, load_shapes
 from flowdistill.utils.errors import UserError, listed, shown
 
 IMAGE_SETS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "digits": load_digits, "emoji": load_emoji, "emoji64": load_emoji64, "fashion": load_fashion,
-    "fashion-test": load_fashion_test, "mnist5k": load_mnist5k, "shapes": load_shapes,
+    "fashion-test": load_fashion_test, "shapes": load_shapes,
 }
 
 

