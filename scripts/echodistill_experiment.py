@@ -45,8 +45,8 @@ from flowdistill.teachers.noise_levels import NoiseLevels
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, set_rate
 from flowdistill.training.optimizers import make_optimizer
-from flowdistill.training.run import distill
-from flowdistill.utils.errors import UserError
+from flowdistill.training.run import distill, has_begun
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.files import atomic_folder, local_path
 from flowdistill.utils.images import grid, save_grid, save_picture
 from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
@@ -292,14 +292,21 @@ def fork(case: Case, name: str, plain: str) -> None:
     """Begin the run ``name``, which has the echo stage, at the last checkpoint before it of ``plain``, which has not.
 
     Until then both are the same run, bit for bit, so it is trained once. Nothing where ``name`` has begun already, or
-    where the checkpoint is not there.
+    where ``plain`` has not.
+
+    Raises:
+        UserError: the checkpoint is not among those of ``plain``.
     """
     source, target = case.run_folder(plain), case.run_folder(name)
-    config = load_config(CONFIG, case.overrides(name))
-    start = config.method.echo.start
-    found = dict(checkpoints(source / "checkpoints"))
-    if target.exists() or start not in found:
+    if target.exists() or not has_begun(source):
         return
+    config = load_config(CONFIG, case.overrides(name))
+    start, found = config.method.echo.start, dict(checkpoints(source / "checkpoints"))
+    if start not in found:
+        there = listed(f"step {step}" for step in found) or "none"
+        raise UserError(f"{target} begins at step {start} of {source}, whose checkpoints there are {there}; train that "
+                        f"run again with more of them (--set train.keep_checkpoints=N, an --out of its own), or remove "
+                        f"{source} to train this one from the start")
     with atomic_folder(target) as partial:
         shutil.copytree(found[start], partial / "checkpoints" / found[start].name)
         begun = load_config(source / "config.yaml", [f"method.echo.start={start}"])
@@ -576,6 +583,8 @@ def run(args: argparse.Namespace) -> None:
     for concept in () if args.table else args.concepts:
         for seed in args.seeds:
             case = Case(concept, seed, args.out, args.set)
+            if "echo" in args.models and not is_measured(case, "echo", lines):
+                fork(case, WHOLE, PLAIN)  # what cannot begin is refused before the others are trained
             for key in args.models:
                 lines = read_measured(file)  # another process may have added to them
                 check_lines(file, lines, args.set)
@@ -590,12 +599,22 @@ def run(args: argparse.Namespace) -> None:
             write_docs(args.write_docs, name, text + "\n")
 
 
+def lines_of(case: Case, key: str, lines: Sequence[Line]) -> list[Line]:
+    """Those of one key of one case."""
+    return [line for line in lines if (line["concept"], line["seed"], line["key"]) == (case.concept, case.seed, key)]
+
+
+def is_measured(case: Case, key: str, lines: Sequence[Line]) -> bool:
+    """Whether every model of the key has its line."""
+    mine = lines_of(case, key, lines)
+    return bool(mine) and {line["model"] for line in mine}.issuperset(mine[0]["models"])
+
+
 def measured(case: Case, key: str, lines: Sequence[Line]) -> Iterator[Line]:
     """A line of each model of ``key`` that ``lines`` do not have yet; nothing is trained where they have all."""
-    mine = [line for line in lines if (line["concept"], line["seed"], line["key"]) == (case.concept, case.seed, key)]
-    done = {line["model"] for line in mine}
-    if mine and done.issuperset(mine[0]["models"]):
+    if is_measured(case, key, lines):
         return
+    done = {line["model"] for line in lines_of(case, key, lines)}
     samplers = MODELS[key](case)
     for model, sample in samplers.items():
         if model in done:

@@ -285,6 +285,25 @@ def test_the_run_with_the_stage_begins_where_the_one_without_is_before_it(script
     assert (whole / "mine").exists()  # what has begun goes on
 
 
+@pytest.mark.parametrize("kept", [(), (200, 400)])
+def test_the_run_with_the_stage_does_not_begin_elsewhere(script, tmp_path, kept, capsys, monkeypatch):
+    """Where the checkpoint before the stage is gone, nothing is trained from the start in its place, and nothing
+    else before."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(script, "distill", lambda *_: pytest.fail("something was trained"))
+    plain = script.Case("ring-circle", 0, tmp_path, []).run_folder(script.PLAIN)
+    (plain / "student").mkdir(parents=True)
+    for step in kept:
+        (plain / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    arguments = ["--out", str(tmp_path), "--concepts", "ring-circle", "--models", "no_echo", "echo"]
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    named = "step 200, step 400" if kept else "none"
+    assert f"begins at step 300 of {plain}, whose checkpoints there are {named}; train that run again" in error
+    assert error.count("\n") == 1
+
+
 def test_a_run_that_a_signal_stopped_is_not_measured(script, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(script, "distill", lambda *_: Run(tmp_path, 5, completed=False, interrupted=15))
