@@ -36,7 +36,7 @@ from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.logging import say
 from flowdistill.utils.processes import Processes
@@ -552,12 +552,26 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         vae = {} if info.base_vae is None else {"vae": info.base_vae.source}
         section = teacher_found_again({"source": info.base_model, **lora, **vae}, folder)
         # A student is complete without its teacher: when that has moved, its rows are left out.
-        found = with_teacher and info.base_model and local_path(section["source"]).is_dir() and all(
-            local_path(section[key]).exists() for key in ("lora", "vae") if key in section)
+        reason = None
+        if with_teacher:
+            reason = _not_here(section) if info.base_model else "the student does not say which that was"
+        if reason is not None and Processes.current().is_main:
+            say(f"without rows of the teacher, because {reason}; evaluate the run folder of {name}, whose config.yaml "
+                "names its teacher, or give the teacher's pipeline beside the student")
+        found = with_teacher and reason is None
         return _Subject(name, _load_teacher(section, device) if found else None, student)
     if (student := exported_student(folder, device)) is not None:
         return _Subject(name, student=student)
     return _Subject(name, _load_teacher({"source": name}, device))
+
+
+def _not_here(section: Mapping[str, Any]) -> str | None:
+    """Why the teacher that a student names is not loaded, in words; None where all of it is here."""
+    for key, there in (("source", Path.is_dir), ("lora", Path.exists), ("vae", Path.exists)):
+        if key in section and not there(local_path(section[key])):
+            return (f"{shown(section[key], quoted=False)}, which the student names as its teacher's {key}, is not here "
+                    "(nothing is downloaded for a student)")
+    return None
 
 
 def _found_again(source: str, folder: Path) -> str:

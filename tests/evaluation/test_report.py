@@ -304,6 +304,29 @@ def test_a_run_folder_brings_its_teacher_student_and_settings(tmp_path):
     assert [row.model for row in pipeline.rows] == ["teacher"]
 
 
+@pytest.mark.parametrize("part", [
+    {"base_model": "owner/teacher"}, {"base_model": "moved/teacher"}, {"base_model": ""},
+    {"base_vae": {"source": "owner/vae", "subfolder": "", "kind": "AutoencoderKL"}},
+    {"base_lora": {"source": "owner/lora", "scale": 1.0}}])
+def test_a_student_folder_says_why_there_are_no_rows_of_its_teacher(tmp_path, capsys, part):
+    from flowdistill import load_teacher
+    from flowdistill.students import FlowMap, StudentInfo
+
+    source = str(asset_path("digits-flow"))
+    FlowMap.from_teacher(load_teacher(source), StudentInfo(base_model=source)).save(tmp_path / "student")
+    file = tmp_path / "student" / "flowdistill.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | part))
+    (value,) = part.values()
+    report = evaluate(tmp_path / "student", 2, progress=False)
+    assert [row.model for row in report.rows] == ["student"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "rows of the teacher" in line]
+    named = value["source"] if isinstance(value, dict) else value
+    assert (f"because {named}, which the student names" in line) if named else "does not say which" in line
+    assert "evaluate the run folder" in line and "or give the teacher's pipeline" in line
+    evaluate(tmp_path / "student", 2, teacher_rows=False, progress=False)
+    assert "rows of the teacher" not in capsys.readouterr().err
+
+
 def test_importing_the_package_does_not_import_evaluation():
     code = "import sys, flowdistill; sys.exit('torch' in sys.modules or 'flowdistill.evaluation' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
