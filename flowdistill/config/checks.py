@@ -82,8 +82,12 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
     let the error name the file or the override that holds the value. A section that wants to know its place and which
     of its settings somebody has set has ``validate_at(prefix, given)`` instead, with the words for the place of each.
     """
+    hints = get_type_hints(type(config))
     for item in fields(config):
         key, value = prefix + item.name, getattr(config, item.name)
+        if value == "" and not _may_be_empty(item, hints[item.name]):  # of a path it would be the working folder
+            instead = ", or set it to null" if type(None) in type_alternatives(hints[item.name]) else ""
+            raise UserError(f"'{key}' is an empty text; give one{instead}{found(layers, key)}")
         elements = value if isinstance(value, (list, tuple)) else [value]
         length = item.metadata.get("length")
         if value is not None and length is not None and len(elements) != length:
@@ -109,6 +113,12 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
     if hasattr(config, "validate_at"):
         places = {item.name: found(layers, prefix + item.name) for item in fields(config)}
         config.validate_at(prefix, {name: place for name, place in places.items() if place})
+
+
+def _may_be_empty(item: Field[Any], hint: object) -> bool:
+    """Whether a setting may be an empty text; True as well where its choices or its pattern speak of that."""
+    return item.metadata.get("blank", "help" not in item.metadata) or not is_text(hint) or (
+        not item.metadata.keys().isdisjoint(("choices", "pattern", "rule")))
 
 
 def _is_default(config: DataclassInstance, item: Field[Any]) -> bool:

@@ -28,6 +28,7 @@ def option(
     was: str | None = None,
     rule: Callable[[Any], str] | None = None,
     only: Needs | None = None,
+    blank: bool = False,
 ) -> Any:
     """A dataclass field with its help text and range, for the settings here and for the methods' own ``Config``.
 
@@ -37,11 +38,12 @@ def option(
     name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
     type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
     have an effect with another only, see :func:`needs`: a warning says so where somebody has set one to another value
-    than its default and has not changed the other setting over that.
+    than its default and has not changed the other setting over that. ``blank``: an empty text means something of its
+    own; elsewhere it is refused, for an empty path is the working folder.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule,
-             "only": only}
+             "only": only, "blank": blank or default == "" or None}
     metadata: dict[str, Any] = words | limits
     metadata = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(default, type):
@@ -133,7 +135,8 @@ class TeacherConfig:
                                              pattern=r"cpu|mps|xpu|cuda(:\d+)?")
     text_encoder_dtype: str | None = option(None, "precision of the text encoders; null: as dtype",
                                             choices=("float32", "bfloat16", "float16"))
-    negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default")
+    negative_prompt: str | None = option(None, "text to image: other side of guidance; null: the pipeline's default",
+                                      blank=True)
     guidance_norm: str | None = option(
         None, "norm of the guided prediction: none: as it comes; per_sample: at most the conditional one's; last_dim: "
         "the conditional one's, token by token or row by row; null: as the pipeline does it",

@@ -6,9 +6,10 @@ import dataclasses
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -135,6 +136,39 @@ def test_an_override_needs_no_quotes(good: Path, text: str) -> None:
     ("'it''s'", "it's")])
 def test_quotes_around_an_override_are_yamls(good: Path, written: str, text: str) -> None:
     assert load_config(good, [f"teacher.negative_prompt={written}"]).teacher.negative_prompt == text
+
+
+def text_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(key, whether null is allowed) of the settings that are one text of any kind."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, limits = getattr(config, item.name), item.metadata.keys()
+        if dataclasses.is_dataclass(value):
+            yield from text_settings(value, f"{prefix}{item.name}.")
+        elif hints[item.name] in (str, str | None) and "help" in limits and limits.isdisjoint(("choices", "pattern")):
+            yield prefix + item.name, hints[item.name] is not str
+
+
+@pytest.mark.parametrize("method", ["dmd2", "echodistill", "data_flow_map"])
+def test_no_setting_takes_the_working_folder_for_nothing(tmp_path: Path, method: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty path is the working folder, and nobody means that by writing nothing."""
+    monkeypatch.setattr("flowdistill.config.loading.METHODS", METHODS)
+    file = tmp_path / "run.yaml"
+    file.write_text(GOOD + f"method: {{name: {method}}}\n")
+    settings = method_config_class(method)
+    filled = [f"method.{item.name}=x" for item in dataclasses.fields(settings) if item.default == MISSING]
+    keys = dict(text_settings(RunConfig(method=settings())))
+    assert {"output_dir", "teacher.source", "teacher.vae", "teacher.lora", "teacher.start", "teacher.prompts",
+            "evaluation.reference", "evaluation.features", "teacher.negative_prompt"} <= keys.keys()
+    for key, nullable in keys.items():
+        override = f"{key}=''"
+        if key == "teacher.negative_prompt":
+            assert load_config(file, [*filled, override]).teacher.negative_prompt == ""
+            continue
+        instead = ", or set it to null" if nullable else ""
+        said = sentence(file, *filled, override)
+        assert said == f"'{key}' is an empty text; give one{instead} (in the override \"{override}\")"
 
 
 def test_null_is_no_text(good: Path, tmp_path: Path) -> None:
