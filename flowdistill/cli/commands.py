@@ -19,7 +19,7 @@ from flowdistill import __version__
 from flowdistill.cli import completion, environment, looking, settings, starting, tables
 from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
 from flowdistill.config import FEATURES, SCORERS
-from flowdistill.utils.errors import UserError, sentence_of
+from flowdistill.utils.errors import UserError, one_line, sentence_of
 from flowdistill.utils.exit import exit_process
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def format_warning(
 ) -> str:
     """One line for a warning of this package; those of others as Python shows them."""
     own = Path(filename).is_relative_to(Path(__file__).parents[1])
-    return f"flowdistill: warning: {message}\n" if own else python(message, category, filename, lineno, line)
+    if own:
+        return f"flowdistill: warning: {one_line(str(message))}\n"
+    return python(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> int:

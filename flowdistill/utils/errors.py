@@ -14,7 +14,8 @@ class UserError(ValueError):
     """Bad input from outside: one sentence that says what is wrong, where, and what would be right.
 
     The command line prints the sentence without a traceback and exits with code 2; Python callers catch it as a
-    ``ValueError``. Words of more than 400 characters are shortened; :func:`shown` and :func:`listed` shorten the rest.
+    ``ValueError``. Line breaks are escaped and words of more than 400 characters shortened; :func:`shown` and
+    :func:`listed` shorten the rest.
     """
 
     def __init__(self, sentence: object = "") -> None:
@@ -22,8 +23,14 @@ class UserError(ValueError):
 
 
 def sentence_of(text: str) -> str:
-    """``text`` with the middle of its very long words left out, such as of a mistyped path of 5,000 characters."""
-    return re.sub(rf"\S{{{WORD + 1},}}", lambda word: shortened(word[0], WORD), text)
+    """``text`` in one line, with the middle of its very long words left out, such as of a mistyped path of 5,000
+    characters."""
+    return re.sub(rf"\S{{{WORD + 1},}}", lambda word: shortened(word[0], WORD), one_line(text))
+
+
+def one_line(text: str) -> str:
+    """``text`` with its line breaks and control characters, which names of files have too, as Python writes them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 def shortened(text: str, most: int = VALUE) -> str:

@@ -192,6 +192,20 @@ def test_exit_codes(cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, 
     assert cli("distill", "a.yaml") == (code, "", expected)
 
 
+BREAKS = "a\nb\r\x1b[31mc\u2028d"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["distill", f"{BREAKS}.yaml"], ["inspect", BREAKS], ["sample", BREAKS, "--out", "x", "--num-images", "1"],
+    ["evaluate", "x", "--num-images", BREAKS], ["export", BREAKS, "y"], ["distill", "configs/x.yaml", BREAKS],
+    ["push", BREAKS, "owner/name"], ["report", BREAKS], [BREAKS]])
+def test_line_breaks_in_names_make_no_second_line(cli, tmp_path, monkeypatch, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(*arguments)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.removesuffix("\n").isprintable()
+    assert r"a\nb\r\x1b[31mc\u2028d" in result.err.replace("\\\\", "\\") or "configs/x.yaml" in result.err
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "x", "y"), ValueError("bug")])
 def test_a_bug_keeps_its_traceback(cli, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     replace(monkeypatch, "flowdistill.training.run", distill=raising(error))
@@ -204,7 +218,7 @@ def test_a_warning_of_this_package_is_one_line() -> None:
     from flowdistill.cli.commands import format_warning
 
     for file in (own, flowdistill.__file__, load_teacher.__code__.co_filename):
-        assert format_warning("short run", UserWarning, file, 3) == "flowdistill: warning: short run\n"
+        assert format_warning("short\nrun", UserWarning, file, 3) == "flowdistill: warning: short\\nrun\n"
     assert __file__ in format_warning("theirs", UserWarning, __file__, 3)
 
 
