@@ -41,6 +41,7 @@ from flowdistill.students import Student, describe, is_student_folder, load_stud
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints, read_state
+from flowdistill.training.environment import record_start
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
@@ -158,6 +159,7 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Ru
     before = trainer.step
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
+        processes.on_main(lambda: record_start(folder, before))
     trainer.train()
     run = Run(folder, trainer.step, trainer.completed, trainer.interrupted, contents=method.contents())
     # A run that was killed after its last checkpoint may still have the student of an earlier stop.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import os
-import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -16,7 +14,7 @@ from flowdistill.evaluation import Report, Row
 from flowdistill.evaluation.html import DASH, measured, protocol
 from flowdistill.training.run_record import Part, RunRecord, Setting, read_run
 from flowdistill.utils.charts import Line, chart, legend
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, listed
 from flowdistill.utils.files import atomic_write
 from flowdistill.utils.html import definitions, document, picture, table
 from flowdistill.utils.text import JsonObject
@@ -424,13 +422,30 @@ def _block(commands: Sequence[tuple[str, str]]) -> str:
 
 
 def _versions(runs: Sequence[RunRecord]) -> str:
-    here = [("flowdistill", __version__), ("Python", platform.python_version())]
-    for package in ("torch", "diffusers", "transformers", "accelerate"):
-        try:
-            here.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            here.append((package, DASH))
-    text = "<p>This page was written with:</p>" + definitions(here)
     told = [(run.name, f"torch {run.report.protocol.get('torch', DASH)} on "
              f"{run.report.protocol.get('device', DASH)}") for run in runs if run.report is not None]
-    return text + ("<p>The evaluation was made with:</p>" + definitions(told) if told else "")
+    text = _trained_with(runs) + ("<p>The evaluation was made with:</p>" + definitions(told) if told else "")
+    return text + f"<p>This page was written with flowdistill {escape(__version__)}.</p>"
+
+
+def _trained_with(runs: Sequence[RunRecord]) -> str:
+    """A column for each environment that was trained in, and the runs of which it is not known."""
+    columns: list[tuple[list[str], dict[str, str]]] = []
+    for run in runs:
+        own = [(f"{run.name}{part.name and '/'}{part.name}" + (f", from step {start.step:,}" if start.step else ""),
+                start.environment) for part in run.parts for start in part.starts]
+        if own and all(environment == own[0][1] for _, environment in own):
+            own = own[:1] if own[0][0] == run.name else [(run.name, own[0][1])]
+        for name, environment in own:
+            same = next((names for names, other in columns if other == environment), None)
+            if same is None:
+                columns.append(([name], environment))
+            else:
+                same.append(name)
+    keys = list(dict.fromkeys(key for _, environment in columns for key in environment))
+    rows = [[key, *(environment.get(key, DASH) for _, environment in columns)] for key in keys]
+    head = ["trained with", *(listed(names) for names, _ in columns)]
+    unknown = [run.name for run in runs if not any(part.starts for part in run.parts)]
+    text = table(head, rows, "Versions and devices", "texts") if rows else ""
+    return text + (f"<p>What {escape(listed(unknown))} {'was' if len(unknown) == 1 else 'were'} trained with is not "
+                   "recorded.</p>" if unknown else "")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowdistill.config import MISSING, RunConfig, load_config, run_settings
 from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.environment import Start, recorded_starts
 from flowdistill.utils.charts import Point
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
@@ -55,6 +56,7 @@ class Part:
         damaged: lines that could not be read.
         grids: (step, file) of the sample grids, by step.
         rate: median of the logged images a second.
+        starts: where it was trained; empty where it is not recorded.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Part:
     last: JsonObject = field(default_factory=dict)
     damaged: int = 0
     grids: list[tuple[int, Path]] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -162,7 +165,7 @@ def read_run(folder: str | os.PathLike[str], name: str) -> RunRecord:
 
 def read_part(folder: Path, name: str) -> Part:
     """What one run of the loop has written so far."""
-    part = Part(folder, name)
+    part = Part(folder, name, starts=recorded_starts(folder))
     if (folder / METRICS).is_file():
         for text in read_lines(folder / METRICS, strict=False):
             try:

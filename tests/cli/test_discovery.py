@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from flowdistill.cli import environment
 from flowdistill.cli.tables import method_rows
 from flowdistill.config import METHODS, load_config, option
 from flowdistill.config.listing import method_settings, search
@@ -21,6 +20,7 @@ from flowdistill.export.card_data import about_paper
 from flowdistill.networks.backbones import FAMILIES
 from flowdistill.plan.starting import _method
 from flowdistill.training.method import About, Method, facts_of
+from flowdistill.utils import environment
 from flowdistill.utils.errors import UserError
 
 

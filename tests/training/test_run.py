@@ -4,8 +4,11 @@ import functools
 import json
 import math
 import re
+import shutil
 import signal
+import time
 import warnings
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +24,12 @@ from flowdistill.evaluation import Report, Row
 from flowdistill.methods.echodistill.method import EchoDistill
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.environment import recorded_starts
 from flowdistill.training.optimizer import rate_changes
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import check_folder, difference, distill, make_accelerator
 from flowdistill.training.signals import Interrupts
+from flowdistill.utils.environment import collected
 from flowdistill.utils.files import atomic_folder
 from tests.tiny import tiny_unet_pipeline
 from tests.toy_method import ToyConfig, ToyMethod, make_config
@@ -62,6 +67,7 @@ def test_a_run_folder_holds_everything_and_a_second_call_changes_nothing(tmp_pat
     assert sorted(entry.name for entry in folder.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "environment.jsonl",
         "metrics.jsonl",
         "report.json",
         "samples",
@@ -81,6 +87,34 @@ def test_a_run_folder_holds_everything_and_a_second_call_changes_nothing(tmp_pat
 
     more = distill(make_config(folder, steps=10))
     assert more.steps == 10 and len(measured) == 2
+
+
+def test_a_run_folder_says_what_it_was_trained_with(tmp_path, measured, monkeypatch):
+    """A line for its start and for each resume elsewhere; not for one that finds nothing to do."""
+    def trained(torch, **settings):
+        monkeypatch.setattr("flowdistill.training.environment.collected", lambda: {"torch": torch})
+        distill(make_config(tmp_path, checkpoint_every=2, **settings))
+        return recorded_starts(tmp_path)
+
+    assert trained("2.8", steps=4) == trained("2.9", steps=4) == [(0, {"torch": "2.8"})]
+    both = trained("2.9", steps=6)
+    assert both == trained("2.9", steps=8) == [(0, {"torch": "2.8"}), (4, {"torch": "2.9"})]
+    line = json.loads((tmp_path / "environment.jsonl").read_text().splitlines()[1])
+    assert line["step"] == 4 and datetime.fromisoformat(line["time"]).tzinfo is not None
+    with open(tmp_path / "environment.jsonl", "a") as file:
+        file.write('{"step": 9, "envi')  # cut short by a crash
+    for step in checkpoints(tmp_path / "checkpoints"):
+        shutil.rmtree(step[1])
+    assert trained("3.0", steps=2) == [(0, {"torch": "3.0"})]  # which is made anew
+
+
+def test_collecting_what_a_run_is_trained_with_takes_no_time():
+    found = collected()
+    assert found["torch"] == torch.__version__.partition("+")[0] and found["flowdistill"] == flowdistill.__version__
+    began = time.process_time()
+    for _ in range(3):
+        collected()
+    assert (time.process_time() - began) / 3 < 0.05
 
 
 def test_a_file_with_overrides_and_without_evaluation(tmp_path, measured):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flowdistill import __version__
 from flowdistill.evaluation import Report, Row
 from flowdistill.training.run_page import GRIDS, names, write_report
 from flowdistill.training.run_record import read_run
@@ -270,6 +271,20 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert names(["/a", "/a/b"]) == ["a", "b"]
     with pytest.raises(UserError, match="is given twice"):
         names([one, f"{two.parent}/../one/seed-0"])
+
+
+def test_a_page_has_the_versions_that_runs_were_trained_with(tmp_path):
+    """And not those of the machine that makes the page."""
+    starts = {"a": [(0, "2.8<"), (20, "2.9")], "b": [(0, "2.9")], "c": [(0, "2.9"), (0, "2.8<")], "old": []}
+    for name, environments in starts.items():
+        make_run(tmp_path / name)
+        text = "".join(json.dumps({"step": step, "environment": {"torch": version, "devices": "a card"}}) + "\n"
+                       for step, version in environments)
+        (tmp_path / name / "environment.jsonl").write_text(text)
+    page = page_of(*(tmp_path / name for name in starts))
+    assert "trained with a, c a, from step 20, b torch 2.8< 2.9 devices a card a card" in page.said
+    assert "What old was trained with is not recorded." in page.said
+    assert f"This page was written with flowdistill {__version__}." in page.said
 
 
 def test_what_users_write_is_text(tmp_path):
