@@ -2,15 +2,17 @@
 """Draw what several students, and the teacher that they share, make of the same noise.
 
     python scripts/same_noise.py runs/fashion-dmd2 --out picture.png
-    python scripts/same_noise.py "DMD2=runs/fashion-dmd2" "DMD2=runs/fashion-dmd2-4step" --teacher-steps 50 1 --rows 2
+    python scripts/same_noise.py DMD2=runs/fashion-dmd2 map=runs/fashion-flow-map-matching@1,4 --out picture.png
 
 The picture has a block for the teacher at each number of Euler steps, and one for each student at each number of calls
-that it goes by. Every block starts from the same noise, with the labels or prompts in turn, one a column.
+that it goes by, or at those behind an @. Every block starts from the same noise, with the labels or prompts in turn,
+one a column.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", metavar="[TITLE=]RUN", help="run folders of one teacher; the title defaults "
-                        "to the name of the method")
+    parser.add_argument("runs", nargs="+", metavar="[TITLE=]RUN[@K,...]", help="run folders of one teacher, and the "
+                        "calls that are drawn (default: all that the student goes by); the title defaults to the name "
+                        "of the method")
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument("--teacher-steps", type=int, nargs="*", default=[50, 1], metavar="N",
                         help="blocks of the teacher (default: 50 1)")
-    parser.add_argument("--calls", type=int, nargs="+", metavar="K", help="of the students, where they go by these "
-                        "(default: all that each goes by)")
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="of a block (default: 2)")
     parser.add_argument("--columns", type=int, default=10, metavar="N", help="images in a row (default: 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (default: 0)")
@@ -64,7 +65,8 @@ def draw(options: argparse.Namespace) -> None:
         raise UserError(f"--teacher-steps has {min(options.teacher_steps)}; each must be at least 1")
     check_seed(options.seed, "--seed")
     check_writable(options.out)
-    named = [_titled(text) for text in options.runs]
+    asked = [_asked(text) for text in options.runs]
+    named = [(title, folder) for title, folder, _ in asked]
     for _, folder in named:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder} has no config.yaml; give the folder of a run")
@@ -88,12 +90,11 @@ def draw(options: argparse.Namespace) -> None:
         [column for _ in range(options.rows) for column in range(options.columns)])
     blocks = {f"teacher, {calls_in_words(steps)}": teacher_sampler(teacher, steps, guidance_scale=scales[0])
               for steps in options.teacher_steps}
-    for (title, folder), config, student in zip(named, configs, students, strict=True):
-        counts = [steps for steps in student.step_counts if options.calls is None or steps in options.calls]
-        if not counts:
-            own, asked = ("/".join(map(str, some)) for some in (student.step_counts, options.calls))
-            raise UserError(f"{folder} goes by {own} calls an image, and not by the {asked} of --calls")
-        for steps in counts:
+    for (title, folder, counts), config, student in zip(asked, configs, students, strict=True):
+        for steps in counts or student.step_counts:
+            if steps not in student.step_counts:
+                own = " or ".join(map(str, student.step_counts))
+                raise UserError(f"{folder} is asked for {calls_in_words(steps)} an image, and goes by {own}")
             name = f"{title or config.method.name}, {calls_in_words(steps)}"
             if name in blocks:
                 raise UserError(f"two blocks would be called {name!r}; give the runs titles, such as first=RUN")
@@ -104,12 +105,18 @@ def draw(options: argparse.Namespace) -> None:
     print(f"from top to bottom: {'; '.join(drawn)}")
 
 
-def _titled(text: str) -> tuple[str, Path]:
-    """The title, which may be empty, and the folder; a folder may have an equals sign in its name."""
-    title, equals, folder = text.partition("=")
-    if not equals or local_path(text).is_dir():
-        return "", local_path(text)
-    return title, local_path(folder)
+def _asked(text: str) -> tuple[str, Path, list[int]]:
+    """The title and the calls, either of which may be empty, and the folder, whose name may have = and @ in it."""
+    if local_path(text).is_dir():
+        return "", local_path(text), []
+    title, equals, rest = text.partition("=")
+    rest = rest if equals else text
+    folder, at, calls = rest.rpartition("@")
+    if not at or local_path(rest).is_dir():
+        return title if equals else "", local_path(rest), []
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", calls):
+        raise UserError(f"{text} ends in @{calls}; behind the @ are calls of the student, such as @1,4")
+    return title if equals else "", local_path(folder), [int(count) for count in calls.split(",")]
 
 
 def _difference(first: dict[str, object], second: dict[str, object]) -> str:
