@@ -279,7 +279,8 @@ def _check_weights(part: Path) -> None:
 
 
 def _check_file(file: Upload) -> None:
-    """Refuse weights that end too early, and texts with something secret in them.
+    """Refuse weights that end too early, cards and configurations without a word, and texts with something secret in
+    them.
 
     Raises:
         UserError: so.
@@ -288,6 +289,10 @@ def _check_file(file: Upload) -> None:
         check_weight_file(file.path)
     elif file.path.suffix.lower() not in PICTURES and file.size < MOST_TEXT and file.path.suffix != ".model":
         text = file.path.read_bytes().decode(errors="replace")
+        if (file.path.name == CARD or file.path.suffix == ".json") and not text.strip():
+            shows = ", and the model's page shows it" if file.path.name == CARD else ""
+            raise UserError(f"{file.path} is empty{shows}; remove it and export again (a student's card is written "
+                            "when it is missing)")
         for what, pattern in SECRETS.items():
             if re.search(pattern, text):
                 raise UserError(f"{file.path} holds what looks like {what}; take it out before anybody reads it there")
