@@ -93,8 +93,15 @@ def _lines(tree: dict[str, Any], depth: int) -> list[str]:
             lines += [f"{left}{name}:", *_lines(node, depth + 1)]
             continue
         lines += [f"{left}# {line}" for line in textwrap.wrap(_one_line(node.reason), WIDTH, break_on_hyphens=False)]
-        lines.append(f"{left}{name}: {as_yaml_value(node.value)}")
+        lines.append(f"{left}{name}: {as_yaml_value(_whole(node.value))}")
     return lines
+
+
+def _whole(value: object) -> object:
+    """Numbers that are whole as they are written by hand: 399 for 399.0."""
+    if isinstance(value, (list, tuple)):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def start(

@@ -80,6 +80,8 @@ def test_epsilon_teachers_start_before_pure_noise(name: str, key: str, value: fl
     noisy = start(pipelines(tiny_unet_pipeline(DDPMScheduler())), name)
     assert noisy.values[key] == value
     assert any("predicts epsilon" in each.reason for each in noisy.settings if each.key == key)
+    line = f"{key.rpartition('.')[2]}: {value:g}"  # 399, and not 399.0
+    assert line in [text.strip() for text in noisy.text("a title").splitlines()]
 
 
 @pytest.mark.parametrize("name", ["freeflow", "dmd2"])
