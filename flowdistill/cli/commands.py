@@ -398,11 +398,13 @@ def _inspect(args: argparse.Namespace) -> int:
         if local_path(args.sample).suffix.lower() != ".png":
             raise UserError(f"--sample {args.sample} must be a .png file")
         check_writable(args.sample)
+        from flowdistill.evaluation.comparison import check_prompts, save_teacher_calls
+        from flowdistill.plan.meta_teacher import takes_prompts
+
+        check_prompts(args.prompt, takes_prompts(args.model, args.variant), args.model)
     teacher = load_teacher(args.model, null_label=args.null_label, variant=args.variant)
     print(teacher.describe(), flush=True)
     if args.sample is not None:
-        from flowdistill.evaluation.comparison import save_teacher_calls
-
         scale = 1.0 if args.guidance_scale is None else args.guidance_scale
         lines = save_teacher_calls(teacher.to(_device(None)), args.sample, args.prompt, scale)
         print(f"\n{args.sample}", *lines, sep="\n  ")

@@ -55,6 +55,22 @@ def save_comparison(
 
 
 @torch.no_grad()
+def check_prompts(prompts: Sequence[str] | None, takes: bool | None, name: str) -> None:
+    """Refuse prompts for a pipeline that takes none, and none for one that takes them.
+
+    Args:
+        takes: whether it takes them; None: not known yet.
+        name: of the pipeline.
+
+    Raises:
+        UserError: so.
+    """
+    if takes and not prompts:
+        raise UserError(f"{name} takes prompts; give --prompt TEXT, once or several times")
+    if takes is False and prompts:
+        raise UserError(f"--prompt needs a text-to-image pipeline, and {name} takes no prompts")
+
+
 def save_teacher_calls(
     teacher: Teacher, path: str | os.PathLike[str], prompts: Sequence[str] | None = None, guidance_scale: float = 1.0,
     seed: int = 0,
@@ -74,11 +90,7 @@ def save_teacher_calls(
     Raises:
         UserError: a teacher that takes prompts without any, prompts for another, or guidance that it cannot give.
     """
-    if teacher.prompts is not None and not prompts:
-        raise UserError("the pipeline takes prompts; give --prompt TEXT, once or several times")
-    if teacher.prompts is None and prompts:
-        raise UserError("--prompt needs a text-to-image pipeline, and this one takes "
-                        + ("nothing" if teacher.classes is None else "class labels"))
+    check_prompts(prompts, teacher.prompts is not None, teacher.source)
     count = len(prompts) if prompts else 4 if isinstance(teacher.codec, VaeCodec) else 10
     condition = teacher.encode(prompts=prompts) if prompts else teacher.examples(range(count))
     samplers = {calls_in_words(steps): teacher_sampler(teacher, steps, guidance_scale=guidance_scale)

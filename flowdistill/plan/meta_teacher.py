@@ -23,7 +23,7 @@ from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import CLIP_TOKENS, INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.data.captions import has_captions, read_prompts_or_captions
-from flowdistill.networks.backbones import BackboneFamily
+from flowdistill.networks.backbones import FAMILIES, BackboneFamily
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import make_scheduler
 from flowdistill.teachers.autoencoder import bare_codec, check_fits, check_has_autoencoder, find_autoencoder
@@ -99,6 +99,20 @@ def read_architecture(source: str, variant: str | None = None) -> Architecture:
         return Architecture(f"flowdistill's own description of {source}", found["pipeline"], found["components"])
     raise UserError(f"teacher source {source} is no pipeline folder here, its configurations are not in the hub's "
                     f"cache, and flowdistill has no description of it; it has those of {', '.join(sorted(shipped))}")
+
+
+def takes_prompts(source: str, variant: str | None = None) -> bool | None:
+    """Whether a pipeline makes images of prompts, by its configurations; None where they are not here, or do not tell.
+
+    Args:
+        source, variant: as for :func:`read_architecture`.
+    """
+    try:
+        parts = read_architecture(source, variant).components
+    except UserError:  # whoever loads it will say what is wrong
+        return None
+    name = next((parts[name].get("_class_name") for name in ("transformer", "unet") if name in parts), None)
+    return bool(FAMILIES.get(name).pipelines) if isinstance(name, str) and name in FAMILIES else None
 
 
 def shipped_architectures() -> dict[str, JsonObject]:

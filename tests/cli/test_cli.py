@@ -25,6 +25,7 @@ from flowdistill.cli.commands import make_parser
 from flowdistill.data.assets import asset_path
 from flowdistill.evaluation import comparison
 from flowdistill.students import FlowMap, StudentInfo
+from tests.families import FAMILIES
 from tests.processes import Child
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "sklearn", "scipy", "omegaconf")
@@ -497,12 +498,24 @@ def test_inspect_draws_a_pipeline_by_its_calls(cli, tmp_path: Path) -> None:
     (["--sample", "nowhere/../.."], "must be a .png file"),
     (["--prompt", "a cat"], "are for the picture that --sample FILE.png draws"),
     (["--guidance-scale", 2], "are for the picture that --sample FILE.png draws"),
-    (["--sample", "grid.png", "--prompt", "a cat"], "needs a text-to-image pipeline, and this one takes class labels"),
+    (["--sample", "grid.png", "--prompt", "a cat"], "text-to-image pipeline, and {} takes no prompts"),
 ])
 def test_inspect_refuses_pictures_that_are_none(cli, tmp_path: Path, monkeypatch, arguments, sentence) -> None:
     monkeypatch.chdir(tmp_path)
     result = cli("inspect", asset_path("digits-flow"), *arguments)
-    assert result.code == 2 and sentence in result.err and not list(tmp_path.iterdir())
+    wanted = sentence.format(asset_path("digits-flow"))
+    assert result.code == 2 and wanted in result.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["dit", "sd"])
+def test_inspect_knows_what_is_asked_of_a_picture_before_weights_are_read(cli, tmp_path: Path, monkeypatch,
+                                                                          family) -> None:
+    FAMILIES[family].make().save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr("flowdistill.teachers.load_teacher", lambda *_, **__: pytest.fail("weights were read"))
+    given = [] if FAMILIES[family].prompts else ["--prompt", "a cat"]
+    result = cli("inspect", tmp_path / "pipeline", "--sample", tmp_path / "grid.png", *given)
+    sentence = "takes prompts; give --prompt TEXT" if FAMILIES[family].prompts else "takes no prompts"
+    assert result.code == 2 and f"{tmp_path / 'pipeline'} {sentence}" in result.err
 
 
 def test_inspect_a_student_and_a_run(cli, run: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_teacher_by_its_calls_of_prompts_and_without_conditions(tmp_path, monk
     with pytest.raises(UserError, match="takes prompts; give --prompt"):
         save_teacher_calls(texts, tmp_path / "none.png")
     plain = load_teacher(DDPMPipeline(tiny_unet(num_class_embeds=None), DDPMScheduler()))
-    with pytest.raises(UserError, match="this one takes nothing"):
+    with pytest.raises(UserError, match="DDPMPipeline takes no prompts"):
         save_teacher_calls(plain, tmp_path / "none.png", ["a cat"])
     # Where its own call is no loop that can be seeded, the other rows are there and the reason is said.
     monkeypatch.setattr("flowdistill.evaluation.comparison.not_measured", lambda teacher: "it draws noise of its own")
