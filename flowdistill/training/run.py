@@ -42,6 +42,7 @@ from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import tracker_names
 from flowdistill.training.checkpoint import checkpoints, read_state
 from flowdistill.training.environment import record_start
+from flowdistill.training.folder_lock import alone_in, check_is_folder
 from flowdistill.training.loop import Trainer
 from flowdistill.training.malloc import keep_freed_memory
 from flowdistill.training.method import METHODS, Method
@@ -130,7 +131,11 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Ru
         opened: what the caller will measure the student with, where this run does not do it itself.
     """
     accelerator = make_accelerator(config.train, config.output_dir)
-    config = resolved(config, accelerator)
+    with alone_in(local_path(config.output_dir)):
+        return _distill_alone(resolved(config, accelerator), accelerator, opened)
+
+
+def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEvaluation | None) -> Run:
     processes, folder = Processes.current(), local_path(config.output_dir)
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
     problem = method_class(config.method.name).check_length(config.method, config.train.steps)
@@ -347,8 +352,7 @@ def check_folder(folder: Path, config: RunConfig) -> bool:
     from omegaconf import OmegaConf
 
     file, same = folder / "config.yaml", False
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file; it must be a folder")
+    check_is_folder(folder)
     if file.is_file() and has_begun(folder):
         try:
             saved = read_yaml(file)

@@ -1,11 +1,14 @@
 """``distill``: a whole run folder, its resume, and the folders and devices it refuses."""
 
+import errno
 import functools
 import json
 import math
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from datetime import datetime
@@ -23,8 +26,10 @@ from flowdistill.config import METHODS, OptimizerConfig, TrainConfig, load_confi
 from flowdistill.evaluation import Report, Row
 from flowdistill.methods.echodistill.method import EchoDistill
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
+from flowdistill.training import run as training_run
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.environment import recorded_starts
+from flowdistill.training.folder_lock import alone_in
 from flowdistill.training.optimizer import rate_changes
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import check_folder, difference, distill, make_accelerator
@@ -65,6 +70,7 @@ def test_a_run_folder_holds_everything_and_a_second_call_changes_nothing(tmp_pat
     run = distill(make_config(folder, precision=None))
     assert (run.output_dir, run.steps, run.completed, run.interrupted) == (folder, 8, True, 0)
     assert sorted(entry.name for entry in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "environment.jsonl",
@@ -83,7 +89,8 @@ def test_a_run_folder_holds_everything_and_a_second_call_changes_nothing(tmp_pat
     again = distill(make_config(folder))
     assert again.completed and again.report.rows[0].fid == 2.5 and len(measured) == 1
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "config.yaml"}
-    assert {path.name for path in before if before[path] != after.get(path)} <= {"run", "metrics.jsonl"}
+    assert {path.name for path in before if before[path] != after.get(path)} <= {
+        "run", "metrics.jsonl", ".lock"}
 
     more = distill(make_config(folder, steps=10))
     assert more.steps == 10 and len(measured) == 2
@@ -279,6 +286,44 @@ def test_folders_that_cannot_be_used(tmp_path, measured):
     (tmp_path / "run" / "config.yaml").write_text("seed: [")
     with pytest.raises(UserError, match="config.yaml is damaged"):
         distill(make_config(tmp_path / "run"))
+
+
+def test_two_trainings_do_not_enter_one_folder(tmp_path, measured, monkeypatch):
+    """Neither while the first one begins nor while it trains, and whoever is killed leaves no lock."""
+    folder, method = tmp_path / "runs" / "one", METHODS.get("toy")
+    refused = []
+
+    def second(*_):
+        with pytest.raises(UserError, match=rf"another training is going on in {folder}; wait") as caught:
+            distill(make_config(folder, steps=9))
+        refused.append(caught)
+
+    load = training_run.load_teacher
+    monkeypatch.setattr(training_run, "load_teacher", lambda *given, **named: second() or load(*given, **named))
+    monkeypatch.setattr(method, "after_update", second)
+    assert distill(make_config(folder, steps=1)).steps == 1 and len(refused) > 1
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    code = ("import sys, time\nfrom pathlib import Path\nfrom flowdistill.training.folder_lock import alone_in\n"
+            "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(100)")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another training"), alone_in(tmp_path):
+            pass
+        first.kill()
+    with alone_in(tmp_path), pytest.raises(UserError, match="another training"), alone_in(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path, monkeypatch):
+    def acquire(self, **given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("flowdistill.training.folder_lock.FileLock.acquire", acquire)
+    with pytest.warns(UserWarning, match="has no locks"), alone_in(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
 
 
 def test_devices_this_machine_does_not_have(tmp_path, monkeypatch):
