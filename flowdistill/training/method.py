@@ -174,6 +174,14 @@ class Method(ABC):
             role.network.to(device)
         return self
 
+    def check_start(self) -> None:  # noqa: B027
+        """Refuse what the first update would refuse, before anything is in the run folder; called by all processes
+        together where there is something left to train, with the networks in their places and as they go on.
+
+        Raises:
+            UserError: so.
+        """
+
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
         """Whatever is due before the updates of ``step`` (from 0); called by all processes together.
 

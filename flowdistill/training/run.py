@@ -157,11 +157,13 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
     method = method_class(config.method.name)(config.method, teacher)
     if method.student().num_steps == 1:  # a method of several steps has looked at these itself
         check_exportable(teacher)
-    processes.on_main(lambda: write_config(folder, config))
     trainer = Trainer(method, config, folder, accelerator, None if opened is None else opened.reference)
     if opened is not None:
         opened.check_student(trainer.student())
+    if not trainer.completed:
+        method.check_start()
     before = trainer.step
+    processes.on_main(lambda: write_config(folder, config))  # nothing is refused any more
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
         processes.on_main(lambda: record_start(folder, before))

@@ -304,6 +304,26 @@ def test_two_trainings_do_not_enter_one_folder(tmp_path, measured, monkeypatch):
     assert distill(make_config(folder, steps=1)).steps == 1 and len(refused) > 1
 
 
+def test_what_a_method_refuses_at_the_start_leaves_no_folder(tmp_path, measured, monkeypatch):
+    asked = []
+
+    def check_start(self):
+        asked.append(next(self.roles()["student"].network.parameters()).device)
+        raise UserError("this would choose by chance")
+
+    monkeypatch.setattr(METHODS.get("toy"), "check_start", check_start)
+    with pytest.raises(UserError, match="by chance"):
+        distill(make_config(tmp_path / "runs" / "one", sample_every=1))
+    assert asked == [torch.device("cpu")] and not list(tmp_path.iterdir())
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match="by chance"):
+        distill(make_config(kept))
+    assert (kept / "config.yaml").read_text() == "mine" and {each.name for each in kept.iterdir()} <= {
+        "config.yaml", ".lock"}
+
+
 def test_a_killed_training_leaves_no_lock(tmp_path):
     code = ("import sys, time\nfrom pathlib import Path\nfrom flowdistill.training.folder_lock import alone_in\n"
             "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(100)")

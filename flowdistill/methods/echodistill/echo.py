@@ -122,8 +122,7 @@ class EchoStage:
         """
         if self.config.start is None:
             return False
-        if not self._checked:
-            self._check()
+        self.check()
         if step < self.config.start:
             return False
         number, inside = divmod(step - self.config.start, self.config.steps)
@@ -143,8 +142,14 @@ class EchoStage:
         if start is not None and start < step <= start + self.config.rounds * self.config.steps:
             self._close((step - start - 1) // self.config.steps, folder)
 
-    def _check(self) -> None:
-        """Refuse a stage that would choose by chance."""
+    def check(self) -> None:
+        """Refuse a stage that would choose by chance; asked once.
+
+        Raises:
+            UserError: the identity network cannot tell the concept.
+        """
+        if self.config.start is None or self._checked:
+            return
         limit = self.config.min_separation
 
         def refusal() -> str:

@@ -199,6 +199,9 @@ class EchoDistill(Method):
 
     # --- the echo stage
 
+    def check_start(self) -> None:
+        self.echo.check()
+
     def begin_step(self, step: int, folder: Path) -> Sequence[str]:
         return tuple(self._roles) if self.echo.begin(step, folder) else ()
 
