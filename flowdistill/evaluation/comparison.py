@@ -54,7 +54,6 @@ def save_comparison(
     save_picture(stacked({title: grid(images, columns) for title, images in blocks.items()}), path)
 
 
-@torch.no_grad()
 def check_prompts(prompts: Sequence[str] | None, takes: bool | None, name: str) -> None:
     """Refuse prompts for a pipeline that takes none, and none for one that takes them.
 
@@ -71,6 +70,7 @@ def check_prompts(prompts: Sequence[str] | None, takes: bool | None, name: str) 
         raise UserError(f"--prompt needs a text-to-image pipeline, and {name} takes no prompts")
 
 
+@torch.no_grad()
 def save_teacher_calls(
     teacher: Teacher, path: str | os.PathLike[str], prompts: Sequence[str] | None = None, guidance_scale: float = 1.0,
     seed: int = 0,
