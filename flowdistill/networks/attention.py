@@ -119,7 +119,7 @@ def allow_forward_mode(network: nn.Module, key: str) -> None:
 
 
 def _in_order(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    differentiated = unpack_dual(inputs[0]).tangent is not None
+    differentiated = bool(inputs) and unpack_dual(inputs[0]).tangent is not None
     return (inputs[0].contiguous(), *inputs[1:]) if differentiated else None
 
 

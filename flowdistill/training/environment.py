@@ -56,7 +56,7 @@ def recorded_starts(folder: Path) -> list[Start]:
 def _lines(file: Path) -> list[Start]:
     found: list[Start] = []
     for text in read_lines(file, strict=False) if file.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             line = json.loads(text)
             found.append(Start(int(line["step"]), {str(k): str(v) for k, v in line["environment"].items()}))
     return found

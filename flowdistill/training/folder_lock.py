@@ -40,9 +40,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _entered(folder: Path) -> Callable[[], None]:
     """Make and lock the folder; returns what ends that."""
-    check_is_folder(folder)
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
     with disk_errors(f"the run folder {folder}"):
+        check_is_folder(folder)
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import replace
@@ -25,6 +26,7 @@ from flowdistill.students import is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
+from flowdistill.training.folder_lock import alone_in
 from flowdistill.training.run import (
     FINAL,
     REPORT,
@@ -62,7 +64,13 @@ def distill_students(config: RunConfig) -> Run:
         UserError: as ``distill``; a shared start that is not there when one student alone is asked for.
     """
     accelerator = make_accelerator(config.train, config.output_dir)
-    config = resolved(config, accelerator)
+    # Jobs of a student each share the run's folder; that of the student is locked by its own run.
+    alone = alone_in(local_path(config.output_dir)) if config.method.student_index is None else contextlib.nullcontext()
+    with alone:
+        return _distill_alone(resolved(config, accelerator), accelerator)
+
+
+def _distill_alone(config: RunConfig, accelerator: Accelerator) -> Run:
     folder, processes, only = local_path(config.output_dir), Processes.current(), config.method.student_index
     # Which student a job trains is no property of the run: K jobs share its folder.
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
