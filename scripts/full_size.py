@@ -94,6 +94,8 @@ def student_overrides(
     texts = [*world.overrides, *ON_GPU, f"teacher.source={pipeline}", f"output_dir={out / name}",
              f"train.device={device}"]
     config = load_config(student_configs(world)[name])
+    if getattr(config.method, "derivative", None) == "jvp":  # forward mode through compiled blocks is untried
+        texts += ["method.derivative=finite_difference", "method.finite_difference_step=0.05"]
     if config.teacher.prompts is not None:
         texts.append(f"teacher.prompts={pipeline / 'captions.txt'}")
     if tiny:

@@ -25,6 +25,7 @@ from flowdistill.data import load_digits
 from flowdistill.evaluation import Evaluator
 from flowdistill.training import run
 from flowdistill.utils.images import save_images
+from tests.data.fashion import FOLDER_VARIABLE, write_fashion
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_IMAGES = 20
@@ -54,7 +55,7 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-PAGES = {"README.md": ("runs/digits-freeflow/report.json", "grid.png", "report.json",
+PAGES = {"README.md": ("runs/digits-freeflow/report.json", "runs/fashion-dmd2/report.json", "grid.png", "report.json",
                        "my-one-step-pipeline/model_index.json"),
          "docs/reference/api/index.md": ("runs/short/student",)}  # and what their blocks make
 BLOCKS = {page: blocks((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
@@ -65,7 +66,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what the README uses, as the working folder, with its placeholders; runs in it are short."""
     for name in ("configs", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("digits-classifier", "digits-flow"):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(write_fashion(tmp_path / "fashion")))  # what Debian's package would bring
+    for name in ("digits-classifier", "digits-flow", "fashion-classifier", "fashion-flow"):
         shutil.copytree(ROOT / "assets" / name, tmp_path / "assets" / name)
     for place in ("path/or/hub-id", "path/to/pipeline"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)

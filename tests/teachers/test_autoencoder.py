@@ -220,7 +220,7 @@ BAD = {
     "a file": r"is a file; give .* with AutoencoderKL\.from_single_file",
     "empty": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
     "large": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
-    "no name": "teacher.vae is empty; give .*, or null for the pipeline's own",
+    "no name": "teacher.vae'? is (empty; give .*, or null for the pipeline's own|an empty text; .* set it to null)",
     "noise": "ConsistencyDecoderVAE is not supported: its decode.. draws noise of its own",
     **dict.fromkeys(BROKEN, r"the AutoencoderKL in .*new could not be made from its config\.json: "),
     "a pixel pipeline": r"holds no autoencoder: neither it nor a folder vae in it has a config\.json",
