@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import local_path
 
@@ -50,6 +51,7 @@ def table(run: Any, rows: int, device: str) -> str:
 
     if rows < 1:
         raise UserError(f"--rows is {rows}; it must be at least 1")
+    usable_device(device, "--device")
     student = load_student(run, device)
     if not isinstance(student, FlowMap) or student.num_steps != 1:
         raise UserError(f"{run} is no flow map from noise, which takes a duration; give a run of freeflow or boot")

@@ -64,6 +64,8 @@ def draw(options: argparse.Namespace) -> None:
     if any(steps < 1 for steps in options.teacher_steps):
         raise UserError(f"--teacher-steps has {min(options.teacher_steps)}; each must be at least 1")
     check_seed(options.seed, "--seed")
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"--out {options.out} must be a .png file")
     check_writable(options.out)
     asked = [_asked(text) for text in options.runs]
     named = [(title, folder) for title, folder, _ in asked]
@@ -89,9 +91,9 @@ def draw(options: argparse.Namespace) -> None:
     condition = teacher.examples(range(options.columns)) if options.rows == 1 else teacher.examples(
         [column for _ in range(options.rows) for column in range(options.columns)])
     blocks = {f"teacher, {calls_in_words(steps)}": teacher_sampler(teacher, steps, guidance_scale=scales[0])
-              for steps in options.teacher_steps}
+              for steps in dict.fromkeys(options.teacher_steps)}
     for (title, folder, counts), config, student in zip(asked, configs, students, strict=True):
-        for steps in counts or student.step_counts:
+        for steps in dict.fromkeys(counts or student.step_counts):
             if steps not in student.step_counts:
                 own = " or ".join(map(str, student.step_counts))
                 raise UserError(f"{folder} is asked for {calls_in_words(steps)} an image, and goes by {own}")

@@ -72,3 +72,5 @@ def test_the_table_of_a_run_and_what_is_no_flow_map_from_noise(script, tmp_path,
         assert "is no flow map from noise, which takes a duration" in capsys.readouterr().err
     assert script["main"]([str(tmp_path / "freeflow"), "--rows", "0"]) == 2
     assert "--rows is 0; it must be at least 1" in capsys.readouterr().err
+    assert script["main"]([str(tmp_path / "freeflow"), "--device", "cud"]) == 2
+    assert "--device" in capsys.readouterr().err

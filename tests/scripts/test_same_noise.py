@@ -55,7 +55,7 @@ def repository(monkeypatch):
 
 
 def test_each_block_is_of_the_same_noise_and_labels(main, place, capsys):
-    given = [place / "a", f"any={place / 'map'}@1,4", "--teacher-steps", 2, "--columns", 3, "--seed", 5]
+    given = [place / "a", f"any={place / 'map'}@1,4,1", "--teacher-steps", 2, "--columns", 3, "--seed", 5]
     assert main([*map(str, given), "--out", str(place / "out.png")]) == 0
     assert capsys.readouterr().out == (
         "from top to bottom: teacher, 2 calls; freeflow, 1 call; any, 1 call; any, 4 calls\n")
@@ -82,11 +82,12 @@ def test_each_block_is_of_the_same_noise_and_labels(main, place, capsys):
     (["a", "guided"], "guidance scales 1 and 2"),
     (["a", "a"], "two blocks would be called 'freeflow, 1 call'"),
     (["a@3"], "is asked for 3 calls an image, and goes by 1"), (["a@x"], "ends in @x; behind the @ are calls"),
-    (["a", "--rows", "0"], "--rows is 0"), (["a", "--teacher-steps", "-1"], "--teacher-steps has -1"),
+    (["a", "--rows", "0"], "--rows is 0"), (["a", "--out", "none.jpg"], "--out none.jpg must be a .png file"),
+    (["a", "--teacher-steps", "-1"], "--teacher-steps has -1"),
 ])
 def test_what_makes_no_picture_is_refused(main, place, given, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", None)  # before any network is asked
     out = place / "none.png"
-    given = [one if one.startswith("-") or one.isdigit() else str(place / one) for one in given]
-    assert main([*given, "--out", str(out)]) == 2
+    given = [one if one.startswith("-") or one.isdigit() or "." in one else str(place / one) for one in given]
+    assert main(["--out", str(out), *given]) == 2
     assert words in capsys.readouterr().err and not out.exists()
