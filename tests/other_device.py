@@ -18,11 +18,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree  # torch has no public name for it, nor for what follows
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import _pytree as pytree  # torch has no public name for it
 
 from flowdistill.networks import velocity
 from flowdistill.utils import quantized
@@ -211,6 +211,10 @@ def other_device() -> Iterator[torch.device]:
 
 @functools.cache
 def _register() -> torch.library.Library:
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    except ImportError:
+        pytest.skip(f"torch {torch.__version__} has no devices in Python")
     _setup_privateuseone_for_python_backend(NAME, _Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
