@@ -47,6 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import torch
 
+    from flowdistill.utils.errors import UserError
+    from flowdistill.utils.files import check_writable
+
+    if options.json is not None:
+        try:
+            check_writable(options.json)
+        except UserError as error:
+            parser.error(str(error))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_writable, local_path
 
 STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
 SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8
@@ -441,6 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.rounds < 1:
             raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
+        if options.json:
+            check_writable(options.json)
         result = benchmark(load_config(options.config, options.overrides), options.rounds,
                            processor=options.processor_time)
     except UserError as error:

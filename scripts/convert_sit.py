@@ -66,12 +66,13 @@ def convert(options: argparse.Namespace) -> None:
 
     from flowdistill.conditioning.components import load_model
     from flowdistill.utils.errors import UserError
-    from flowdistill.utils.files import local_path
+    from flowdistill.utils.files import check_writable, local_path
     from flowdistill.utils.text import without_marks
 
     out = local_path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give a new folder")
+    check_writable(out / "model_index.json")
     state, settings = load(local_path(options.checkpoint), options.weights)
     check_kind(state, settings, options.flow_matching)
     time = options.time or ("noise" if any(name.startswith(PROJECTORS) for name in state) else "data")

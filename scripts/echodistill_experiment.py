@@ -47,12 +47,13 @@ from flowdistill.training.optimizer import apply_update, backward, learning_rate
 from flowdistill.training.optimizers import make_optimizer
 from flowdistill.training.run import distill, has_begun
 from flowdistill.utils.errors import UserError, listed
-from flowdistill.utils.files import atomic_folder, local_path
+from flowdistill.utils.files import atomic_folder, check_writable, local_path
 from flowdistill.utils.images import grid, save_grid, save_picture
 from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
 from flowdistill.utils.text import read_json, read_json_lines, read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
+RESULTS = "results.jsonl"
 FORMAT = 2  # of a line: 2 has the strict figures, the settings of the run and the models of its key
 IMAGES = 60  # of the concept alone, and as many in its contexts
 OLD = 216  # one of each class
@@ -538,6 +539,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--picture", type=path, metavar="PNG", help="the models' pictures for the first of --seeds")
     args = parser.parse_args(arguments)
     try:
+        for file in [*([] if args.table else [args.out / RESULTS]), *([args.picture] if args.picture else [])]:
+            check_writable(file)
         run(args)
         if args.picture:
             folders = {concept: args.out / "pictures" / f"{concept}-{args.seeds[0]}" for concept in args.concepts}
@@ -577,7 +580,7 @@ def run(args: argparse.Namespace) -> None:
     from experiment_results import write_docs
     from run_experiment import append_line
 
-    file = args.out / "results.jsonl"
+    file = args.out / RESULTS
     lines = read_measured(file)
     check_lines(file, lines, None if args.table else args.set)
     for concept in () if args.table else args.concepts:

@@ -32,7 +32,7 @@ from flowdistill.evaluation.report import Report
 from flowdistill.features import load_features
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, disk_errors, local_path
+from flowdistill.utils.files import atomic_write, check_writable, disk_errors, local_path
 from flowdistill.utils.text import read_json_object, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +232,7 @@ def train_student(name: str, world: World, out: Path, options: argparse.Namespac
 def full_size(options: argparse.Namespace) -> None:
     """Teacher, students and table."""
     world, out = WORLDS[options.world], options.out or local_path(f"runs/full-size-{options.world}")
+    check_writable(out / RECORD)
     out = out.resolve()
     names = list(student_configs(world)) if options.only is None else options.only.split(",")
     for name in names:

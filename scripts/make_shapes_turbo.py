@@ -22,7 +22,7 @@ from flowdistill import load_student
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.students.generator import Generator
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.randomness import indexed_noise
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=local_path, default=Path("assets/shapes/turbo"), help="pipeline folder to write")
     args = parser.parse_args(arguments)
     try:
+        check_writable(args.out / "model_index.json")
         student = load_student(args.run)
         pipeline = turbo(student)
     except UserError as error:

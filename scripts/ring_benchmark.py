@@ -41,7 +41,7 @@ from flowdistill.paths.native_path import NativePath, path_from_scheduler
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.exact import MixtureVelocity
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_writable, local_path
 
 MODES, RADIUS, STD = 8, 0.7, 0.05
 WIDTH, TEACHER_STEPS, TEACHER_BATCH, TEACHER_LR = 128, 4000, 512, 2e-3
@@ -274,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := set(options.only or []) - set(experiment.runs):
             raise UserError(f"--only {', '.join(sorted(unknown))}: the runs are {', '.join(experiment.runs)}")
         out = options.out or Path("runs/experiments") / experiment.name
+        check_writable(out / "table.md")
         found = read_results(experiment, out, left="checkpoints")
         benchmark = Benchmark(experiment, out)
         rows = benchmark.teacher_rows()

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdistill.utils.errors import UserError, shown
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.seeds import check_seed
 from flowdistill.utils.text import parse_yaml, read_lines, read_text
 
@@ -248,6 +248,7 @@ def run_all(options: argparse.Namespace) -> int:
     if options.only is not None and options.seed is not None and (options.only, options.seed) not in runs:
         raise UserError(f"--only {options.only} --seed {options.seed}: the seeds of {options.only} are "
                         f"{', '.join(map(str, experiment.fewer_seeds[options.only]))}")
+    check_writable(out / "table.md")
     found, failures, total = read_results(experiment, out), [], len(runs)
     missing = [(label, seed) for label, seed in runs if (label, seed) not in found
                and options.only in (None, label) and options.seed in (None, seed)]

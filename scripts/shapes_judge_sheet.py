@@ -32,7 +32,7 @@ from flowdistill.data.shapes_concepts import CONTEXTS, place_concept
 from flowdistill.evaluation.shapes_judge import Judged, Measures, judge_concept
 from flowdistill.methods.echodistill.student import load_adapted_pipeline
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.images import save_picture
 from flowdistill.utils.randomness import indexed_noise
 
@@ -224,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=local_path, metavar="PAGE", help="put the table between its marks in PAGE")
     args = parser.parse_args(arguments)
     try:
+        check_writable(args.out)
         if args.run:
             write_made(args.run)
         images, names, asked = pictures()

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from flowdistill.cli.arguments import seed_number
 from flowdistill.data import balanced_split, load_digits
 from flowdistill.features.digits_classifier import classifier_accuracy, train_digits_classifier
-from flowdistill.utils.files import local_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
 
 
 def main() -> None:
@@ -29,6 +30,10 @@ def main() -> None:
     parser.add_argument("--seed", type=seed_number(2**32), default=0)
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
     args = parser.parse_args()
+    try:
+        check_writable(args.out / "config.json")
+    except UserError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
 
     images, labels = load_digits()

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from flowdistill.cli.arguments import seed_number
 from flowdistill.data import load_digits
 from flowdistill.utils.devices import sent
-from flowdistill.utils.files import local_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.logging import say
 
 NUM_CLASSES = 10
@@ -150,6 +151,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="fixed, because sums depend on it in the last bit")
     parser.add_argument("--save-every", type=int, default=0, help="save the average so often (steps; 0: never)")
     args = parser.parse_args()
+    try:
+        check_writable(args.out / "model_index.json")
+    except UserError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

@@ -26,7 +26,8 @@ from flowdistill.cli.arguments import seed_number
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept
 from flowdistill.evaluation.shapes_judge import judge_concept
-from flowdistill.utils.files import local_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
 
 LATENT_WEIGHT = 1.0  # of the mean square between the two autoencoders' latents, in units of the latents' variance
 KL_WEIGHT = 5e-5
@@ -138,6 +139,11 @@ def main() -> None:
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
     args = parser.parse_args()
+    try:
+        for file in (args.work / "autoencoder.pt", args.out / "config.json"):
+            check_writable(file)
+    except UserError as error:
+        parser.error(str(error))
     deadline = time.monotonic() + 60.0 * args.minutes
     torch.set_num_threads(args.threads)
     like = AutoencoderKL.from_pretrained(args.like, subfolder="vae", torch_dtype=torch.float32)

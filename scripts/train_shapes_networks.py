@@ -20,7 +20,7 @@ from flowdistill.cli.arguments import seed_number
 from flowdistill.features import shapes_identity as identity
 from flowdistill.features import shapes_networks as networks
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, local_path
+from flowdistill.utils.files import atomic_write, check_writable, local_path
 from flowdistill.utils.randomness import generator_of
 
 TEST_IMAGES = 4320
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     out = args.out or Path("assets/shapes") / args.which
+    try:
+        check_writable(out / "model.safetensors")
+    except UserError as error:
+        parser.error(str(error))
     if args.which == "identity":
         if args.teacher is not None:
             parser.error("--teacher is of the classifier and the judge")

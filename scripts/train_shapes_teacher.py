@@ -26,7 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from flowdistill.cli.arguments import seed_number
 from flowdistill.data import shapes
-from flowdistill.utils.files import local_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
 
 MAX_TOKENS = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -299,6 +300,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="fixed, because sums depend on it in the last bit")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on")
     args = parser.parse_args()
+    try:
+        for file in (args.work / "vae.pt", args.out / "model_index.json"):
+            check_writable(file)
+    except UserError as error:
+        parser.error(str(error))
     deadline = time.monotonic() + 60.0 * args.minutes
     torch.set_num_threads(args.threads)
     vae = train_autoencoder(args, deadline)

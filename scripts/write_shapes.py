@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flowdistill.data.shapes import CAPTIONS, NUM_CLASSES, REFERENCE, caption, load_shapes, make_shapes, prompt_list
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, references, write_concepts
-from flowdistill.utils.files import local_path
+from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.images import save_grid, save_images
 
 
@@ -40,6 +41,11 @@ def main() -> None:
     parser.add_argument("--images", type=local_path, help="folder for images with captions; nothing else is written")
     parser.add_argument("--count", type=int, default=REFERENCE, help=f"how many of the {REFERENCE} images")
     args = parser.parse_args()
+    try:
+        for file in [args.out / "prompts.txt", args.picture] if args.images is None else [args.images / "0.png"]:
+            check_writable(file)
+    except UserError as error:
+        parser.error(str(error))
     if args.images is not None:
         write_images(args.images, args.count)
         print(f"wrote {args.count} images and metadata.jsonl to {args.images}")

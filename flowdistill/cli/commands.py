@@ -201,7 +201,7 @@ def _sample_suite(args: argparse.Namespace) -> int:
             raise UserError(f"--suite {args.suite} decides how many images are made of what, so it goes without "
                             f"--{name.replace('_', '-')}")
     from flowdistill.evaluation.suites import SUITES, read_suite, record_of, write_suite
-    from flowdistill.utils.files import check_writable, local_path
+    from flowdistill.utils.files import check_place, check_writable, local_path
     from flowdistill.utils.processes import Processes
 
     if args.prompts is None:
@@ -209,6 +209,7 @@ def _sample_suite(args: argparse.Namespace) -> int:
     processes, out = Processes.start(), local_path(args.out)
     if _names_a_file(out):
         raise UserError(f"--out {out} must be a folder")
+    check_place(out, f"--out {out}")
     prompts = read_suite(args.suite, args.prompts)
     check_writable(record_of(out.absolute()))
     model, sampler = _model_and_sampler(args)
@@ -313,9 +314,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     import shutil
 
-    from flowdistill.utils.files import local_path
+    from flowdistill.utils.files import check_place, local_path
 
     target = local_path(args.out_dir)
+    check_place(target)
+    if target.is_symlink():
+        target = target.resolve()  # the pipeline goes where the link leads
     occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
     if occupied and not args.overwrite:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")

@@ -33,7 +33,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.autoencoder import BaseVae
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.utils.errors import UserError, listed, shown
-from flowdistill.utils.files import atomic_write, local_path
+from flowdistill.utils.files import atomic_write, check_place, local_path
 from flowdistill.utils.hashing import json_sha256, module_sha256
 from flowdistill.utils.images import to_uint8
 from flowdistill.utils.processes import Processes
@@ -333,6 +333,7 @@ def _begin(folder: Path, beside: Path, facts: JsonObject) -> None:
     """Make the folder, or see that what is in it was made with the same."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} must be a folder, and is a file")
+    check_place(folder, f"--out {folder}")
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not beside.is_file():
         raise UserError(f"--out {folder} is not empty and was not begun by this command ({beside.name} is not beside "

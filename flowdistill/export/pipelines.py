@@ -58,7 +58,7 @@ from flowdistill.students.student import Student
 from flowdistill.teachers.codec import VaeCodec
 from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_place, local_path
 from flowdistill.utils.logging import log_once
 
 SMALLEST_ALPHA = 3e-3
@@ -88,11 +88,13 @@ def export(
         steps: calls of the pipeline; None for all of the student's.
 
     Raises:
-        UserError: the folder is not empty, or no stock pipeline makes this student's images (the message says why).
+        UserError: the folder is not empty or cannot be made, or no stock pipeline makes this student's images (the
+            message says why).
     """
     target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipeline")
+    check_place(target)
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
     chain = _chain(student, steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import disk_errors
+from flowdistill.utils.files import check_place, disk_errors
 from flowdistill.utils.processes import Processes
 
 LOCK = ".lock"
@@ -68,10 +68,11 @@ def _entered(folder: Path) -> Callable[[], None]:
 
 
 def check_is_folder(folder: Path) -> None:
-    """Refuse a file in the place of a run folder.
+    """Refuse a file in the place of a run folder, and a place where no folder can be made.
 
     Raises:
         UserError: so.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; it must be a folder")
+    check_place(folder, f"output_dir {folder}")

@@ -55,14 +55,35 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _CLUTTER
 
 
+def check_place(path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Refuse a place where nothing can be made: a symbolic link that leads nowhere, such as to a disk that is not
+    mounted, and whatever lies below one or below a file.
+
+    Args:
+        path: of a file or a folder.
+        name: words for it in the error, such as the option that names it.
+
+    Raises:
+        UserError: so.
+    """
+    whole = local_path(path).absolute()
+    for each in (*reversed(whole.parents), whole):
+        if os.path.islink(each) and not os.path.exists(each):
+            raise UserError(f"{name or path} cannot be written: {each} is a symbolic link that leads nowhere, to "
+                            f"{os.readlink(each)}; make what it names, or choose another place")
+        if each != whole and os.path.exists(each) and not os.path.isdir(each):
+            raise UserError(f"{name or path} cannot be written: {each} is a file, and no folder; choose another place")
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """Refuse a file that could not be written, before the work whose result it takes. Nothing is left behind.
 
     Raises:
-        UserError: ``path`` is a folder, a device or a pipe, or the nearest of its folders that exists takes no new file
-            of 64 KiB.
+        UserError: ``path`` is a folder, a device or a pipe, what :func:`check_place` refuses, or the nearest of its
+            folders that exists takes no new file of 64 KiB.
     """
     path = local_path(path)
+    check_place(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     if path.exists() and not path.is_file():  # a complete file would take its place
@@ -130,9 +151,11 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A new folder to fill, which replaces ``path`` only once it is complete.
 
     An error inside the block leaves an older folder of that name as it was. The names beside it are hidden ones: what
-    a user keeps as ``NAME.old`` is his.
+    a user keeps as ``NAME.old`` is his. Where ``path`` is a symbolic link, the folder is where it leads.
     """
     path = local_path(path)
+    if path.is_symlink():
+        path = path.resolve()
     partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

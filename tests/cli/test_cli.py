@@ -370,6 +370,49 @@ def test_a_place_that_takes_no_file_is_refused_before_the_work(cli, run: Path, m
         assert "cannot be written; /proc: No such file or directory" in result.err
 
 
+def test_a_link_that_leads_nowhere_is_no_place_for_a_result(
+    cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowdistill.students.load_student", raising(AssertionError("work has begun")))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "file").touch()
+    missing, link = tmp_path / "disk", tmp_path / "link"
+    link.symlink_to(missing)
+    config = ["teacher.source=nowhere", "method.name=freeflow"]
+    page = tmp_path / "page.html"
+    page.symlink_to(missing / "page.html")
+    for place, below, wrong in ((link, link / "a", link), (page, page / "a", page),
+                                (None, tmp_path / "file" / "a", tmp_path / "file")):
+        for arguments in (
+            *([["sample", run, "--num-images", 1, "--out", place], ["export", run, place],
+               ["sample", run, "--suite", "drawbench", "--prompts", tmp_path / "prompts.txt", "--out", place],
+               ["distill", "configs/digits/freeflow.yaml", f"output_dir={place}", *config]] if place else []),
+            ["sample", run, "--num-images", 1, "--out", below / "grid.png"],
+            ["evaluate", run, "--num-images", 20, "--json", below / "report.json"],
+            ["evaluate", run, "--num-images", 20, "--html", below / "report.html"],
+            ["report", run, "--out", below / "report.html"],
+            ["inspect", asset_path("digits-flow"), "--sample", below / "picture.png"],
+            ["config", "dmd2", "--out", below / "my.yaml"],
+            ["export", run, below],
+            ["distill", "configs/digits/freeflow.yaml", f"output_dir={below}", *config],
+        ):
+            result = cli(*arguments)
+            assert result.code == 2 and result.err.count("\n") == 1, (arguments, result)
+            why = "a file, and no folder" if place is None else "a symbolic link that leads nowhere, to "
+            assert f" cannot be written: {wrong} is {why}" in result.err
+    assert cli("report", run, "--out", page).code == 2
+    assert {entry.name for entry in tmp_path.iterdir()} == {"prompts.txt", "file", "link", "page.html"}
+
+
+def test_an_export_goes_where_a_link_leads(cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert cli("export", run, tmp_path / "link").code == 0
+    assert cli("export", run, tmp_path / "link", "--overwrite").code == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model_index.json").is_file()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"disk", "link"}
+
+
 def test_evaluate_refuses_a_folder_as_its_report(cli, run: Path, tmp_path: Path) -> None:
     result = cli("evaluate", run, "--num-images", 20, "--json", tmp_path)
     assert result.code == 2 and f"{tmp_path} is a folder; give the name of a file" in result.err

@@ -137,7 +137,7 @@ def test_a_place_or_a_record_that_cannot_be_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     command = ["fashion", "--device", "cpu", "--only", "dmd2", "--out"]
     assert full_size.main([*command, str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err == f"full_size: error: {tmp_path / 'file'} could not be written: File exists\n"
+    assert f"cannot be written: {tmp_path / 'file'} is a file, and no folder; choose" in capsys.readouterr().err
     (tmp_path / "full_size.json").write_text('{"students": 3}')
     assert full_size.main([*command, str(tmp_path)]) == 2
     assert "full_size.json is of None, and this is {'world'" in capsys.readouterr().err

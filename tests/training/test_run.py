@@ -277,8 +277,13 @@ def test_folders_that_cannot_be_used(tmp_path, measured):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir .*file is a file; it must be a folder"):
         distill(make_config(tmp_path / "file"))
-    with pytest.raises(UserError, match="could not be written: Not a directory"):
+    with pytest.raises(UserError, match=r"output_dir .*below cannot be written: .*file is a file, and no folder"):
         distill(make_config(tmp_path / "file" / "below"))
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for place in ("link", "link/below"):
+        with pytest.raises(UserError, match=rf"output_dir .*{place} cannot be written: .*link is a symbolic link"):
+            distill(make_config(tmp_path / place))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "link"}
     distill(make_config(tmp_path / "run", steps=1))
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(UserError, match="holds checkpoints but no config.yaml"):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill import UserError
-from flowdistill.utils.files import check_writable
+from flowdistill.utils.files import atomic_folder, check_new, check_place, check_writable
 from flowdistill.utils.images import save_grid, save_images, to_uint8
 
 
@@ -103,6 +103,31 @@ def test_a_place_that_takes_no_bytes_is_no_place_for_a_result(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+    """Said of the place that is wrong, and by whatever writes there; links that lead somewhere are followed."""
+    link, file, disk = tmp_path / "link", tmp_path / "file", tmp_path / "disk"
+    link.symlink_to(disk)
+    file.touch()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for wrong, why in ((link, f"a symbolic link that leads nowhere, to {disk}; make what it names"),
+                       (loop, "a symbolic link that leads nowhere"), (file, "a file, and no folder; choose")):
+        for place in (wrong / "new", wrong / "new" / "er", *([] if wrong is file else [wrong])):
+            for check in (check_place, check_writable, check_new):
+                with pytest.raises(UserError, match=f"{place} cannot be written: {wrong} is {why}"):
+                    check(place)
+    with pytest.raises(UserError, match=f"--out {link} cannot be written: {link} is "):
+        check_place(link, f"--out {link}")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"link", "file", "loop"}
+    disk.mkdir()
+    check_place(link)
+    for text in ("1", "2", "3"):
+        with atomic_folder(link) as folder:
+            (folder / "new").write_text(text)
+        assert link.is_symlink() and (disk / "new").read_text() == text
+    assert {entry.name for entry in tmp_path.iterdir()} == {"link", "file", "loop", "disk"}
 
 
 def test_images_that_are_not_finite_are_said_to_be_so(tmp_path: Path) -> None:

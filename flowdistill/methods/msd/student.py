@@ -25,7 +25,7 @@ from flowdistill.networks.storage import SIDECAR
 from flowdistill.students import load_student
 from flowdistill.students.student import Student
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_write, local_path
+from flowdistill.utils.files import atomic_write, check_place, local_path
 from flowdistill.utils.hashing import checksums
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.seeds import check_seed
@@ -257,6 +257,7 @@ def export_routed(
     target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give a new folder for the exported pipelines")
+    check_place(target)
     names = [f"student-{part}" for part in range(len(student.students))]
     for part, name in enumerate(names):
         export(student.student(part), target / name, guidance_scale, steps)

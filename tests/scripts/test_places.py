@@ -1,0 +1,49 @@
+"""Where scripts are to write: a place where nothing can be made is refused before the work, in one sentence."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    "train_digits_teacher": ["--path", "flow"],
+    "train_digits_classifier": [],
+    "train_shapes_teacher": [],
+    "train_shapes_autoencoder": [],
+    "train_shapes_networks": ["classifier"],
+    "write_shapes": [],
+    "convert_sit": ["checkpoint.pt", "--vae", "vae"],
+    "make_shapes_turbo": ["run"],
+    "shapes_judge_sheet": [],
+    "run_experiment": ["configs/experiments/ring.yaml"],
+    "ring_benchmark": [],
+    "echodistill_experiment": [],
+    "full_size": ["emoji", "--tiny", "--device", "cpu"],
+    "train_fashion_classifier": [],
+    "benchmark_step": ["configs/digits/freeflow.yaml"],
+    "benchmark_folder_fid": [],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_refuses_a_link_that_leads_nowhere(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    link, threads = tmp_path / "link", torch.get_num_threads()
+    link.symlink_to(tmp_path / "disk")
+    option = "--json" if name.startswith("benchmark") else "--out"
+    monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name], option, str(link / "new")])
+    try:
+        code = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"]()
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 2 and list(tmp_path.iterdir()) == [link]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"cannot be written: {link} is a symbolic link that leads nowhere, to {tmp_path / 'disk'}; make" in said
