@@ -7,8 +7,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from datetime import datetime
@@ -29,7 +27,6 @@ from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training import run as training_run
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.environment import recorded_starts
-from flowdistill.training.folder_lock import alone_in
 from flowdistill.training.optimizer import rate_changes
 from flowdistill.training.roles import prepare_roles
 from flowdistill.training.run import check_folder, difference, distill, make_accelerator
@@ -327,28 +324,6 @@ def test_what_a_method_refuses_at_the_start_leaves_no_folder(tmp_path, measured,
         distill(make_config(kept))
     assert (kept / "config.yaml").read_text() == "mine" and {each.name for each in kept.iterdir()} <= {
         "config.yaml", ".lock"}
-
-
-def test_a_killed_training_leaves_no_lock(tmp_path):
-    code = ("import sys, time\nfrom pathlib import Path\nfrom flowdistill.training.folder_lock import alone_in\n"
-            "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(100)")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as first:
-        assert first.stdout.readline() == b"in\n"
-        with pytest.raises(UserError, match="another training"), alone_in(tmp_path):
-            pass
-        first.kill()
-    with alone_in(tmp_path), pytest.raises(UserError, match="another training"), alone_in(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path, monkeypatch):
-    def acquire(self, **given):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("flowdistill.training.folder_lock.FileLock.acquire", acquire)
-    with pytest.warns(UserWarning, match="has no locks"), alone_in(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "b" / "file").touch()
-    assert (tmp_path / "a" / "b" / "file").exists()
 
 
 def test_devices_this_machine_does_not_have(tmp_path, monkeypatch):
