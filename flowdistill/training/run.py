@@ -124,14 +124,15 @@ def distill(config: str | os.PathLike[str] | RunConfig, overrides: Sequence[str]
         return distill_one(config) if several is None else several
 
 
-def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None) -> Run:
+def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None, entered: bool = False) -> Run:
     """The run of one student; ``config`` has been checked.
 
     Args:
         opened: what the caller will measure the student with, where this run does not do it itself.
+        entered: the caller is alone in the run folder already.
     """
     accelerator = make_accelerator(config.train, config.output_dir)
-    with alone_in(local_path(config.output_dir)):
+    with contextlib.nullcontext() if entered else alone_in(local_path(config.output_dir)):
         return _distill_alone(resolved(config, accelerator), accelerator, opened)
 
 
@@ -349,13 +350,17 @@ def has_begun(folder: Path) -> bool:
                for path in folder.glob(pattern + name))
 
 
-def check_folder(folder: Path, config: RunConfig) -> bool:
-    """UserError unless the run folder is free or holds this run; tells whether its ``evaluation`` is the same."""
+def check_folder(folder: Path, config: RunConfig, begun: bool = False) -> bool:
+    """UserError unless the run folder is free or holds this run; tells whether its ``evaluation`` is the same.
+
+    Args:
+        begun: it is not free, whatever is saved in it: a job that shares it is at work.
+    """
     from omegaconf import OmegaConf
 
     file, same = folder / "config.yaml", False
     check_is_folder(folder)
-    if file.is_file() and has_begun(folder):
+    if file.is_file() and (begun or has_begun(folder)):
         try:
             saved = read_yaml(file)
         except UserError as error:

@@ -26,7 +26,7 @@ from flowdistill.students import is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
-from flowdistill.training.folder_lock import alone_in
+from flowdistill.training.folder_lock import alone_in, in_turn, is_in_use
 from flowdistill.training.run import (
     FINAL,
     REPORT,
@@ -49,6 +49,8 @@ from flowdistill.utils.randomness import mixed_seed, seed_torch
 from flowdistill.utils.text import read_json_object
 
 PARTITION = "partition.json"
+START = "tsm"
+"""The run folder of the shared start."""
 AT_ONCE = 4096
 """Prompts whose embeddings are in memory together."""
 
@@ -64,19 +66,35 @@ def distill_students(config: RunConfig) -> Run:
         UserError: as ``distill``; a shared start that is not there when one student alone is asked for.
     """
     accelerator = make_accelerator(config.train, config.output_dir)
-    # Jobs of a student each share the run's folder; that of the student is locked by its own run.
-    alone = alone_in(local_path(config.output_dir)) if config.method.student_index is None else contextlib.nullcontext()
-    with alone:
-        return _distill_alone(resolved(config, accelerator), accelerator)
+    folder = local_path(config.output_dir)
+    with contextlib.ExitStack() as work:
+        beginning = work.enter_context(contextlib.ExitStack())
+        beginning.enter_context(in_turn(folder))
+        return _distill_in_turn(resolved(config, accelerator), accelerator, beginning, work)
 
 
-def _distill_alone(config: RunConfig, accelerator: Accelerator) -> Run:
+def _distill_in_turn(
+    config: RunConfig, accelerator: Accelerator, beginning: contextlib.ExitStack, work: contextlib.ExitStack
+) -> Run:
+    """What :func:`distill_students` does, of which no other job of the folder does the first part at the same time.
+
+    Args:
+        beginning: closed as soon as another job may begin: when all that they share is written.
+        work: closed when this job has ended.
+    """
     folder, processes, only = local_path(config.output_dir), Processes.current(), config.method.student_index
     # Which student a job trains is no property of the run: K jobs share its folder.
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, student_index=None))
-    same_evaluation = processes.on_main(lambda: check_folder(folder, config))
-    partition = processes.on_main(lambda: _partition(config, folder, accelerator.device))
+    # Before it has saved anything, another job holds the folder to its settings by being at work.
+    begun = processes.on_main(lambda: has_begun(folder) or any(map(is_in_use, [folder, *_folders_of_jobs(folder)])))
+    same_evaluation = processes.on_main(lambda: check_folder(folder, config, begun))
+    partition = processes.on_main(lambda: _partition(config, folder, accelerator.device, begun))
     start, runs = score_matching_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
+    # Entered before the others may begin, and for as long as the job takes, whatever other folders its stages have.
+    own = folder
+    if only is not None:
+        own = local_path(runs[only][-1].output_dir if start is None or only >= 0 else start.output_dir)
+    work.enter_context(alone_in(own))
 
     def complete(run: RunConfig) -> bool:
         return processes.on_main(lambda: is_complete(run))
@@ -89,6 +107,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator) -> Run:
     if not measured or not all([complete(run) for mine in runs for run in mine]):
         opened = _open_evaluation(config, partition, accelerator)
     processes.on_main(lambda: _write(config, folder, partition))
+    beginning.close()
     # -1: the start only.
     chosen = range(partition.count) if only is None else [] if only < 0 else [only]
     plan = [] if start is None else [("the students' shared start", start)]
@@ -104,7 +123,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator) -> Run:
             _save_untrained(run)
             continue
         processes.on_main(lambda: withdraw_results(folder))
-        done = distill_one(run, None if run is start else opened)
+        done = distill_one(run, None if run is start else opened, entered=local_path(run.output_dir) == own)
         steps, trained = steps + done.steps, True
         if not done.completed:
             return Run(folder, steps, False, done.interrupted)
@@ -143,10 +162,15 @@ def _steps_done(run: RunConfig) -> int:
     return found[-1][0] if found else run.train.steps
 
 
-def _partition(config: RunConfig, folder: Path, device: torch.device) -> Partition:
-    """The partition that the students there were trained with, or a new one."""
+def _folders_of_jobs(folder: Path) -> list[Path]:
+    """The run folders by which jobs of one student each, or of the shared start, are seen to be at work."""
+    return [folder / START, *sorted(folder.glob("student-*"))]
+
+
+def _partition(config: RunConfig, folder: Path, device: torch.device, begun: bool) -> Partition:
+    """The partition that the students there are trained with, or a new one where none has begun."""
     file = folder / PARTITION
-    if file.is_file() and has_begun(folder):
+    if file.is_file() and begun:
         try:
             partition = Partition.from_dict(read_json_object(file))
         except UserError:
@@ -258,7 +282,7 @@ def score_matching_run(config: RunConfig) -> RunConfig | None:
         return None
     # What it learns is a teacher of another shape, which one call of it says little of.
     train = replace(config.train, steps=max(1, config.method.score_matching_steps), stop_when=None)
-    return _run(config, "tsm", config.teacher, config.method.score_matching, train, 0)
+    return _run(config, START, config.teacher, config.method.score_matching, train, 0)
 
 
 def host_run(config: RunConfig) -> RunConfig:
@@ -271,7 +295,7 @@ def student_runs(config: RunConfig, partition: Partition, part: int) -> list[Run
     method, folder = config.method, Path(config.output_dir)
     teacher, host = config.teacher, method.host
     if method.score_matching is not None:
-        teacher = replace(teacher, start=str(folder / "tsm"))
+        teacher = replace(teacher, start=str(folder / START))
     if partition.count > 1:  # otherwise nothing differs from the host's own run
         if partition.prompts is None:
             teacher = replace(teacher, labels=partition.labels(part))

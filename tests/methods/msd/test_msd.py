@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flowdistill.conditioning.conditions import ClassLabels, Condition
 from flowdistill.config import EvaluationConfig, RunConfig, StopConfig, TeacherConfig, TrainConfig, load_config
 from flowdistill.export import export
 from flowdistill.methods.boot import BootConfig
+from flowdistill.methods.msd import runs
 from flowdistill.methods.msd.partition import Partition
 from flowdistill.methods.msd.runs import student_runs
 from flowdistill.methods.msd.settings import AdversarialStage, MsdConfig
@@ -77,8 +79,8 @@ def run(source, tmp_path_factory):
 
 def test_the_folder_of_all_students(run):
     assert sorted(entry.name for entry in run.iterdir()) == [
-        ".lock", "README.md", "config.yaml", "flowdistill.json", "partition.json", "samples", "samples.png",
-        "student-0", "student-1", "student-2"]
+        ".begin.lock", ".lock", "README.md", "config.yaml", "flowdistill.json", "partition.json", "samples",
+        "samples.png", "student-0", "student-1", "student-2"]
     assert sorted(entry.name for entry in (run / "samples").iterdir()) == ["comparison.png", "final.png"]
     for part, labels in enumerate(([0, 1, 2, 3], [4, 5, 6], [7, 8, 9])):
         one = load_config(run / f"student-{part}" / "config.yaml")
@@ -117,6 +119,46 @@ def test_jobs_of_one_student_each_make_what_one_job_makes(source, tmp_path, run)
         assert same(weights(run / f"student-{part}"), weights(tmp_path / "r" / f"student-{part}"))
     mine, other = (json.loads((folder / "flowdistill.json").read_text()) for folder in (run, tmp_path / "r"))
     assert mine == other
+
+
+@pytest.mark.parametrize("index", [0, None])
+def test_jobs_at_once_are_of_one_configuration(source, tmp_path, monkeypatch, index):
+    """While another job is at work, which has saved nothing yet, whether it trains one student or all in turn."""
+    folder, begun, train = tmp_path / "r", [], runs.distill_one
+
+    def shared():
+        return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+
+    def train_beside(run, *given, **named):
+        begun.append(Path(run.output_dir).name)
+        if len(begun) > 1:
+            return train(run, *given, **named)
+        before = shared()
+        for other in (1, 0, None):
+            with pytest.raises(UserError, match="another run: method.partition is sequential there and random here"):
+                distill(msd(source, folder, num_students=3, student_index=other, partition="random"))
+            with pytest.raises(UserError, match="another run: train.batch_size is 4 there and 2 here"):
+                distill(msd(source, folder, {"batch_size": 2}, num_students=3, student_index=other))
+        with pytest.raises(UserError, match=f"another training is going on in .*r{'/student-0' * (index == 0)};"):
+            distill(msd(source, folder, num_students=3, student_index=index))
+        assert shared() == before and not (folder / "student-1").exists()
+        distill(msd(source, folder, {"log_every": 3}, num_students=3, student_index=2))
+        return train(run, *given, **named)
+
+    monkeypatch.setattr(runs, "distill_one", train_beside)
+    distill(msd(source, folder, num_students=3, student_index=index))
+    assert begun == ["student-0", "student-2", *(["student-1"] if index is None else [])]
+    # Nobody is at work any more, but there is a student now.
+    with pytest.raises(UserError, match="another run: method.partition is sequential there"):
+        distill(msd(source, folder, num_students=3, student_index=1, partition="random"))
+
+
+def test_a_job_that_is_refused_leaves_no_folder(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_open_evaluation", lambda *given: load_teacher(str(tmp_path / "nowhere")))
+    for index in (0, None):
+        with pytest.raises(UserError, match="nowhere does not exist"):
+            distill(msd(source, tmp_path / "a" / "b", student_index=index))
+        assert not list(tmp_path.iterdir())
 
 
 def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, run, monkeypatch):
