@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,9 @@ from flowdistill.export.pipelines import check_exportable
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import Student, describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
-from flowdistill.training.callbacks import tracker_names
+from flowdistill.training.callbacks import METRICS, tracker_names
 from flowdistill.training.checkpoint import checkpoints, read_state
+from flowdistill.training.environment import FILE as ENVIRONMENT
 from flowdistill.training.environment import record_start
 from flowdistill.training.folder_lock import alone_in, check_is_folder
 from flowdistill.training.loop import Trainer
@@ -51,7 +52,7 @@ from flowdistill.training.precision import resolve_precision
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, shown
-from flowdistill.utils.files import disk_errors, local_path
+from flowdistill.utils.files import check_writable, disk_errors, local_path
 from flowdistill.utils.logging import log_once, say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import seed_torch
@@ -62,6 +63,10 @@ REPORT = "report.json"
 FINAL = Path("samples") / "final.png"
 COMPARISON = Path("samples") / "comparison.png"
 """Written last of what shows a finished student; gone from the run folder as soon as training goes on."""
+FILES = ("config.yaml", ENVIRONMENT, METRICS, REPORT, FINAL, COMPARISON, Path("checkpoints") / "state.json",
+         Path("student") / "model.safetensors")
+"""What a training writes; of folders with many files one of them."""
+ADDED_TO = (ENVIRONMENT, METRICS)
 FREE = frozenset(
     f"train.{name}"
     for name in (
@@ -139,6 +144,7 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None, enter
 def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEvaluation | None) -> Run:
     processes, folder = Processes.current(), local_path(config.output_dir)
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
+    processes.on_main(lambda: check_files(folder))
     problem = method_class(config.method.name).check_length(config.method, config.train.steps)
     if problem is not None and accelerator.is_main_process:
         warnings.warn(problem, stacklevel=2)
@@ -164,7 +170,8 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
     if not trainer.completed:
         method.check_start()
     before = trainer.step
-    processes.on_main(lambda: write_config(folder, config))  # nothing is refused any more
+    # The first that is written. Nothing is refused any more: that the files can be written has been looked at.
+    processes.on_main(lambda: write_config(folder, config))
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
         processes.on_main(lambda: record_start(folder, before))
@@ -384,6 +391,22 @@ def check_folder(folder: Path, config: RunConfig, begun: bool = False) -> bool:
             "choose another output_dir"
         )
     return same
+
+
+def check_files(folder: Path, names: Iterable[str | Path] = FILES) -> None:
+    """Refuse a folder in which a run could not write these files, before it writes any of them.
+
+    Raises:
+        UserError: so.
+    """
+    for file in (folder / name for name in names):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder, and a run has a file of this name; move it away, or choose another "
+                            "output_dir")
+        check_writable(file)
+        if file.name in ADDED_TO and file.exists():
+            with disk_errors(str(file)), open(file, "a+b"):
+                pass
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

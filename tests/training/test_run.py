@@ -290,6 +290,44 @@ def test_folders_that_cannot_be_used(tmp_path, measured):
         distill(make_config(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", ["environment.jsonl", "metrics.jsonl", "report.json", "samples/final.png"])
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, measured, monkeypatch, name):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("mine")
+    monkeypatch.setattr(training_run, "load_teacher", lambda *given, **named: pytest.fail("work has begun"))
+    with pytest.raises(UserError, match=rf"{tmp_path / name} is a folder, and a run has a file of this name; move it"):
+        distill(make_config(tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"config.yaml", ".lock", name.split("/")[0]}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "student", "samples"])
+def test_folders_of_a_run_that_cannot_be_made_are_refused_before_it(tmp_path, measured, name):
+    (tmp_path / name).symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match=rf"cannot be written: {tmp_path / name} is a symbolic link that leads nowhere"):
+        distill(make_config(tmp_path))
+    assert {entry.name for entry in tmp_path.iterdir()} == {".lock", name}
+    (tmp_path / "disk").mkdir()
+    assert distill(make_config(tmp_path, steps=1)).completed and any((tmp_path / "disk").iterdir())
+
+
+def test_a_record_that_takes_no_line_is_refused_before_anything_is_written(tmp_path, measured, monkeypatch):
+    """Root may write everywhere, so opening the file stands in for one that belongs to somebody else."""
+    (tmp_path / "environment.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("mine")
+
+    def refuse(file, *given, **named):
+        if str(file).endswith("environment.jsonl"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(file, *given, **named)
+
+    monkeypatch.setattr(training_run, "open", refuse, raising=False)
+    monkeypatch.setattr("flowdistill.training.environment.open", refuse, raising=False)
+    with pytest.raises(UserError, match=r"environment.jsonl could not be written: Permission denied"):
+        distill(make_config(tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
 def test_two_trainings_do_not_enter_one_folder(tmp_path, measured, monkeypatch):
     """Neither while the first one begins nor while it trains, and whoever is killed leaves no lock."""
     folder, method = tmp_path / "runs" / "one", METHODS.get("toy")

@@ -28,9 +28,11 @@ from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.folder_lock import alone_in, in_turn, is_in_use
 from flowdistill.training.run import (
+    COMPARISON,
     FINAL,
     REPORT,
     Run,
+    check_files,
     check_folder,
     distill_one,
     has_begun,
@@ -51,6 +53,8 @@ from flowdistill.utils.text import read_json_object
 PARTITION = "partition.json"
 START = "tsm"
 """The run folder of the shared start."""
+FILES = ("config.yaml", PARTITION, REPORT, FINAL, COMPARISON)
+"""What all students together have."""
 AT_ONCE = 4096
 """Prompts whose embeddings are in memory together."""
 
@@ -88,6 +92,7 @@ def _distill_in_turn(
     # Before it has saved anything, another job holds the folder to its settings by being at work.
     begun = processes.on_main(lambda: has_begun(folder) or any(map(is_in_use, [folder, *_folders_of_jobs(folder)])))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config, begun))
+    processes.on_main(lambda: check_files(folder, FILES))
     partition = processes.on_main(lambda: _partition(config, folder, accelerator.device, begun))
     start, runs = score_matching_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
     # Entered before the others may begin, and for as long as the job takes, whatever other folders its stages have.
