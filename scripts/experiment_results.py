@@ -28,8 +28,10 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     import torch
 
     from flowdistill import load_student
-    from flowdistill.config import load_config, teacher_found_again
+    from flowdistill.config import TeacherConfig, load_config, teacher_found_again
     from flowdistill.evaluation import Evaluator, prompt_conditions, student_sampler
+    from flowdistill.teachers.loading import teacher_files
+    from flowdistill.teachers.weight_files import check_weights
     from flowdistill.training.checkpoint import checkpoints, read_state, read_tensors
 
     torch.set_num_threads(threads)
@@ -37,6 +39,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     report = read_json_object(folder / "report.json")
     saved = checkpoints(folder / "checkpoints")
     teacher = teacher_found_again(dataclasses.asdict(config.teacher), folder)
+    check_weights(folder, teacher_files(TeacherConfig(**teacher)), "or train the run again")
     pairs = _pairs(tuple(teacher.items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],

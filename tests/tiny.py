@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.copies import copied
@@ -53,6 +56,17 @@ def built_once(seed: int | None = None) -> Callable[[Callable[P, M]], Callable[P
         return copy
 
     return decorated
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[None]:
+    """Other weights in a safetensors file, for a while."""
+    kept = file.read_bytes()
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    try:
+        yield
+    finally:
+        file.write_bytes(kept)
 
 
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:

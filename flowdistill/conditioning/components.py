@@ -14,6 +14,7 @@ from torch import nn
 
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_weight_file
+from flowdistill.utils.hashing import files_below
 from flowdistill.utils.logging import quiet_libraries
 from flowdistill.utils.text import JsonObject
 
@@ -91,6 +92,19 @@ def chosen_variant(folder: Path, wanted: str | None) -> str | None:
         raise UserError(f"{folder} has its weights in the variants {', '.join(sorted(map(str, found)))} only; set "
                         "teacher.variant to one of them")
     return next(iter(found))
+
+
+def read_files(folder: Path, entry: object, variant: str | None) -> list[Path]:
+    """The files in a component's folder that decide what it does: of a model its config and the weights that are read,
+    of a tokenizer or a scheduler all but texts about it.
+
+    Args:
+        entry: of model_index.json, see :func:`component_class`.
+    """
+    if component_class(entry) is None:
+        return [file for file in files_below(folder) if file.suffix.lower() != ".md"]
+    config = folder / "config.json"
+    return [*([config] if config.is_file() else []), *weight_files(folder)[chosen_variant(folder, variant)]]
 
 
 def check_variant(folder: Path, names: Iterable[str], wanted: str | None) -> None:

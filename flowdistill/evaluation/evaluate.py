@@ -36,6 +36,7 @@ from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
+from flowdistill.teachers.weight_files import check_weights
 from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.logging import say
@@ -543,7 +544,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         if isinstance(settings.get("prompts"), str):
             settings["prompts"] = found_again(settings["prompts"], folder)
         section = teacher_found_again(config.get("teacher") or {}, folder)
-        teacher = _load_teacher(section, device) if with_teacher else None
+        teacher = _teacher_of(folder, section, device) if with_teacher else None
         return _Subject(name, teacher, student, settings)
     if folder.is_dir() and is_student_folder(folder):
         student = load_student(folder).to(device)
@@ -559,7 +560,7 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
             say(f"without rows of the teacher, because {reason}; evaluate the run folder of {name}, whose config.yaml "
                 "names its teacher, or give the teacher's pipeline beside the student")
         found = with_teacher and reason is None
-        return _Subject(name, _load_teacher(section, device) if found else None, student)
+        return _Subject(name, _teacher_of(folder, section, device) if found else None, student)
     if (student := exported_student(folder, device)) is not None:
         return _Subject(name, student=student)
     return _Subject(name, _load_teacher({"source": name}, device))
@@ -589,6 +590,18 @@ def _open_live(source: Any, device: torch.device) -> _Subject:
     if hasattr(source, "save_pretrained") and hasattr(source, "components"):
         return _Subject(name, load_teacher(source, device=device))
     raise UserError(f"a {type(source).__name__} cannot be evaluated; give a run, a student, a teacher or a pipeline")
+
+
+def _teacher_of(folder: Path, section: dict[str, Any], device: torch.device) -> Teacher:
+    """The teacher of the run in a folder, or of the student in a run's.
+
+    Raises:
+        UserError: its weights are not those that the run was trained with.
+    """
+    teacher = _load_teacher(section, device)
+    remedy = "or leave the teacher out (--no-teacher)"
+    Processes.current().on_main(lambda: check_weights(folder, teacher.files(), remedy))
+    return teacher
 
 
 def _load_teacher(section: dict[str, Any], device: torch.device) -> Teacher:

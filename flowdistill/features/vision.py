@@ -170,6 +170,20 @@ def _timm(name: str, model: str, file: str, setting: str) -> Vision:
     return Vision(name, network, read, data["input_size"][-1], (data["mean"], data["std"]))
 
 
+def vision_files(name: str) -> dict[str, Path]:
+    """The files that decide what the network ``name`` is, by their names in its place; none of one that is code."""
+    kind, _, rest = name.partition(":")
+    if kind == "timm":
+        file = local_path(rest.partition("=")[2])
+        return {file.name: file}
+    if kind == "transformers":
+        folder = local_path(rest)
+        names = ("config.json", "preprocessor_config.json")
+        return {file.name: file for file in sorted(folder.iterdir())
+                if file.name in names or file.suffix in (".safetensors", ".bin")}
+    return {}
+
+
 def _transformers(name: str, folder: Path, setting: str) -> Vision:
     from transformers import AutoModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from flowdistill.conditioning.components import (
     check_variant,
     component_class,
     load_model,
+    read_files,
     variants_of,
     weight_files,
 )
@@ -37,11 +38,12 @@ from flowdistill.objectives.guidance import NORMS
 from flowdistill.paths.native_path import FLOW_SCHEDULERS, SPACINGS, VP_SCHEDULERS, NativePath, path_from_scheduler
 from flowdistill.paths.scheduler_protocol import Scheduler
 from flowdistill.paths.schedulers import load_scheduler
-from flowdistill.teachers.autoencoder import Found, checked_autoencoder, own_class
+from flowdistill.teachers.autoencoder import Found, checked_autoencoder, find_autoencoder, own_class
 from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import PARTS
 from flowdistill.teachers.pipeline_call import scheduler_at
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.teachers.weight_files import NamedFiles, pipeline_files, stored_files
 from flowdistill.utils.devices import usable_device
 from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import check_pointer
@@ -106,6 +108,7 @@ def load_teacher(
         name = pipeline.config.get("_name_or_path") or type(live).__name__
         recorded: JsonObject = {}
         folder: Path | None = None
+        file: Path | None = None
     else:
         name = config.source
         folder = pipeline_folder(name, config.variant)
@@ -164,7 +167,33 @@ def load_teacher(
         teacher.vae, teacher.own_codec = vae.record, own_codec
     if config.start is not None:
         teacher.start = _start(config.start, teacher)
+    if folder is not None:
+        teacher.files = partial(_files, config, folder, file, vae)
     return teacher if device is None else teacher.to(device)
+
+
+def teacher_files(config: TeacherConfig) -> NamedFiles:
+    """The files that :func:`load_teacher` reads for a ``teacher`` section, by the setting that names them; what is on
+    the hub only is fetched.
+
+    Raises:
+        UserError: something is not there.
+    """
+    folder = pipeline_folder(config.source, config.variant)
+    lora = None if config.lora is None else find_lora(config.lora)
+    return _files(config, folder, lora, None if config.vae is None else find_autoencoder(config.vae, config.variant))
+
+
+def _files(config: TeacherConfig, folder: Path, lora: Path | None, vae: Found | None) -> NamedFiles:
+    found = {"teacher.source": pipeline_files(folder, config.variant, UNUSED if vae is None else (*UNUSED, "vae"))}
+    if lora is not None:
+        found["teacher.lora"] = {lora.name: lora}
+    if vae is not None:
+        entry = ("diffusers", vae.record.kind)
+        found["teacher.vae"] = {file.name: file for file in read_files(vae.folder, entry, config.variant)}
+    if config.start is not None:
+        found["teacher.start"] = stored_files(locate(config.start))
+    return found
 
 
 @cache

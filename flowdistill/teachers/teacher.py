@@ -23,6 +23,7 @@ from flowdistill.teachers.codec import PixelCodec, VaeCodec
 from flowdistill.teachers.offload import OffloadHook
 from flowdistill.teachers.pipeline_call import describe_call, not_measured, pipeline_sample, pipeline_scheduler
 from flowdistill.teachers.solvers import integrate
+from flowdistill.teachers.weight_files import NamedFiles
 from flowdistill.utils.devices import as_tensor
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.quantized import parameter_count, quantized_layers
@@ -49,6 +50,7 @@ class Teacher:
         lora: the LoRA of a user's that is part of the weights; None where there is none.
         vae: the record of the autoencoder in the place of the pipeline's own, ``codec``'s; None: it is its own.
         own_codec: with ``vae``, loads the pipeline's own autoencoder.
+        files: finds what was read, by the setting that names it; nothing of a live pipeline.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Teacher:
         self.vae: BaseVae | None = None
         self.own_codec: Callable[[], VaeCodec] | None = None
         self.quantize: str | None = None
+        self.files: Callable[[], NamedFiles] = dict
         self._anchor = torch.zeros(0)  # remembers the device when the network has no parameters, or is elsewhere
         self.offload_hook: OffloadHook | None = None
 

@@ -91,7 +91,7 @@ class Trainer:
         self._lap = (0, 0.0)  # step and seconds of the last logged line
         self._fid: FidCallback | None = None
         wanted = self.settings.stop_when
-        self.stopping = None if wanted is None else Stopping(wanted, config.evaluation)
+        self.stopping = None if wanted is None else Stopping(wanted, config.evaluation, reference)
         self._best = WeightSnapshots(self.folder / "best", "step-{:06d}")
         self._reference = reference
         self._resume()

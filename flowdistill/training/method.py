@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowdistill.config import METHODS, MISSING, OptimizerConfig, RunConfig, register_method
 from flowdistill.students import Student
 from flowdistill.teachers import Teacher
+from flowdistill.teachers.weight_files import NamedFiles
 from flowdistill.utils.randomness import Draw
 from flowdistill.utils.text import JsonObject
 
@@ -152,6 +153,11 @@ class Method(ABC):
         """The user's student around ``network``, a copy of the role "student"; None: around the trained one."""
 
     # --- what some say besides
+
+    def files(self) -> NamedFiles:
+        """The files of weights that its own settings name, by the whole name of the setting: other ones in their place
+        are noticed when the run is resumed."""
+        return {}
 
     def schedule(self, step: int) -> Sequence[str]:
         """Names of the roles to update at ``step`` (from 0), in order; a name may come more than once."""

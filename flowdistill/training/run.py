@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from flowdistill.export.pipelines import check_exportable
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import Student, describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.weight_files import FILE as WEIGHTS
+from flowdistill.teachers.weight_files import NamedFiles, check_weights, record_weights
 from flowdistill.training.callbacks import METRICS, tracker_names
 from flowdistill.training.checkpoint import checkpoints, read_state
 from flowdistill.training.environment import FILE as ENVIRONMENT
@@ -63,7 +65,7 @@ REPORT = "report.json"
 FINAL = Path("samples") / "final.png"
 COMPARISON = Path("samples") / "comparison.png"
 """Written last of what shows a finished student; gone from the run folder as soon as training goes on."""
-FILES = ("config.yaml", ENVIRONMENT, METRICS, REPORT, FINAL, COMPARISON, Path("checkpoints") / "state.json",
+FILES = ("config.yaml", WEIGHTS, ENVIRONMENT, METRICS, REPORT, FINAL, COMPARISON, Path("checkpoints") / "state.json",
          Path("student") / "model.safetensors")
 """What a training writes; of folders with many files one of them."""
 ADDED_TO = (ENVIRONMENT, METRICS)
@@ -153,6 +155,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
     teacher = load_teacher(settings, device=accelerator.device, prepare=partial(prepare_prompts, accelerator))
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
+    check_begun_with(folder, teacher.files)
     if opened is None and not is_measured(folder, config, same_evaluation):
         opened = open_run_evaluation(config, teacher, accelerator)
     problem = teacher.disagreement()
@@ -162,6 +165,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
         log_once(f"teacher {settings.source}: {remark}")
     seed_torch(config.seed)  # new layers start alike on every process
     method = method_class(config.method.name)(config.method, teacher)
+    check_begun_with(folder, method.files)
     if method.student().num_steps == 1:  # a method of several steps has looked at these itself
         check_exportable(teacher)
     trainer = Trainer(method, config, folder, accelerator, None if opened is None else opened.reference)
@@ -172,6 +176,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
     before = trainer.step
     # The first that is written. Nothing is refused any more: that the files can be written has been looked at.
     processes.on_main(lambda: write_config(folder, config))
+    keep_weights(folder, lambda: {**teacher.files(), **method.files()})
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
         processes.on_main(lambda: record_start(folder, before))
@@ -407,6 +412,21 @@ def check_files(folder: Path, names: Iterable[str | Path] = FILES) -> None:
         if file.name in ADDED_TO and file.exists():
             with disk_errors(str(file)), open(file, "a+b"):
                 pass
+def check_begun_with(folder: Path, files: Callable[[], NamedFiles]) -> None:
+    """UserError where the run in a folder has begun with other weights than the settings name now; all processes call
+    this together."""
+    remedy = "or choose another output_dir"
+    Processes.current().on_main(lambda: check_weights(folder, files(), remedy) if has_begun(folder) else None)
+
+
+def keep_weights(folder: Path, files: Callable[[], NamedFiles]) -> None:
+    """Record the weights that a run begins with, or, of one of an older version, goes on with; all processes call this
+    together."""
+    def record() -> None:
+        if not (folder / WEIGHTS).is_file() or not has_begun(folder):
+            record_weights(folder, files())
+
+    Processes.current().on_main(record)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

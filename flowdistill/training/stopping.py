@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from flowdistill.config import EvaluationConfig, StopConfig
 from flowdistill.evaluation.metrics import ranking_metric
+from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.text import JsonObject
 
@@ -23,6 +24,7 @@ class Stopping:
     Args:
         config: the figure, the patience and the gain it asks for.
         evaluation: with what is measured; figures of other settings are no figures to compare with.
+        reference: the same opened, with the hashes of its images and of the features' weights; None: not known here.
 
     Attributes:
         step: of the best student; None before the first measurement.
@@ -35,11 +37,15 @@ class Stopping:
         UserError: no metric that ranks models has this figure.
     """
 
-    def __init__(self, config: StopConfig, evaluation: EvaluationConfig) -> None:
+    def __init__(
+        self, config: StopConfig, evaluation: EvaluationConfig, reference: Reference | None = None
+    ) -> None:
         self.config, self.metric = config, ranking_metric(config.metric, KEY)
         self._sign = 1.0 if self.metric.better[config.metric] == "lower" else -1.0
         self._by = {"metric": config.metric, "num_images": evaluation.num_images, "features": evaluation.features,
                     "reference": evaluation.reference}
+        if reference is not None:  # a path says where they are and not which
+            self._by |= {"features_sha256": reference.feature_hash, "reference_hash": reference.source_hash}
         self.step: int | None = None
         self.best = self._mark = 0.0  # the mark: what patience goes by
         self.count = self.waited = 0
@@ -90,7 +96,7 @@ class Stopping:
 
     def load_state_dict(self, state: JsonObject, main: bool = True) -> None:
         """Go on from what :meth:`state_dict` gave; anew, with a warning, where figures were measured otherwise."""
-        changed = [name for name, value in self._by.items() if state["by"][name] != value]
+        changed = [name for name, value in self._by.items() if state["by"].get(name, value) != value]
         if changed:
             if main:
                 was = ", ".join(f"{name} was {state['by'][name]} and is {self._by[name]}" for name in changed)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from flowdistill.config import METHODS, EvaluationConfig, StopConfig, load_config, save_config
 from flowdistill.evaluation import Report, Row
 from flowdistill.evaluation.metrics import all_metrics
+from flowdistill.evaluation.reference import Reference
 from flowdistill.students import load_student
 from flowdistill.teachers.exact import GaussianVelocity, exact_teacher
 from flowdistill.training.callbacks import FidCallback
@@ -130,6 +131,23 @@ def test_its_state_goes_on_and_other_measurements_begin_anew():
         with pytest.warns(UserWarning, match="seeks the best student anew, for it is measured otherwise: " + words):
             changed.load_state_dict(state)
         assert changed.step is None and changed.updated
+
+
+def test_other_features_or_images_under_the_same_name_begin_anew():
+    """A state of an older version, or of a reference that is not open, does not say which they were."""
+    settings, nothing = EvaluationConfig(features="a.pt", reference="b"), torch.zeros(1)
+    made = [Reference("b", nothing, nothing, source_hash=images, feature_hash=features)
+            for images, features in (("1", "2"), ("1", "3"))]
+    first = Stopping(StopConfig(), settings, made[0])
+    first.see(0, {"fid": 5.0})
+    state = json.loads(json.dumps(first.state_dict()))
+    with pytest.warns(UserWarning, match="it is measured otherwise: features_sha256 was 2 and is 3$"):
+        Stopping(StopConfig(), settings, made[1]).load_state_dict(state)
+    older = {**state, "by": Stopping(StopConfig(), settings).state_dict()["by"]}
+    for reference, known in ((None, state), (made[1], older)):
+        stopping = Stopping(StopConfig(), settings, reference)
+        stopping.load_state_dict(known)
+        assert stopping.best == 5.0
 
 
 # --- the run

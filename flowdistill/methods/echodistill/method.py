@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowdistill.conditioning.conditions import Condition
 from flowdistill.conditioning.prompts import PromptList
 from flowdistill.config import validate
-from flowdistill.features.vision import Vision, load_vision
+from flowdistill.features.vision import Vision, load_vision, vision_files
 from flowdistill.methods.echodistill.adaptation import adapted
 from flowdistill.methods.echodistill.alignment import AlignmentTerms
 from flowdistill.methods.echodistill.compatibility import check_pair
@@ -42,6 +42,7 @@ from flowdistill.objectives import adversarial, alignment
 from flowdistill.objectives import distribution_matching as dm
 from flowdistill.students import StudentInfo, generated
 from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.weight_files import NamedFiles
 from flowdistill.training.method import About, Figures, Method, Networks, Role, register_method
 from flowdistill.training.state import network_tensors
 from flowdistill.utils.errors import UserError
@@ -273,6 +274,17 @@ class EchoDistill(Method):
     def contents(self) -> str:
         stage = "" if self.config.echo.start is None else "echo/, "
         return f"student/ and teacher/ with their cards, {stage}samples/, metrics.jsonl, config.yaml"
+
+    def files(self) -> NamedFiles:
+        config, student = self.config, self.source.files().get("teacher.source", {})
+        if self.teacher.vae is not None:  # which stands in the place of the student's own as well
+            student = {name: file for name, file in student.items() if not name.startswith("vae/")}
+        networks = {"method.identity": [config.identity], "method.discriminators": config.discriminators}
+        if config.echo.start is not None and config.echo.identity is not None:
+            networks["method.echo.identity"] = [config.echo.identity]
+        found = {setting: {f"{number} {file}": path for number, name in enumerate(names)
+                           for file, path in vision_files(name).items()} for setting, names in networks.items()}
+        return {"method.student": student} | {setting: files for setting, files in found.items() if files}
 
     def student(self, network: nn.Module | None = None) -> ConceptStudent:
         return self._student if network is None else self._student.with_network(network)

@@ -30,8 +30,9 @@ from flowdistill.networks.velocity import ExtendedVelocity, VelocityNetwork
 from flowdistill.students.generator import Generator, generated
 from flowdistill.students.student import Student, StudentInfo
 from flowdistill.teachers.autoencoder import BaseVae, checked_autoencoder
-from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder
+from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder, teacher_files
 from flowdistill.teachers.teacher import Teacher
+from flowdistill.teachers.weight_files import check_weights
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, check_weight_file, local_path
 from flowdistill.utils.logging import quiet_libraries
@@ -87,7 +88,11 @@ class ConceptStudent(Student):
         recorded = description.get("base_vae")
         vae = None if recorded is None else BaseVae(**recorded)
         place = None if vae is None else found_again(vae.source, folder)
-        pipeline = load_adapted_pipeline(found_again(description["base_model"], folder), folder, vae=place)
+        source = found_again(description["base_model"], folder)
+        pipeline = load_adapted_pipeline(source, folder, vae=place)
+        files = teacher_files(TeacherConfig(source, vae=place))
+        files["method.student"] = files.pop("teacher.source")
+        check_weights(folder, files, "for the student is changes to them")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         base = load_teacher(pipeline, image_size=description["image_size"])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from flowdistill.methods.msd.student import write_manifest
 from flowdistill.methods.teacher_score_matching import TeacherScoreMatching
 from flowdistill.students import is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.loading import teacher_files
+from flowdistill.teachers.weight_files import FILE as WEIGHTS
 from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.folder_lock import alone_in, in_turn, is_in_use
@@ -32,11 +35,13 @@ from flowdistill.training.run import (
     FINAL,
     REPORT,
     Run,
+    check_begun_with,
     check_files,
     check_folder,
     distill_one,
     has_begun,
     has_ended,
+    keep_weights,
     make_accelerator,
     make_report,
     open_run_evaluation,
@@ -53,7 +58,7 @@ from flowdistill.utils.text import read_json_object
 PARTITION = "partition.json"
 START = "tsm"
 """The run folder of the shared start."""
-FILES = ("config.yaml", PARTITION, REPORT, FINAL, COMPARISON)
+FILES = ("config.yaml", WEIGHTS, PARTITION, REPORT, FINAL, COMPARISON)
 """What all students together have."""
 AT_ONCE = 4096
 """Prompts whose embeddings are in memory together."""
@@ -93,6 +98,8 @@ def _distill_in_turn(
     begun = processes.on_main(lambda: has_begun(folder) or any(map(is_in_use, [folder, *_folders_of_jobs(folder)])))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config, begun))
     processes.on_main(lambda: check_files(folder, FILES))
+    files = partial(teacher_files, config.teacher)
+    check_begun_with(folder, files)
     partition = processes.on_main(lambda: _partition(config, folder, accelerator.device, begun))
     start, runs = score_matching_run(config), [student_runs(config, partition, k) for k in range(partition.count)]
     # Entered before the others may begin, and for as long as the job takes, whatever other folders its stages have.
@@ -112,6 +119,7 @@ def _distill_in_turn(
     if not measured or not all([complete(run) for mine in runs for run in mine]):
         opened = _open_evaluation(config, partition, accelerator)
     processes.on_main(lambda: _write(config, folder, partition))
+    keep_weights(folder, files)
     beginning.close()
     # -1: the start only.
     chosen = range(partition.count) if only is None else [] if only < 0 else [only]

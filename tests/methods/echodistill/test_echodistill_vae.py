@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowdistill import load_student
+from flowdistill.features.vision import load_vision
 from flowdistill.methods.echodistill.compatibility import check_pair
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.autoencoder import BaseVae
@@ -22,7 +24,7 @@ from flowdistill.training.run import Run, distill
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import indexed_noise
 from tests.echo_world import KEPT, TOKEN, make_method, student_pipeline, teacher_pipeline, write_pictures
-from tests.tiny import lively, vae
+from tests.tiny import lively, replaced, vae
 
 PROMPTS = [f"a {TOKEN}", f"a {TOKEN} on d"]
 
@@ -102,6 +104,37 @@ def test_a_student_whose_autoencoder_has_gone_says_so(finished: tuple[Path, Run]
         "source": str(tmp_path / "gone")}}))
     with pytest.raises(UserError, match=r"was trained with an autoencoder in the place of .*turbo's: .*gone does not"):
         load_student(tmp_path / "student")
+
+
+@pytest.mark.parametrize("setting, name", [("teacher.vae", "new"), ("method.student", "turbo/unet")])
+def test_a_student_whose_base_has_other_weights_says_so(
+    finished: tuple[Path, Run], setting: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is changes to them, and its run is not resumed with them either."""
+    monkeypatch.chdir(finished[0])
+    found = f"^run was trained with other weights than there are now: .*{name}/.*, of {setting}, has changed since; "
+    with replaced(Path(name) / "diffusion_pytorch_model.safetensors"):
+        for use in (partial(load_student, "run"), partial(distill, "echo.yaml", ["train.steps=2"])):
+            with pytest.raises(UserError, match=found):
+                use()
+    assert load_student("run").kind == "generator"
+
+
+def test_networks_that_look_at_pictures_are_among_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (folder / name).write_bytes(b"{}")
+    network = load_vision("small", "")
+    monkeypatch.setattr("flowdistill.methods.echodistill.method.load_vision", lambda name, setting: network)
+    method = make_method(tmp_path, identity=f"transformers:{folder}", discriminators=["small:1", "timm:a=b/c.bin"])
+    assert method.files() == {
+        "method.student": {},
+        "method.identity": {f"0 {name}": folder / name for name in ("config.json", "model.safetensors")},
+        "method.discriminators": {"1 c.bin": Path("b/c.bin")},
+    }
 
 
 def test_both_pipelines_have_it(finished: tuple[Path, Run], tmp_path: Path) -> None:

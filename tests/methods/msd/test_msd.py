@@ -31,7 +31,7 @@ from flowdistill.training.signals import Interrupts
 from tests.families import stable_diffusion
 from tests.students.test_student import SCHEDULERS
 from tests.students_of_steps import noises, pixel_student
-from tests.tiny import tiny_unet_pipeline
+from tests.tiny import replaced, tiny_unet_pipeline
 
 PROMPTS = ["a red cat", "two birds", "the sea at night", "a cat", "birds", "the night sea"]
 
@@ -159,6 +159,15 @@ def test_a_job_that_is_refused_leaves_no_folder(source, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="nowhere does not exist"):
             distill(msd(source, tmp_path / "a" / "b", student_index=index))
         assert not list(tmp_path.iterdir())
+
+
+def test_another_teacher_in_the_place_of_the_first_trains_no_further_student(source, tmp_path):
+    """Though the run of that student has not begun, nor the one of the first to be gone on with."""
+    distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2, student_index=0))
+    with replaced(Path(source) / "unet" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UserError, match=r"r was trained with other weights than there are now: .*teacher\.source"):
+            distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2, student_index=1))
+    assert distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2)).completed
 
 
 def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, run, monkeypatch):
