@@ -12,12 +12,13 @@ one a column.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import check_writable, local_path
 from flowdistill.utils.seeds import check_seed
 
@@ -55,6 +56,7 @@ def draw(options: argparse.Namespace) -> None:
     from flowdistill.config import load_config, teacher_found_again
     from flowdistill.evaluation import student_sampler, teacher_sampler
     from flowdistill.evaluation.comparison import calls_in_words
+    from flowdistill.teachers.weight_files import check_weights
     from flowdistill.utils.images import grid, save_picture, stacked
     from flowdistill.utils.randomness import indexed_noise
 
@@ -85,6 +87,8 @@ def draw(options: argparse.Namespace) -> None:
         raise UserError(f"the runs have learnt the guidance scales {scales[0]:g} and {scales[1]:g}; one picture has "
                         "the students of one")
     teacher = load_teacher(**settings[0])
+    for _, folder in named:
+        check_weights(folder, teacher.files(), "or leave this run out")
 
     count = options.rows * options.columns
     noise = indexed_noise(teacher.shape, options.seed, range(count))
@@ -108,17 +112,28 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def _asked(text: str) -> tuple[str, Path, list[int]]:
-    """The title and the calls, either of which may be empty, and the folder, whose name may have = and @ in it."""
-    if local_path(text).is_dir():
-        return "", local_path(text), []
-    title, equals, rest = text.partition("=")
-    rest = rest if equals else text
-    folder, at, calls = rest.rpartition("@")
-    if not at or local_path(rest).is_dir():
-        return title if equals else "", local_path(rest), []
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", calls):
-        raise UserError(f"{text} ends in @{calls}; behind the @ are calls of the student, such as @1,4")
-    return title if equals else "", local_path(folder), [int(count) for count in calls.split(",")]
+    """The title and the calls, either of which may be empty, and the folder; both names may have = and @ in them.
+
+    Of several ways to read it the first whose folder is there: one without calls, and with the shortest title.
+
+    Raises:
+        UserError: no way leads to a folder.
+    """
+    before, _, calls = text.rpartition("@")
+    counted = before and re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", calls)
+    counts = [int(count) for count in calls.split(",")] if counted else []
+    for rest, found in ((text, []), (before, counts)):
+        titles = ["", *(rest[:place] for place, sign in enumerate(rest) if sign == "=")]
+        folders = [rest, *(rest[len(title) + 1:] for title in titles[1:])]
+        for title, folder in zip(titles, folders, strict=True):
+            if not folder or not os.path.isdir(os.path.expanduser(folder)):
+                continue
+            if rest == before and not counted:
+                raise UserError(f"{text} ends in @{calls}; behind the @ are calls of the student, such as @1,4")
+            return title, local_path(folder), found
+    form = ", with TITLE= before it and @1,4 or other calls behind it" if "=" in text or "@" in text else ""
+    raise UserError(f"{shown(text, quoted=False)} has no config.yaml; give the folder of a run{form}" if text else
+                    "a run is an empty text; give the folder of a run")
 
 
 def _difference(first: dict[str, object], second: dict[str, object]) -> str:

@@ -76,6 +76,33 @@ def test_each_block_is_of_the_same_noise_and_labels(main, place, capsys):
     assert not np.array_equal(wanted[0], wanted[1])
 
 
+@pytest.mark.parametrize("given, read", [
+    ("lr=1/a@1,4", ("", "lr=1/a", [1, 4])), ("lr=1/a", ("", "lr=1/a", [])), ("lr=1/a@b@2", ("", "lr=1/a@b", [2])),
+    ("one=lr=1/a@2", ("one", "lr=1/a", [2])), ("x=y=plain@1", ("x=y", "plain", [1])),
+    ("x@2=plain", ("x@2", "plain", [])), ("x@2=lr=1/a@b", ("x@2", "lr=1/a@b", [])), ("a@1", ("", "a@1", [])),
+    ("a@1@4", ("", "a@1", [4])), ("=plain@3", ("", "plain", [3])), ("~nobody=plain", ("~nobody", "plain", [])),
+])
+def test_a_title_and_a_folder_may_have_either_sign_in_them(main, tmp_path, monkeypatch, given, read):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1/a", "lr=1/a@b", "plain", "a@1"):
+        (tmp_path / name).mkdir(parents=True)
+    assert main.__globals__["_asked"](given) == (read[0], Path(read[1]), read[2])
+
+
+@pytest.mark.parametrize("given, words", [
+    ("lr=1/b@1,4", "lr=1/b@1,4 has no config.yaml; give the folder of a run, with TITLE= before it and @1,4 or other"),
+    ("x=lr=1/a@1;4", "ends in @1;4; behind the @ are calls of the student, such as @1,4"),
+    ("lr=1/a@0", "ends in @0; behind the @ are calls"), ("@3", "@3 has no config.yaml; give the folder of a run, with"),
+    ("title=", "title= has no config.yaml; give the folder of a run, with TITLE= before it"),
+    ("me@host/a", "me@host/a has no config.yaml"), ("", "a run is an empty text; give the folder of a run"),
+])
+def test_what_leads_to_no_folder_is_named_as_it_was_given(main, tmp_path, monkeypatch, given, words, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1" / "a").mkdir(parents=True)
+    assert main([given, "--out", "a.png"]) == 2
+    assert words in capsys.readouterr().err and not Path("a.png").exists()
+
+
 @pytest.mark.parametrize("given, words", [
     (["nowhere"], "nowhere has no config.yaml; give the folder of a run"),
     (["a", "ddpm"], "has another teacher than"),
