@@ -28,6 +28,7 @@ import torch
 from flowdistill.methods.score_distillation import Dmd2, Dmd2Config
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.files import local_path
 from flowdistill.utils.randomness import Draw
 
 MODES = ("memory", "disk", "live")
@@ -113,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("pipeline", type=local_path)
     parser.add_argument("--counts", type=counts, default="1000,100000", metavar="N,N,...", help="lengths of the lists")
     parser.add_argument("--modes", type=modes, default=",".join(MODES), metavar="MODE,...",
                         help=f"of {', '.join(MODES)}")
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--steps", type=int, default=0, help="of each mode; 0: none are timed")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--cache", type=Path, help="a folder for what is encoded; default: one that is removed")
+    parser.add_argument("--cache", type=local_path, help="a folder for what is encoded; default: one that is removed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,13 +12,30 @@ from flowdistill.utils.seeds import SEEDS
 
 class Parser(argparse.ArgumentParser):
     """argparse with this command's own form of an error, without the usage text before it, and without abbreviations:
-    what is nearly the name of an option is an error, not another option."""
+    what is nearly the name of an option is an error, not another option. An argument may be an empty text where its
+    ``type`` is ``str``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
+        self.register("type", None, given)  # of every argument without a type of its own
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"flowdistill: error: {sentence_of(message)} (see '{self.prog} --help')\n")
+
+
+def given(text: str) -> str:
+    """A text that is not empty: an empty path would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be an empty text")
+    return text
+
+
+def texts(text: str) -> list[str]:
+    """Texts separated by commas, none of them empty."""
+    parts = text.split(",")
+    if "" in parts:
+        raise argparse.ArgumentTypeError(f"must be texts separated by commas, none of them empty, not {shown(text)}")
+    return parts
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 from flowdistill import __version__
 from flowdistill.cli import completion, environment, looking, settings, starting, tables
-from flowdistill.cli.arguments import Parser, at_least, guidance, image_size, integers, positive, positives, seed_number
+from flowdistill.cli.arguments import (
+    Parser,
+    at_least,
+    guidance,
+    image_size,
+    integers,
+    positive,
+    positives,
+    seed_number,
+    texts,
+)
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, one_line, sentence_of
 from flowdistill.utils.exit import exit_process
@@ -458,6 +468,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="flowdistill", description="Distil a diffusers pipeline into a one-step generator.")
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    commands.type = str  # what follows a command is for the command's own parser to read
 
     def command(
         name: str, run: Callable[[argparse.Namespace], int], target: object, help: str, description: str,
@@ -518,7 +529,8 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
     what = sample.add_mutually_exclusive_group()
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
-    what.add_argument("--prompt", metavar="TEXT", action="append", help="text-to-image models; may come several times")
+    what.add_argument("--prompt", metavar="TEXT", type=str, action="append",
+                      help="text-to-image models; may come several times")
     what.add_argument("--prompts", metavar="FILE", help="the same from a file: a prompt a line, or .jsonl")
     sample.add_argument("--suite", choices=("geneval", "dpg", "hps", "drawbench"),
                         help="the images of a benchmark, as its program reads them in the folder --out; --prompts is "
@@ -567,10 +579,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
     evaluate.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
     evaluate.add_argument("--batch-size", metavar="N", type=at_least(1), help="images a call (default: 250)")
-    evaluate.add_argument("--more-metrics", metavar="NAME,NAME", type=lambda text: text.split(","),
+    evaluate.add_argument("--more-metrics", metavar="NAME,NAME", type=texts,
                           help="measured only when asked for: density_coverage, diversity, frechet_at_infinity and "
                                "paired_distance (default: the run's)")
-    evaluate.add_argument("--scorers", metavar="NAME:PATH,...", type=lambda text: text.split(","),
+    evaluate.add_argument("--scorers", metavar="NAME:PATH,...", type=texts,
                           help=f"text to image: how well images fit their prompts, by {', '.join(SCORERS)}, each with "
                                "a folder or hub id behind a colon (default: the run's)")
     evaluate.add_argument("--fresh", action="store_true", help="measure the teacher again, though its rows are known")
@@ -619,7 +631,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--variant", metavar="NAME", help=VARIANT)
     inspect.add_argument("--sample", metavar="FILE.png",
                          help="draw a pipeline at 1, 4 and 50 calls there, beside its own call of 50 steps")
-    inspect.add_argument("--prompt", metavar="TEXT", action="append", help="of that picture; may come several times")
+    inspect.add_argument("--prompt", metavar="TEXT", type=str, action="append",
+                         help="of that picture; may come several times")
     inspect.add_argument("--guidance-scale", metavar="G", type=guidance, help="of that picture (default: 1)")
 
     for module in (starting, settings, tables, looking, environment, completion):

@@ -7,7 +7,7 @@ with ``defaults_from: other.yaml`` (relative to itself), whose values lie undern
 Importing this package costs neither torch nor OmegaConf.
 """
 
-from flowdistill.config.checks import validate
+from flowdistill.config.checks import check_texts, validate
 from flowdistill.config.loading import accept_former_names, load_config, method_config_class, save_config
 from flowdistill.config.registry import METHODS, register_method
 from flowdistill.config.run_folder import found_again, run_settings, teacher_found_again
@@ -46,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "accept_former_names",
     "check_protocol_features",
+    "check_texts",
     "found_again",
     "load_config",
     "method_config_class",

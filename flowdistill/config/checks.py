@@ -82,12 +82,9 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
     let the error name the file or the override that holds the value. A section that wants to know its place and which
     of its settings somebody has set has ``validate_at(prefix, given)`` instead, with the words for the place of each.
     """
-    hints = get_type_hints(type(config))
+    check_texts(config, layers, prefix)
     for item in fields(config):
         key, value = prefix + item.name, getattr(config, item.name)
-        if value == "" and not _may_be_empty(item, hints[item.name]):  # of a path it would be the working folder
-            instead = ", or set it to null" if type(None) in type_alternatives(hints[item.name]) else ""
-            raise UserError(f"'{key}' is an empty text; give one{instead}{found(layers, key)}")
         elements = value if isinstance(value, (list, tuple)) else [value]
         length = item.metadata.get("length")
         if value is not None and length is not None and len(elements) != length:
@@ -115,9 +112,29 @@ def validate(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: st
         config.validate_at(prefix, {name: place for name, place in places.items() if place})
 
 
+def check_texts(config: DataclassInstance, layers: Sequence[Layer] = (), prefix: str = "") -> None:
+    """Refuse empty texts, alone and in lists, where they mean nothing of their own: of a path it would be the working
+    folder. Sections in ``config`` are not looked into; the arguments are those of :func:`validate`.
+
+    Raises:
+        UserError: so.
+    """
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        key, value, hint = prefix + item.name, getattr(config, item.name), hints[item.name]
+        if _may_be_empty(item, hint):
+            continue
+        if value == "":
+            instead = ", or set it to null" if type(None) in type_alternatives(hint) else ""
+            raise UserError(f"'{key}' is an empty text; give one{instead}{found(layers, key)}")
+        if isinstance(value, (list, tuple)) and "" in value and not is_text(hint):
+            raise UserError(f"'{key}' has an empty text in it; leave that out{found(layers, key)}")
+
+
 def _may_be_empty(item: Field[Any], hint: object) -> bool:
-    """Whether a setting may be an empty text; True as well where its choices or its pattern speak of that."""
-    return item.metadata.get("blank", "help" not in item.metadata) or not is_text(hint) or (
+    """Whether a setting may be an empty text or have one in it; True as well where its choices or its pattern speak of
+    that."""
+    return item.metadata.get("blank", "help" not in item.metadata) or not is_textual(hint) or (
         not item.metadata.keys().isdisjoint(("choices", "pattern", "rule")))
 
 

@@ -51,9 +51,12 @@ def found_again(path: str, folder: str | os.PathLike[str]) -> str:
     ``distill`` has recorded (``started_in``), so that a run may move alone; else the present one.
 
     Args:
-        path: absolute, beginning with ``~``, or relative, maybe with ``*``; a name or a hub id stays as it is.
+        path: absolute, beginning with ``~``, or relative, maybe with ``*``; a name or a hub id stays as it is, and so
+            does an empty text, of what is not known.
         folder: the run folder, or the student's in it.
     """
+    if not path:
+        return path
     place = local_path(path)
     if place.is_absolute():
         return path

@@ -39,7 +39,7 @@ def option(
     type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
     have an effect with another only, see :func:`needs`: a warning says so where somebody has set one to another value
     than its default and has not changed the other setting over that. ``blank``: an empty text means something of its
-    own; elsewhere it is refused, for an empty path is the working folder.
+    own; elsewhere it is refused, for an empty path is the working folder, and so is one in a list.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule,

@@ -137,12 +137,6 @@ def evaluate(
             or ``html`` cannot be written (said before anything is measured); what is not as the protocol says.
     """
     check_seed(seed)
-    processes = Processes.start()
-    for file in (json, html):
-        if file is not None:
-            processes.on_main(partial(check_writable, file))
-    strips: list[Strip] | None = None if html is None else []
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = {
         "num_images": num_images,
         "reference": reference,
@@ -157,6 +151,15 @@ def evaluate(
         "prompts": prompts,
         "protocol": protocol,
     }
+    for key, value in {**given, "json": json, "html": html, "weights": weights, "cache_dir": cache_dir}.items():
+        if isinstance(value, str) and not value:
+            raise UserError(f"{key} is an empty text; give one, or leave it out")
+    processes = Processes.start()
+    for file in (json, html):
+        if file is not None:
+            processes.on_main(partial(check_writable, file))
+    strips: list[Strip] | None = None if html is None else []
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = {key: value for key, value in given.items() if value is not None}
     how = {"weights": weights, "cache_dir": cache_dir, "fresh": fresh, "progress": progress}
     if isinstance(run_or_model, (list, tuple)):

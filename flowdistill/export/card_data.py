@@ -213,7 +213,8 @@ def add_run(folder: Path, run: Path, calls: int, *commands: str, own: bool = Tru
     settings = run_settings(run)
     teacher = settings.get("teacher") or {}
     source = str(teacher.get("source", ""))
-    if source == data.base_model and local_path(found_again(source, run)).exists():  # from the run, it is a folder
+    # From the run, it is a folder.
+    if source and source == data.base_model and local_path(found_again(source, run)).exists():
         data.base_model = None
         data.__dict__.pop("base_model_relation", None)
     if data.license is None and (license := license_of(source, run)):  # of a teacher found from the run only

@@ -27,7 +27,8 @@ from flowdistill.conditioning.pipeline_lora import PipelineLora, base_lora, chec
 from flowdistill.conditioning.prompt_lists import equal_prompts
 from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
-from flowdistill.config import TeacherConfig
+from flowdistill.config import TeacherConfig, check_texts
+from flowdistill.config.schema import QUANTIZED
 from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.networks.attention import choose_attention
 from flowdistill.networks.backbones import Backbone, BackboneFamily, family_of
@@ -84,6 +85,7 @@ def load_teacher(
         config = replace(source, **settings)
     else:
         config = TeacherConfig(source="" if live is not None else os.fspath(source), **settings)  # type: ignore[arg-type]
+    check_texts(config if live is None else replace(config, source=type(live).__name__), prefix="teacher.")
     config.validate()
     weights = _dtype(config.dtype)
     words = weights if config.text_encoder_dtype is None else _dtype(config.text_encoder_dtype)
@@ -112,7 +114,12 @@ def load_teacher(
     else:
         name = config.source
         folder = pipeline_folder(name, config.variant)
-        for scheme in filter(None, (config.quantize, config.text_encoder_quantize)):
+        for key in ("quantize", "text_encoder_quantize"):
+            scheme = getattr(config, key)
+            if scheme is None:
+                continue
+            if scheme not in QUANTIZED:
+                raise UserError(f"teacher.{key} is '{scheme}'; allowed are {', '.join(QUANTIZED)} and null")
             check_scheme(scheme)
         file = None if config.lora is None else find_lora(config.lora)  # the errors before the work
         if file is not None:

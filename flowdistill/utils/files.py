@@ -32,9 +32,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     Every path from outside passes through here where it is read or written; settings keep it as it was written.
 
     Raises:
-        UserError: ``~name`` names nobody on this machine; no file can have such a name.
+        UserError: ``~name`` names nobody on this machine; no file can have such a name; an empty text, which would be
+            the working folder.
     """
     text = os.fspath(path)
+    if not text:
+        raise UserError("a path is an empty text; give one, such as . for the working folder")
     if "\0" in text or any(len(os.fsencode(part)) > LONGEST_NAME for part in re.split(r"[/\\]", text)):
         raise UserError(f"{shown(text)} is no path: a name in it " + (
             "has a zero byte" if "\0" in text else f"is longer than {LONGEST_NAME} bytes"))
@@ -172,7 +175,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 def portable_path(source: str) -> str:
     """A source as a file that travels may name it: a hub id or a relative path as it is, an absolute path from the
-    working folder, or, of one that is elsewhere, its last name behind ``path/to``."""
+    working folder, or, of one that is elsewhere, its last name behind ``path/to``; an empty text, of a source that is
+    not known, stays one."""
+    if not source:
+        return source
     path = local_path(source)
     if not path.is_absolute():
         return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import errno
 import re
@@ -56,6 +57,45 @@ def raising(error: BaseException):
         raise error
 
     return call
+
+
+# --- arguments
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+    return found
+
+
+@pytest.mark.parametrize("name", commands())
+def test_no_argument_takes_the_working_folder_for_nothing(name: str, capsys: pytest.CaptureFixture) -> None:
+    """An empty text is a path, or what else an argument is, of no command; a prompt may be one."""
+    actions = [action for action in commands()[name]._actions if action.nargs != 0]
+    needed = [("x" if each.choices is None else next(iter(each.choices))) for each in actions
+              if not each.option_strings and each.nargs not in ("*", "?")]
+    needed += [text for each in actions if each.option_strings and each.required
+               for text in (each.option_strings[0], "x")]
+    for action in actions:
+        given = [name, *needed, *action.option_strings[-1:], ""]
+        if not action.option_strings and action.nargs not in ("*", "?", "+"):
+            given = [name, *[""] * len(needed)]
+        if action.type is str:
+            assert action.dest == "prompt" and getattr(make_parser().parse_args(given), action.dest) == [""]
+            continue
+        with pytest.raises(SystemExit) as end:
+            make_parser().parse_args(given)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.startswith("flowdistill: error: argument ") and said.count("\n") == 1
+        assert " must " in said
+
+
+@pytest.mark.parametrize("given", ["", "a,", ",a", "a,,b"])
+def test_names_between_commas_are_texts(given: str, capsys: pytest.CaptureFixture) -> None:
+    for option in ("--more-metrics", "--scorers"):
+        with pytest.raises(SystemExit):
+            make_parser().parse_args(["evaluate", "x", option, given])
+        assert f"argument {option}: must be texts separated by commas, none of them empty" in capsys.readouterr().err
+    assert make_parser().parse_args(["evaluate", "x", "--more-metrics", "a,b"]).more_metrics == ["a", "b"]
 
 
 # --- cheap to import

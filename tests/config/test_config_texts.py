@@ -171,6 +171,33 @@ def test_no_setting_takes_the_working_folder_for_nothing(tmp_path: Path, method:
         assert said == f"'{key}' is an empty text; give one{instead} (in the override \"{override}\")"
 
 
+def list_settings(config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of the settings that are a list of texts of any kind."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, limits = getattr(config, item.name), item.metadata.keys()
+        if dataclasses.is_dataclass(value):
+            yield from list_settings(value, f"{prefix}{item.name}.")
+        elif hints[item.name] in (list[str], list[str] | None) and limits.isdisjoint(("choices", "pattern")):
+            yield prefix + item.name
+
+
+@pytest.mark.parametrize("method", ["dmd2", "echodistill", "data_flow_map"])
+def test_no_list_has_nothing_among_its_texts(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowdistill.config.loading.METHODS", METHODS)
+    file = tmp_path / "run.yaml"
+    file.write_text(GOOD + f"method: {{name: {method}}}\n")
+    settings = method_config_class(method)
+    filled = [f"method.{item.name}=x" for item in dataclasses.fields(settings) if item.default == MISSING]
+    keys = list(list_settings(RunConfig(method=settings())))
+    own = {"dmd2": "method.data_options.classes", "echodistill": "method.discriminators"}.get(method, keys[0])
+    assert {"evaluation.more_metrics", "evaluation.scorers", own} <= set(keys)
+    for key in keys:
+        override = f"{key}=[a, '']"
+        assert sentence(file, *filled, override) == (
+            f"'{key}' has an empty text in it; leave that out (in the override \"{override}\")")
+
+
 def test_null_is_no_text(good: Path, tmp_path: Path) -> None:
     for written in ("null", "~", "", "Null", "NULL"):
         assert load_config(good, ["method.maybe=x", f"method.maybe={written}"]).method.maybe is None

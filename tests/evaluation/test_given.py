@@ -7,7 +7,7 @@ import torch
 
 from flowdistill import load_teacher
 from flowdistill.config import EvaluationConfig
-from flowdistill.evaluation import Evaluator
+from flowdistill.evaluation import Evaluator, evaluate
 from flowdistill.evaluation.evaluate import first_image, teacher_sampler
 from flowdistill.evaluation.metrics import all_metrics
 from flowdistill.evaluation.opening import open_evaluation
@@ -45,6 +45,14 @@ def reference_of(extractor, features=True, spatial=True):
 def teachers():
     labelled, plain = tiny_unet_pipeline(num_class_embeds=10), tiny_unet_pipeline()
     return {"labels": load_teacher(labelled), "none": load_teacher(plain)}
+
+
+@pytest.mark.parametrize("name", ["reference", "features", "prompts", "protocol", "weights", "cache_dir", "json",
+                                  "html", "solver"])
+def test_an_empty_text_is_none_of_evaluates_arguments(name):
+    """Of a path it would be the working folder, and of others what is not given."""
+    with pytest.raises(UserError, match=f"^{name} is an empty text; give one, or leave it out$"):
+        evaluate("nowhere", **{name: ""})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])

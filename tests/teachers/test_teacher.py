@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from flowdistill.conditioning.conditions import Condition
+from flowdistill.data.assets import asset_path
 from flowdistill.paths.native_path import path_from_scheduler
 from flowdistill.teachers import load_teacher
 from flowdistill.teachers.exact import GaussianVelocity, MixtureVelocity, exact_teacher
@@ -228,8 +229,6 @@ def test_folder_round_trip_keeps_the_scheduler_as_written(tmp_path):
 
 def test_wrong_prediction_type_is_noticed():
     """The digits teacher read under the wrong schedule gives itself away at high noise."""
-    from flowdistill.data.assets import asset_path
-
     teacher = load_teacher(asset_path("digits-flow"))
     assert teacher.disagreement() is None
     teacher.network.path = teacher.path = path_from_scheduler(DDPMScheduler())
@@ -259,6 +258,19 @@ def test_a_hub_that_does_not_answer_is_the_reason_given(monkeypatch):
                                  "name or service not known")
 
 
+@pytest.mark.parametrize("setting", ["source", "lora", "vae", "start", "prompts", "prompt_column"])
+def test_no_argument_takes_the_working_folder_for_nothing(setting, tmp_path, monkeypatch):
+    """As no setting of a file does; a live pipeline has no source."""
+    tiny_unet_pipeline().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = {"source": "."} | {setting: ""}
+    sources = [given.pop("source"), *([] if setting == "source" else [tiny_unet_pipeline()])]
+    instead = "" if setting == "source" else ", or set it to null"
+    for source in sources:
+        with pytest.raises(UserError, match=f"^'teacher.{setting}' is an empty text; give one{instead}$"):
+            load_teacher(source, **given)
+
+
 def test_disagreements_and_unknown_backbones():
     with pytest.raises(UserError, match="takes 1 channels and returns 3"):
         load_teacher(tiny_unet_pipeline(out_channels=3))
@@ -270,6 +282,10 @@ def test_disagreements_and_unknown_backbones():
         load_teacher(tiny_unet_pipeline()).encode([7])
     with pytest.raises(UserError, match="dtype is 'int8'"):
         load_teacher(tiny_unet_pipeline(), dtype="int8")
+    for key in ("quantize", "text_encoder_quantize"):
+        for scheme in ("", "int9"):
+            with pytest.raises(UserError, match=f"teacher.{key} is '{scheme}'; allowed are int8, fp8, nf4 and null"):
+                load_teacher(asset_path("digits-flow"), **{key: scheme})
     pipeline = tiny_dit_pipeline()
     pipeline.register_modules(transformer=tiny_unet(channels=2, num_class_embeds=None))
     with pytest.raises(UserError, match="2 latent channels.*autoencoder has 4"):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flowdistill import load_student, load_teacher
 from flowdistill.conditioning.prompts import read_prompts
-from flowdistill.config import load_config, run_settings, save_config
+from flowdistill.config import found_again, load_config, run_settings, save_config
 from flowdistill.data.image_sets import FolderImages
 from flowdistill.evaluation import Report, evaluate
 from flowdistill.evaluation.reference import load_reference
@@ -30,7 +30,14 @@ from flowdistill.students import FlowMap, StudentInfo, is_student_folder
 from flowdistill.teachers.pairs import teacher_pairs
 from flowdistill.training.run import distill
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_folder, atomic_write, cache_folder, check_writable, local_path
+from flowdistill.utils.files import (
+    atomic_folder,
+    atomic_write,
+    cache_folder,
+    check_writable,
+    local_path,
+    portable_path,
+)
 from flowdistill.utils.images import save_grid, save_images
 from tests.tiny import tiny_unet_pipeline
 
@@ -211,3 +218,16 @@ def test_evaluate_in_python(home):
     report = evaluate("~/student", num_images=4, teacher_steps=[1], features="~/classifier", reference="~/images",
                       json="~/r.json", cache_dir="~/cache", progress=False)
     assert len(report.rows) == 2 and Report.read_json("~/r.json").num_images == 4
+
+
+@pytest.mark.parametrize("call", [
+    lambda: load_student(""), lambda: load_config(""), lambda: evaluate(""), lambda: distill(""),
+    lambda: load_reference("", None), lambda: load_features(""), lambda: check_writable(""), lambda: read_prompts(""),
+    lambda: FolderImages(""), lambda: is_student_folder("")])
+def test_nothing_is_no_path(call, tmp_path, monkeypatch):
+    """Which would be the working folder; Path("") is one's own "."."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is an empty text; give one|^a path is an empty text"):
+        call()
+    assert local_path(Path("")) == Path(".") and local_path(".") == Path(".")
+    assert portable_path("") == found_again("", tmp_path) == ""  # of what is not known
