@@ -27,6 +27,7 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?(?:\.(?P<old>[^.]+))?"
     r"\.(?:safetensors|bin)"
 )
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _ADAPTERS = re.compile(r"lora|\.base_layer\.|\.hada_|\.lokr_")
 M = TypeVar("M", bound=nn.Module)
 _SHOWN = 5  # names of an error message
@@ -107,6 +108,13 @@ def read_files(folder: Path, entry: object, variant: str | None) -> list[Path]:
     return [*([config] if config.is_file() else []), *weight_files(folder)[chosen_variant(folder, variant)]]
 
 
+def missing_shards(files: Iterable[Path]) -> tuple[int, int] | None:
+    """How many of the files that weights were saved in are here, and of how many; None where all are."""
+    numbered = [match for file in files if (match := _SHARD.search(file.name)) is not None]
+    whole = int(numbered[0][1]) if numbered else 0
+    return (len(numbered), whole) if len(numbered) < whole else None
+
+
 def check_variant(folder: Path, names: Iterable[str], wanted: str | None) -> None:
     """Refuse a variant that none of the models ``names`` of a pipeline folder has.
 
@@ -131,11 +139,14 @@ def load_model(folder: Path, kind: type[M], dtype: torch.dtype | None = None, va
         variant: the one that is wanted; see :func:`chosen_variant`.
 
     Raises:
-        UserError: a file is damaged or a git-lfs pointer, weights are missing, or they are those of layers that an
-            adapter has wrapped.
+        UserError: a file is damaged or a git-lfs pointer, files or weights are missing, or these are those of layers
+            that an adapter has wrapped.
     """
     variant = chosen_variant(folder, variant)
-    for file in weight_files(folder)[variant]:
+    files = weight_files(folder)[variant]
+    if (found := missing_shards(files)) is not None:
+        raise UserError(f"{folder} has {found[0]} of the {found[1]} files of its weights only; fetch or copy it again")
+    for file in files:
         check_weight_file(file)
     try:
         with quiet_libraries():

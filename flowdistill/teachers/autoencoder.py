@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from flowdistill.conditioning.components import LOADING_ERRORS, component_class, load_model, variants_of, weight_files
+from flowdistill.conditioning.components import (
+    LOADING_ERRORS,
+    component_class,
+    load_model,
+    missing_shards,
+    variants_of,
+    weight_files,
+)
 from flowdistill.conditioning.text_encoders import INDEX
 from flowdistill.config import TeacherConfig
 from flowdistill.teachers.codec import VaeCodec
@@ -64,8 +71,6 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
     Raises:
         UserError: nothing there, or something else.
     """
-    if not source.strip():
-        raise UserError(f"teacher.vae is empty; give {FORMS}, or null for the pipeline's own")
     place = find_path(source)
     if place.is_file():
         raise UserError(f"teacher.vae {source} is a file; give {FORMS}: diffusers makes a folder of a single file with "
@@ -73,7 +78,8 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
     if not place.exists():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise UserError(f"teacher.vae {source} does not exist; give {FORMS}")
-        found = _in_cache(source) or (_fetched(source, variant) if download else None)
+        found = _in_cache(source, variant) if download else _in_cache(source)
+        found = found or (_fetched(source, variant) if download else None)
         if found is None:
             return None
         place = found
@@ -90,8 +96,13 @@ def find_autoencoder(source: str, variant: str | None = None, download: bool = T
     raise UserError(f"teacher.vae {source} holds no autoencoder, but {what}; give {FORMS}")
 
 
-def _in_cache(repository: str) -> Path | None:
-    """The folder of a repository in the hub's cache, where an autoencoder's config and weights are in it."""
+ANY = "*"
+"""In the place of a variant: whichever there is."""
+
+
+def _in_cache(repository: str, variant: str | None = ANY) -> Path | None:
+    """The folder of a repository in the hub's cache, where an autoencoder's config and all its weights in this variant
+    are in it, or, without a variant, those in any."""
     from huggingface_hub import try_to_load_from_cache
 
     for inside in PLACES:
@@ -100,12 +111,21 @@ def _in_cache(repository: str) -> Path | None:
             cached = try_to_load_from_cache(repository, file)
         except ValueError:  # what cannot be a hub id
             return None
-        if isinstance(cached, str) and weight_files(Path(cached).parent):
-            return Path(cached.removesuffix(file))
+        if isinstance(cached, str):
+            there = weight_files(Path(cached).parent)
+            chosen = there.values() if variant == ANY else [there.get(variant, [])]
+            if any(files and missing_shards(files) is None for files in chosen):
+                return Path(cached.removesuffix(file))
     return None
 
 
 def _fetched(repository: str, variant: str | None) -> Path:
+    """The folder into which the hub's files of an autoencoder go; where it does not answer, that in its cache with the
+    weights in another variant, as it has them perhaps in no other.
+
+    Raises:
+        UserError: neither, or several variants to choose from.
+    """
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
@@ -115,8 +135,26 @@ def _fetched(repository: str, variant: str | None) -> Path:
         raise
     except Exception as error:  # the hub client raises many unrelated types, and every one means the same to a user
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"teacher.vae {repository} is no folder here and could not be fetched from the hub: {reason}"
-                        ) from error
+        cached = _in_cache(repository)
+        if cached is None:
+            raise UserError(f"teacher.vae {repository} is no folder here and could not be fetched from the hub: "
+                            f"{reason}") from error
+        there = {name for inside in PLACES if (cached / inside / FILE).is_file()
+                 for name, files in weight_files(cached / inside).items() if missing_shards(files) is None}
+        names = sorted(name for name in there if name is not None)
+        wanted = "those without a variant" if variant is None else f"those of the variant {variant}"
+        has = f"teacher.vae {repository} is in the hub's cache with its weights {_in_words(names, None in there)} only"
+        if None not in there and len(names) > 1:
+            raise UserError(f"{has}, and {wanted} could not be fetched from the hub ({reason}); set teacher.variant to "
+                            "one of them") from error
+        _say_once(f"{has}, which are taken in the place of {wanted}, for the hub does not answer")
+        return cached
+
+
+def _in_words(variants: Sequence[str], bare: bool) -> str:
+    """What variants of weights there are, ``bare``: those without one too."""
+    named = f"in the variant{'s' if len(variants) > 1 else ''} {listed(variants)}" if variants else ""
+    return " and ".join(filter(None, (named, "without a variant" if bare else "")))
 
 
 def _needed(files: Iterable[str], repository: str, variant: str | None) -> list[str]:

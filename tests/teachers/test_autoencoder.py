@@ -321,6 +321,58 @@ def test_of_the_hub_one_variant_is_fetched(
     assert found.folder == models("sd") / "base" / "vae" and len(asked) == 4
 
 
+def test_of_the_cache_only_the_variant_that_is_wanted_is_taken_unasked(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hub is asked for another, which it may have; where it does not answer, what is here is said."""
+    own = AutoencoderKL.from_pretrained(models("sd") / "new")
+    for repository, variants in (("plain", [None]), ("half", ["fp16"]), ("two", ["a", "b"]), ("shards", [None])):
+        for variant in variants:
+            own.save_pretrained(tmp_path / "me" / repository, variant=variant,
+                                **({"max_shard_size": "20KB"} if repository == "shards" else {}))
+    (shard,) = (tmp_path / "me" / "shards").glob("*-00001-of-*")
+
+    def cached(repository: str, file: str) -> str | None:
+        found = tmp_path / repository / file
+        return str(found) if found.is_file() else None
+
+    def offline(repository: str) -> list[str]:
+        asked.append(repository)
+        raise OSError("no way to the hub")
+
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
+    for repository, variant in (("me/plain", None), ("me/half", "fp16"), ("me/two", "b"), ("me/shards", None)):
+        assert find_autoencoder(repository, variant).folder == tmp_path / repository
+    assert not asked and not caplog.text
+    for repository, variant, words in (
+        ("me/plain", "fp16", "its weights without a variant only, which are taken in the place of those of the variant "
+                             "fp16, for the hub does not answer"),
+        ("me/half", None, "its weights in the variant fp16 only, which are taken in the place of those without a"),
+    ):
+        assert find_autoencoder(repository, variant).folder == tmp_path / repository
+        assert f"teacher.vae {repository} is in the hub's cache with {words}" in caplog.text
+        assert find_autoencoder(repository, variant, download=False).folder == tmp_path / repository
+    for variant, words in ((None, "those without a variant"), ("fp16", "those of the variant fp16")):
+        with pytest.raises(UserError, match=f"its weights in the variants a, b only, and {words} could not be fetched "
+                                            r"from the hub \(no way to the hub\); set teacher\.variant to one of"):
+            find_autoencoder("me/two", variant)
+    assert asked == ["me/plain", "me/half", "me/two", "me/two"]
+    shard.unlink()
+    with pytest.raises(UserError, match="me/shards is no folder here and could not be fetched from the hub: no way"):
+        find_autoencoder("me/shards")
+    with pytest.raises(UserError, match=r"me/shards has 3 of the 4 files of its weights only; fetch or copy it again$"):
+        teacher_of(models("sd"), new=tmp_path / "me" / "shards")
+    for wanted, there in (("fp16", "plain"), (None, "half")):  # and where it answers, it is what the hub has
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: [
+            "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"])
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, allow_patterns: (
+            asked.extend(allow_patterns) or str(tmp_path / repository)))
+        find_autoencoder(f"me/{there}", wanted)
+        assert asked[-1] == f"diffusion_pytorch_model{'' if wanted is None else '.fp16'}.safetensors"
+
+
 # --- caches
 
 
