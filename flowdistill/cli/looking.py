@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from flowdistill.cli.arguments import at_least
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import exit_at_once
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -57,6 +59,7 @@ def show(args: argparse.Namespace) -> int:
     from flowdistill.evaluation.demo import gradio_module, serve
 
     gradio_module()  # that it is missing is said before anything is loaded
-    serve(args.run_folder, _device(args.device), args.host, args.port, not args.no_teacher,
-          lambda line: print(line, flush=True))
-    return 0
+    number = serve(args.run_folder, _device(args.device), args.host, args.port, not args.no_teacher,
+                   lambda line: print(line, flush=True))
+    print("flowdistill: interrupted", file=sys.stderr)
+    exit_at_once(128 + number)

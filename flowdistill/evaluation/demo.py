@@ -6,6 +6,7 @@ All of gradio that is used is in :func:`build` and :func:`serve`; :class:`Demo` 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flowdistill.evaluation.generation import Sampler, _clock
 from flowdistill.students import Student, describe
 from flowdistill.teachers import Teacher
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import EndSignals
 from flowdistill.utils.images import grid
 from flowdistill.utils.randomness import indexed_noise
 from flowdistill.utils.seeds import check_seed
@@ -189,6 +191,10 @@ def answer(demo: Demo, names: Sequence[str], error: type[Exception]) -> Callable
             raise error(str(problem)) from problem
         return [part for one in drawn for part in (one.picture, one.words)]
 
+    # By which gradio names the parameters of the page's API, which would be param_0, param_1, ... else.
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    clicked.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, positional) for name in names])
     return clicked
 
 
@@ -207,8 +213,11 @@ def gradio_module() -> Any:
 
 
 def serve(run: str, device: torch.device, host: str = "127.0.0.1", port: int | None = None, with_teacher: bool = True,
-          announce: Callable[[str], object] = print) -> None:
-    """Show the page until it is interrupted, by default to this machine alone.
+          announce: Callable[[str], object] = print) -> int:
+    """Show the page until SIGINT or SIGTERM comes, by default to this machine alone; returns the signal's number.
+
+    Pictures that are being made go on being made, by threads that the end of the interpreter would wait for: who calls
+    this ends the process by :func:`flowdistill.utils.exit.exit_at_once`.
 
     Args:
         run: see :meth:`Demo.open`.
@@ -225,14 +234,13 @@ def serve(run: str, device: torch.device, host: str = "127.0.0.1", port: int | N
     blocks = build(gradio, demo)
     fonts = ["system-ui", "sans-serif"]  # gradio's own come from another server
     theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
-    try:
-        _, url, _ = blocks.launch(
-            server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True,
-            show_error=True, theme=theme, css=CSS, footer_links=[], ssr_mode=False, enable_monitoring=False)
-    except OSError as error:
-        raise UserError(f"the demo cannot listen at {host}, port {port or '7860 to 7959'}: {error}") from error
-    announce(f"{demo.name} is shown at {url} until Ctrl-C")
-    try:
-        blocks.block_thread()
-    finally:
-        blocks.close()
+    # gradio's own waiting ends in ordinary calls, and those in waiting for its server, which waits for pictures.
+    with EndSignals() as signals:
+        try:
+            _, url, _ = blocks.launch(
+                server_name=host, server_port=port, share=False, inbrowser=False, prevent_thread_lock=True, quiet=True,
+                show_error=True, theme=theme, css=CSS, footer_links=[], ssr_mode=False, enable_monitoring=False)
+        except OSError as error:
+            raise UserError(f"the demo cannot listen at {host}, port {port or '7860 to 7959'}: {error}") from error
+        announce(f"{demo.name} is shown at {url} until Ctrl-C")
+        return signals.wait()

@@ -1,5 +1,8 @@
 """``flowdistill demo``: what a click draws, and the page, built with a small stand-in for gradio."""
 
+import inspect
+import os
+import signal
 import sys
 import types
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowdistill.cli.commands import main
 from flowdistill.data.assets import asset_path
 from flowdistill.evaluation import demo as module
 from flowdistill.evaluation.demo import ALL_IN_TURN, Demo, answer, build, serve
@@ -14,8 +18,10 @@ from flowdistill.students import FlowMap, Generator, StudentInfo
 from flowdistill.students.steps import Steps, teacher_times
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.exit import exit_process
 from flowdistill.utils.images import grid
 from tests.families import stable_diffusion
+from tests.processes import Child
 from tests.tiny import tiny_unet_pipeline
 
 
@@ -43,11 +49,6 @@ class Component:
             raise OSError("Cannot find empty port in range: 1-1")
         return None, f"http://{how['server_name']}:7860/", None
 
-    def block_thread(self):
-        self.waited = True
-
-    def close(self):
-        self.closed = True
 
 
 class Trouble(Exception):
@@ -153,17 +154,72 @@ def test_the_page_of_a_student_that_takes_prompts(gradio):
 def test_it_is_for_this_machine_and_says_where(digits, gradio, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "gradio_module", lambda: gradio)
     digits.student.save(tmp_path / "student")
-    said = []
-    serve(str(tmp_path / "student"), torch.device("cpu"), announce=said.append)
+    said, before = [], signal.getsignal(signal.SIGINT)
+
+    def announce(line):
+        said.append(line)
+        os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert serve(str(tmp_path / "student"), torch.device("cpu"), announce=announce) == number
     blocks = next(one for one in Component.made if one.kind == "Blocks")
-    assert said == [f"{tmp_path / 'student'} is shown at http://127.0.0.1:7860/ until Ctrl-C"]
-    assert blocks.waited and blocks.closed and blocks.launched["server_name"] == "127.0.0.1"
+    assert said == [f"{tmp_path / 'student'} is shown at http://127.0.0.1:7860/ until Ctrl-C"] * 2
+    assert blocks.launched["server_name"] == "127.0.0.1" and signal.getsignal(signal.SIGINT) == before
     assert blocks.launched["share"] is False and blocks.launched["footer_links"] == []
     assert blocks.launched["theme"]["font"] == ["system-ui", "sans-serif"]
     with pytest.raises(UserError, match="cannot listen at 127.0.0.1, port 1: Cannot find empty port"):
         serve(str(tmp_path / "student"), torch.device("cpu"), port=1)
     with pytest.raises(UserError, match="has no student to show"):
         serve(str(asset_path("digits-flow")), torch.device("cpu"))
+
+
+GRADIO = """
+import threading, types
+
+class Part:
+    def __init__(self, *given, **named):
+        self.value = named.get("value")
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def click(self, function, inputs, **how):
+        Part.clicked = function, [one.value for one in inputs]
+    def launch(self, **how):
+        def busy():  # no daemon: the interpreter would wait for it
+            function, values = Part.clicked
+            while True:
+                function(*values)
+        threading.Thread(target=busy).start()
+        return None, "http://there/", None
+
+Blocks = Markdown = Row = Column = Textbox = Dropdown = Slider = Number = Button = Image = Part
+Error = ValueError
+themes = types.SimpleNamespace(Base=Part)
+"""
+
+
+def served(folder):
+    sys.path.insert(0, folder)
+    exit_process(main(["demo", f"{folder}/student"]))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_while_pictures_are_made(tmp_path, number, code):
+    (tmp_path / "gradio.py").write_text(GRADIO)
+    teacher = load_teacher(stable_diffusion(), prompts=["a cat", "a dog"])
+    one_call(teacher).save(tmp_path / "student")
+    with Child(served, str(tmp_path)) as child:
+        child.line(f"{tmp_path / 'student'} is shown at http://there/ until Ctrl-C")
+        os.kill(child.pid, number)
+        assert child.wait(30) == code
+        assert child.errors.endswith("flowdistill: interrupted\n")
+
+
+def test_the_pages_interface_has_the_names_of_its_fields(digits):
+    """gradio reads them from the signature of what a click calls."""
+    names = ["label", "count", "seed", "teacher_steps"]
+    assert list(inspect.signature(answer(digits, names, Trouble)).parameters) == names
 
 
 def test_without_gradio_one_sentence_says_how_to_get_it(cli, monkeypatch, tmp_path):
