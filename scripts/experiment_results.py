@@ -39,7 +39,7 @@ def measure(folder: Path, curve: dict[str, int] | None, threads: int) -> Line:
     report = read_json_object(folder / "report.json")
     saved = checkpoints(folder / "checkpoints")
     teacher = teacher_found_again(dataclasses.asdict(config.teacher), folder)
-    check_weights(folder, teacher_files(TeacherConfig(**teacher)), "or train the run again")
+    check_weights(folder, lambda: teacher_files(TeacherConfig(**teacher)), "or train the run again")
     pairs = _pairs(tuple(teacher.items()), student.info.guidance_scale)
     figures = {
         "rows": report["rows"],

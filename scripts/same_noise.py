@@ -88,7 +88,7 @@ def draw(options: argparse.Namespace) -> None:
                         "the students of one")
     teacher = load_teacher(**settings[0])
     for _, folder in named:
-        check_weights(folder, teacher.files(), "or leave this run out")
+        check_weights(folder, teacher.files, "or leave this run out")
 
     count = options.rows * options.columns
     noise = indexed_noise(teacher.shape, options.seed, range(count))

@@ -34,6 +34,7 @@ from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.features.scorers import Scorer, load_scorers, scorer_found_again
 from flowdistill.students import Student, is_student_folder
 from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.loading import teacher_files
 from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
 from flowdistill.teachers.weight_files import check_weights
@@ -601,16 +602,19 @@ def _teacher_of(folder: Path, section: dict[str, Any], device: torch.device) -> 
     Raises:
         UserError: its weights are not those that the run was trained with.
     """
-    teacher = _load_teacher(section, device)
-    remedy = "or leave the teacher out (--no-teacher)"
-    Processes.current().on_main(lambda: check_weights(folder, teacher.files(), remedy))
-    return teacher
+    settings, remedy = _teacher_settings(section), "or leave the teacher out (--no-teacher)"
+    Processes.current().on_main(lambda: check_weights(folder, partial(teacher_files, settings), remedy))
+    return load_teacher(settings, device=device)
 
 
 def _load_teacher(section: dict[str, Any], device: torch.device) -> Teacher:
+    return load_teacher(_teacher_settings(section), device=device)
+
+
+def _teacher_settings(section: dict[str, Any]) -> TeacherConfig:
     if not section.get("source"):
         raise UserError("the run's config.yaml names no teacher.source, so its teacher cannot be evaluated")
     known = {item.name for item in fields(TeacherConfig)}
     settings = {key: value for key, value in section.items() if key in known and value is not None}
     # What decides how students are trained says nothing about the teacher.
-    return load_teacher(TeacherConfig(**settings | {"start": None}), device=device)
+    return TeacherConfig(**settings | {"start": None})

@@ -129,8 +129,8 @@ def _fetched(repository: str, variant: str | None) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        wanted = _needed(list_repo_files(repository), repository, variant)
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        needed = _needed(list_repo_files(repository), repository, variant)
+        return Path(snapshot_download(repository, allow_patterns=needed))
     except UserError:
         raise
     except Exception as error:  # the hub client raises many unrelated types, and every one means the same to a user
@@ -141,10 +141,11 @@ def _fetched(repository: str, variant: str | None) -> Path:
                             f"{reason}") from error
         there = {name for inside in PLACES if (cached / inside / FILE).is_file()
                  for name, files in weight_files(cached / inside).items() if missing_shards(files) is None}
-        names = sorted(name for name in there if name is not None)
+        variants = sorted(name for name in there if name is not None)
         wanted = "those without a variant" if variant is None else f"those of the variant {variant}"
-        has = f"teacher.vae {repository} is in the hub's cache with its weights {_in_words(names, None in there)} only"
-        if None not in there and len(names) > 1:
+        what = _in_words(variants, None in there)
+        has = f"teacher.vae {repository} is in the hub's cache with its weights {what} only"
+        if None not in there and len(variants) > 1:
             raise UserError(f"{has}, and {wanted} could not be fetched from the hub ({reason}); set teacher.variant to "
                             "one of them") from error
         _say_once(f"{has}, which are taken in the place of {wanted}, for the hub does not answer")

@@ -7,7 +7,7 @@ was trained with stands in the run folder, setting by setting; runs of versions 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,12 +56,13 @@ def record_weights(folder: Path, named: NamedFiles) -> None:
             output.write(text.encode())
 
 
-def check_weights(folder: Path, named: NamedFiles, remedy: str) -> None:
+def check_weights(folder: Path, find: Callable[[], NamedFiles], remedy: str) -> None:
     """Refuse files that are others than those that a run was trained with.
 
     Args:
         folder: the run's, or one in it, such as its student's.
-        named: of some or all of its settings; a setting that the record does not have is not compared.
+        find: gives the files of some or all of its settings, and is not asked where none are recorded; a setting that
+            the record does not have is not compared.
         remedy: what may be done besides putting the former files back.
 
     Raises:
@@ -70,7 +71,7 @@ def check_weights(folder: Path, named: NamedFiles, remedy: str) -> None:
     record = next((place / FILE for place in (folder, folder.parent) if (place / FILE).is_file()), None)
     if record is None:  # an older version's
         return
-    known = _read(record)
+    known, named = _read(record), find()
     here = hashes({setting: files for setting, files in named.items() if setting in known})
     for setting, files in here.items():
         for name, digest in known[setting].items():

@@ -39,6 +39,7 @@ from flowdistill.export.pipelines import check_exportable
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import Student, describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
+from flowdistill.teachers.loading import teacher_files
 from flowdistill.teachers.weight_files import FILE as WEIGHTS
 from flowdistill.teachers.weight_files import NamedFiles, check_weights, record_weights
 from flowdistill.training.callbacks import METRICS, tracker_names
@@ -152,10 +153,10 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
         warnings.warn(problem, stacklevel=2)
 
     settings = config.teacher
+    check_begun_with(folder, partial(teacher_files, settings))
     teacher = load_teacher(settings, device=accelerator.device, prepare=partial(prepare_prompts, accelerator))
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
-    check_begun_with(folder, teacher.files)
     if opened is None and not is_measured(folder, config, same_evaluation):
         opened = open_run_evaluation(config, teacher, accelerator)
     problem = teacher.disagreement()
@@ -416,7 +417,7 @@ def check_begun_with(folder: Path, files: Callable[[], NamedFiles]) -> None:
     """UserError where the run in a folder has begun with other weights than the settings name now; all processes call
     this together."""
     remedy = "or choose another output_dir"
-    Processes.current().on_main(lambda: check_weights(folder, files(), remedy) if has_begun(folder) else None)
+    Processes.current().on_main(lambda: check_weights(folder, files, remedy) if has_begun(folder) else None)
 
 
 def keep_weights(folder: Path, files: Callable[[], NamedFiles]) -> None:

@@ -32,7 +32,7 @@ from flowdistill.students.student import Student, StudentInfo
 from flowdistill.teachers.autoencoder import BaseVae, checked_autoencoder
 from flowdistill.teachers.loading import load_pipeline, load_teacher, pipeline_folder, teacher_files
 from flowdistill.teachers.teacher import Teacher
-from flowdistill.teachers.weight_files import check_weights
+from flowdistill.teachers.weight_files import NamedFiles, check_weights
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, check_weight_file, local_path
 from flowdistill.utils.logging import quiet_libraries
@@ -90,9 +90,13 @@ class ConceptStudent(Student):
         place = None if vae is None else found_again(vae.source, folder)
         source = found_again(description["base_model"], folder)
         pipeline = load_adapted_pipeline(source, folder, vae=place)
-        files = teacher_files(TeacherConfig(source, vae=place))
-        files["method.student"] = files.pop("teacher.source")
-        check_weights(folder, files, "for the student is changes to them")
+
+        def files() -> NamedFiles:
+            found = teacher_files(TeacherConfig(source, vae=place))
+            found["method.student"] = found.pop("teacher.source")
+            return found
+
+        check_weights(folder, files, "for the student consists of changes to it")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         base = load_teacher(pipeline, image_size=description["image_size"])

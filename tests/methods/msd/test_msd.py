@@ -80,7 +80,7 @@ def run(source, tmp_path_factory):
 def test_the_folder_of_all_students(run):
     assert sorted(entry.name for entry in run.iterdir()) == [
         ".begin.lock", ".lock", "README.md", "config.yaml", "flowdistill.json", "partition.json", "samples",
-        "samples.png", "student-0", "student-1", "student-2"]
+        "samples.png", "student-0", "student-1", "student-2", "weights.json"]
     assert sorted(entry.name for entry in (run / "samples").iterdir()) == ["comparison.png", "final.png"]
     for part, labels in enumerate(([0, 1, 2, 3], [4, 5, 6], [7, 8, 9])):
         one = load_config(run / f"student-{part}" / "config.yaml")
