@@ -44,6 +44,10 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
         ("model_index.json", "flowdistill.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
         "python scripts/train_fashion_teacher.py --path flow --steps 12600 --out assets/fashion-flow",
     ),
+    "fashion-ddpm": (
+        ("model_index.json", "flowdistill.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        "python scripts/train_fashion_teacher.py --path ddpm --steps 9000 --out assets/fashion-ddpm",
+    ),
     "shapes/autoencoder": (
         ("config.json", "diffusion_pytorch_model.safetensors"),
         "python scripts/train_shapes_autoencoder.py --out assets/shapes/autoencoder",

@@ -186,13 +186,15 @@ def test_a_step_on_a_device_is_the_cpus_and_does_not_wait(script, path, tmp_path
     assert losses["other"] == pytest.approx(losses["cpu"], rel=1e-5)
 
 
-def test_the_shipped_teacher_makes_garments_that_the_classifier_names():
+@pytest.mark.parametrize("name", ["fashion-flow", "fashion-ddpm"])
+def test_the_shipped_teachers_make_garments_that_the_classifier_names(name):
     """Two images of each of the ten classes, with six steps; by chance two of the twenty would be named."""
-    teacher, labels = load_teacher(asset_path("fashion-flow")), torch.arange(20) % 10
+    teacher, labels = load_teacher(asset_path(name)), torch.arange(20) % 10
     noise = torch.randn(20, *teacher.shape, generator=torch.Generator().manual_seed(0))
     images = teacher.decode(teacher.sample(noise, teacher.encode(labels), 6))
     named = load_features("fashion", "cpu").classify(to_uint8(images)) == labels
     assert named.sum() >= 15
-    record = json.loads((asset_path("fashion-flow") / "flowdistill.json").read_text())
-    assert record["data"] == "fashion" and record["command"].startswith("python scripts/train_fashion_teacher.py")
-    assert sum(file.stat().st_size for file in asset_path("fashion-flow").rglob("*") if file.is_file()) < 6e6
+    record = json.loads((asset_path(name) / "flowdistill.json").read_text())
+    assert record["data"] == "fashion" and record["path"] == name.split("-")[1]
+    assert record["command"].startswith(f"python scripts/train_fashion_teacher.py --path {record['path']}")
+    assert sum(file.stat().st_size for file in asset_path(name).rglob("*") if file.is_file()) < 6e6

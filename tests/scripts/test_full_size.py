@@ -25,6 +25,12 @@ from tests.tiny import tiny_unet_pipeline
 ALL = [(world, name) for world in full_size.WORLDS for name in full_size.student_configs(full_size.WORLDS[world])]
 
 
+def test_a_student_of_a_ddpm_is_left_out():
+    """The teacher that the script trains is a flow, on which its settings would be another thing."""
+    assert (full_size.ROOT / "configs/fashion/dmd2_ddpm.yaml").is_file()
+    assert "dmd2_ddpm" not in full_size.student_configs(full_size.WORLDS["fashion"])
+
+
 @pytest.fixture
 def own_state() -> Iterator[None]:
     """accelerate's state of this process, in which a test puts another device, is gone afterwards."""
