@@ -223,8 +223,8 @@ def _as_hpsv2(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _split(source: str) -> tuple[str, str | None]:
-    """Weights, and the processor where another one is named behind a colon."""
-    if local_path(source).exists():
+    """Weights, and the processor where another one is named behind a colon; neither of an empty text."""
+    if not source or local_path(source).exists():
         return source, None
     weights, colon, processor = source.rpartition(":")
     return (weights, processor) if colon and weights else (source, None)

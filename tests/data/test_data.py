@@ -126,7 +126,7 @@ def test_damaged_classifier_folders_are_named(tmp_path):
 
 
 def test_missing_assets_come_with_the_command_that_makes_them(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="digits-classifier, digits-ddpm, digits-flow, fashion-classifier, fashion-fl"):
+    with pytest.raises(UserError, match="digits-classifier, digits-ddpm, digits-flow, fashion-classifier, fashion-d"):
         asset_path("digits")
     monkeypatch.setattr(assets, "ASSETS", tmp_path)
     with pytest.raises(UserError, match="lacks .*model_index.json; make it with.*train_digits_teacher.py --path ddpm"):
