@@ -39,6 +39,8 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
     device = torch.device(device)
     if values.device.type != "cpu" or device.type in WITHOUT_PINNED:
         return values.to(device)
+    if torch.compiler.is_compiling():  # which has no pinned memory, and makes the copy a part of what it compiles
+        return values.to(device, non_blocking=True)
     return values.pin_memory().to(device, non_blocking=True)
 
 
