@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
 """Of results, as a share of the largest value: what a few dozen operations in that type leave."""
+SAME = 0.2
+"""Above what a pipeline's own call in half precision is from that in float32, the two have not had the same noise."""
 FEW = ("dit", "sd")
 """Families on the CPU."""
 
@@ -71,6 +74,11 @@ def the_machine(bench: Bench) -> None:
 # --- teachers
 
 
+def drawn_in_float32(draw: Callable[..., Tensor], *arguments: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    """What ``draw`` draws in float32, rounded to ``dtype``."""
+    return draw(*arguments, dtype=torch.float32, **options).to(dtype)
+
+
 def own_call_and_ours(name: str, bench: Bench, dtype: str) -> tuple[Tensor | None, Tensor]:
     """What a family's pipeline makes of two noises by its own call, None where that call mixes types (as that of the
     oldest ones does in half precision), and what its teacher does."""
@@ -85,8 +93,12 @@ def own_call_and_ours(name: str, bench: Bench, dtype: str) -> tuple[Tensor | Non
     scale = family.guidance if family.prompts or family.labels else 1.0
     ours = teacher.sample(noise * family.start(teacher), condition, steps=4, guidance_scale=scale)
     theirs: Tensor | None = None
+    # In half precision a generator draws other numbers: the same noise needs to be drawn in float32.
+    drawn = getattr(sys.modules[type(pipeline).__module__], "randn_tensor", None)
+    same = {"randn_tensor": partial(drawn_in_float32, drawn)} if drawn is not None else {}
     try:
-        theirs = pipeline_latents(pipeline, family, noise.to(DTYPES[dtype]), 4, scale)
+        with mock.patch.multiple(sys.modules[type(pipeline).__module__], **same) if same else nullcontext():
+            theirs = pipeline_latents(pipeline, family, noise.to(DTYPES[dtype]), 4, scale)
     except RuntimeError:
         if dtype == "fp32":
             raise
@@ -107,6 +119,7 @@ def families(bench: Bench, dtype: str, fast: bool = False) -> None:
         its = "it does not run" if theirs is None else f"{own:.2g}"
         bench.figures[f"{name}: ours, its own"] = f"{error:.2g}, {its}"
         limit = 2 * own + (2e-3 if fast else ROUNDING[dtype]) if theirs is not None else 1.0
+        expect(own < SAME, f"{name}'s own call in {dtype} is {own:.2g} from that in float32: not of the same noise")
         expect(error <= limit, f"{name} is {error:.2g} from its own call in float32, and that call in {dtype} is "
                                f"{own:.2g} from it")
 
@@ -133,8 +146,14 @@ def first_figures(bench: Bench, case: str, precision: str) -> dict[str, float | 
     raise AssertionError(f"{case} in {precision}: the first update of {', '.join(skipped)} is not finite")
 
 
+ROUGH = ("freeflow", "freeflow, jvp")
+"""Cases whose first gradient is in part that of such a difference: to 1 % in fp16 and 3 % in bf16 on the CPU by finite
+differences, 4 % and 6 % by JVPs."""
+
+
 def methods(bench: Bench, precision: str) -> None:
-    limit = {"bf16": 0.1, "fp16": 0.02}[precision]
+    """The figures of a first step; all cases are gone through before one fails."""
+    wrong = []
     for case in ("boot", "dmd2") if bench.small else CASES:
         exact, half = first_figures(bench, case, "fp32"), first_figures(bench, case, precision)
         expect(exact.keys() == half.keys(), f"{case} has other figures in {precision}")
@@ -143,7 +162,9 @@ def methods(bench: Bench, precision: str) -> None:
                   and key.startswith(("loss/", "grad_norm/"))}
         worst = max(errors, key=lambda key: errors[key])
         bench.figures[case] = f"{worst} off by {errors[worst]:.2g}"
-        expect(errors[worst] < limit, f"{case}: {worst} in {precision} is off by {errors[worst]:.2g} of float32's")
+        if not errors[worst] < (0.1 if case in ROUGH or precision == "bf16" else 0.02):
+            wrong.append(f"{case}: {worst} in {precision} is off by {errors[worst]:.2g} of float32's")
+    expect(not wrong, "; ".join(wrong))
 
 
 def no_waits(bench: Bench) -> None:
@@ -407,19 +428,22 @@ def memory(bench: Bench, config: Any) -> None:
         total = torch.cuda.get_device_properties(bench.device).total_memory
         if plan.peak > total - 2**30:
             raise NotHere(f"it takes {plan.peak / 2**30:.1f} GiB by its plan; this device has {total / 2**30:.1f}")
-        x = torch.ones(64, 64, device=bench.device)
-        (x @ x).sum().item()  # the library's workspace is not the run's
-        before = torch.cuda.memory_allocated(bench.device)
+        x = torch.ones(64, 64, device=bench.device, requires_grad=True)
+        (x @ x).sum().backward()  # the library's workspaces are not the run's: the backward pass, in its thread, has one
+        x.grad = None
+        torch.cuda.synchronize(bench.device)
+        before = bytes_on(bench.device)
     seed_torch(config.seed)
     method = method_class(config.method.name)(config.method, random_teacher(config, bench.device))
     trainer = Trainer(method, config, bench.folder / "run", make_accelerator(config.train, bench.folder / "run"))
     trainer.train_step()
     gc.collect()
     if bench.device.type == "cuda":
-        stays = torch.cuda.memory_allocated(bench.device) - before
+        stays, blocks = (now - then for now, then in zip(bytes_on(bench.device), before, strict=True))
+        bench.figures["what lasts in the allocator's blocks (GiB)"] = blocks / 2**30
         torch.cuda.reset_peak_memory_stats(bench.device)
         trainer.train_step()
-        peak = torch.cuda.max_memory_allocated(bench.device) - before
+        peak = bytes_on(bench.device, "peak")[0] - before[0]
     else:  # torch counts nothing there: what lasts is the tensors themselves, and a profiler sees an update
         stays = bytes_of(trainer)
         peak = stays + real_peak(trainer.train_step)
@@ -433,6 +457,13 @@ def memory(bench: Bench, config: Any) -> None:
     ratio = (plan.peak - lasting) / max(1, peak - stays)
     expect(1 / ACTIVATIONS < ratio < ACTIVATIONS, f"an update takes {(peak - stays) / 2**30:.3f} GiB besides, and "
                                                   f"{(plan.peak - lasting) / 2**30:.3f} are planned")
+
+
+def bytes_on(device: torch.device, moment: str = "current") -> tuple[int, int]:
+    """Of a GPU's memory: those of the tensors, which are planned, and of the blocks that they lie in. A block may be up to 1 MiB
+    larger than its tensor: on an H100 they come to 0.6 % to 2.6 % more than is planned."""
+    found = torch.cuda.memory_stats(device)
+    return found[f"requested_bytes.all.{moment}"], found[f"allocated_bytes.all.{moment}"]
 
 
 def bytes_of(trainer: Trainer) -> int:

@@ -55,6 +55,7 @@ def run_part(part: Part, device: torch.device) -> Outcome:
         result, sentence = "not here", str(reason)
     except Exception as error:  # whatever it is, the other parts are still of interest
         result, sentence = "failed", _sentence(error)
+        traceback.print_exception(error)  # the report has a sentence
     return Outcome(result, time.perf_counter() - began, sentence, {} if bench is None else bench.figures)
 
 
