@@ -74,7 +74,9 @@ def the_machine(bench: Bench) -> None:
 # --- teachers
 
 
-def drawn_in_float32(draw: Callable[..., Tensor], *arguments: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+def drawn_in_float32(
+    draw: Callable[..., Tensor], *arguments: Any, dtype: torch.dtype = torch.float32, **options: Any
+) -> Tensor:
     """What ``draw`` draws in float32, rounded to ``dtype``."""
     return draw(*arguments, dtype=torch.float32, **options).to(dtype)
 
@@ -429,7 +431,7 @@ def memory(bench: Bench, config: Any) -> None:
         if plan.peak > total - 2**30:
             raise NotHere(f"it takes {plan.peak / 2**30:.1f} GiB by its plan; this device has {total / 2**30:.1f}")
         x = torch.ones(64, 64, device=bench.device, requires_grad=True)
-        (x @ x).sum().backward()  # the library's workspaces are not the run's: the backward pass, in its thread, has one
+        (x @ x).sum().backward()  # the library's workspaces, one of the backward pass's thread, are not the run's
         x.grad = None
         torch.cuda.synchronize(bench.device)
         before = bytes_on(bench.device)
@@ -460,8 +462,8 @@ def memory(bench: Bench, config: Any) -> None:
 
 
 def bytes_on(device: torch.device, moment: str = "current") -> tuple[int, int]:
-    """Of a GPU's memory: those of the tensors, which are planned, and of the blocks that they lie in. A block may be up to 1 MiB
-    larger than its tensor: on an H100 they come to 0.6 % to 2.6 % more than is planned."""
+    """Of a GPU's memory: those of the tensors, which are planned, and of the blocks that they lie in, of which each may
+    be up to 1 MiB larger than its tensor."""
     found = torch.cuda.memory_stats(device)
     return found[f"requested_bytes.all.{moment}"], found[f"allocated_bytes.all.{moment}"]
 
