@@ -20,8 +20,9 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from flowdistill.utils.randomness import Draw, indexed_noise, seed_torch
 from flowdistill.utils.text import read_json, read_json_lines, read_lines
 
 CONFIG = "configs/shapes/echodistill.yaml"
+FLOW_MAP = "configs/shapes/flow_map_matching.yaml"
 RESULTS = "results.jsonl"
 FORMAT = 2  # of a line: 2 has the strict figures, the settings of the run and the models of its key
 IMAGES = 60  # of the concept alone, and as many in its contexts
@@ -351,6 +353,60 @@ def echodistill(
 
 WHOLE, PLAIN = "EchoDistill", "EchoDistill, no echo"
 NO_ECHO = "method.echo.start=null"
+
+
+def of_several_calls(case: Case, name: str) -> dict[str, Sampler]:
+    """A flow map of the teacher that the run without the echo stage left, which is trained first if it is not there.
+
+    Half of its prompts are the concept's, the others all captions; the one student is asked for one call and for four.
+
+    Raises:
+        UserError: a signal stopped one of the two runs.
+    """
+    run = distill(CONFIG, [*case.overrides(PLAIN), NO_ECHO])
+    if not run.completed:
+        raise UserError(f"{run.output_dir} was stopped at step {run.steps}; the same command goes on")
+    config = load_config(CONFIG, case.overrides(PLAIN))
+    folder = case.run_folder(name)
+    source = folder.with_name(f"{folder.name}-of")
+    if not source.exists():
+        pipeline = load_adapted_pipeline(config.teacher.source, run.output_dir / "teacher", vae=config.teacher.vae)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        old, own = shapes.prompt_list(), config.method.student_prompts
+        with atomic_folder(source) as partial:
+            pipeline.save_pretrained(partial)
+            lines = [*old, *(own[i % len(own)] for i in range(len(old)))]
+            (partial / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scale = config.method.teacher_guidance_scale
+    run = distill(FLOW_MAP, [
+        f"seed={case.seed}", f"output_dir={folder}", f"teacher.source={source}",
+        f"teacher.prompts={source / 'prompts.txt'}", f"method.guidance_min={scale}", f"method.guidance_max={scale}",
+        "train.sample_every=0", "evaluation.at_end=false",
+    ])  # fmt: skip
+    if not run.completed:
+        raise UserError(f"{run.output_dir} was stopped at step {run.steps}; the same command goes on")
+    student = load_student(folder)
+    student.codec = load_teacher(config.teacher, prompts=None).codec
+
+    def sampler(steps: int) -> Sampler:
+        return lambda prompts, seed: student.generate(prompts=prompts, seed=seed, steps=steps)
+
+    return {f"{name}: one call": sampler(1), f"{name}: four calls": sampler(4)}
+
+
+# About three times more and three times less than the configuration has: 1, 1 and 0.1 of the three terms of the
+# alignment, and 0.03 of each discriminator.
+WEIGHTS = {
+    "alignment_less": ("alignment 0.3", ["method.latent_weight=0.3", "method.identity_weight=0.3",
+                                         "method.texture_weight=0.03"]),
+    "alignment_more": ("alignment 3", ["method.latent_weight=3", "method.identity_weight=3",
+                                       "method.texture_weight=0.3"]),
+    "texture_less": ("texture 0.03", ["method.texture_weight=0.03"]),
+    "texture_more": ("texture 0.3", ["method.texture_weight=0.3"]),
+    "adversarial_less": ("discriminators 0.01", ["method.adversarial_weight=0.01"]),
+    "adversarial_more": ("discriminators 0.1", ["method.adversarial_weight=0.1"]),
+}  # fmt: skip
 MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
     "ceiling": ceiling,
     "before": before,
@@ -376,7 +432,10 @@ MODELS: dict[str, Callable[[Case], dict[str, Sampler]]] = {
         NO_ECHO, 'method.discriminators=["flowdistill.features.shapes_networks:load_shapes_classifier"]']),
     "second_discriminator": lambda case: echodistill(case, "random network's discriminator alone", [
         NO_ECHO, "method.discriminators=[small]"]),
+    "several_calls": partial(of_several_calls, name="flow map of its teacher"),
+    **{key: partial(echodistill, name=name, changes=[NO_ECHO, *changes]) for key, (name, changes) in WEIGHTS.items()},
 }  # fmt: skip
+SEVERAL = "several_calls"
 MAIN = tuple(MODELS)[:8]
 BASELINES = (*MAIN, "lora_last")  # what the first tables have, where it was made
 SHOWN = ("drawn, through the autoencoder", "student before", "textual inversion on the student",
@@ -387,21 +446,32 @@ SHOWN = ("drawn, through the autoencoder", "student before", "textual inversion 
 def tables(lines: Sequence[Line]) -> dict[str, str]:
     """Markdown by its name, of those for which there are lines, the strict judge's first.
 
-    The ablation's lines are beside the whole method in the same cases.
+    Those of the ablation, of other weights and of several calls are beside the whole method in the same cases.
     """
     main = [line for line in lines if line["key"] in BASELINES]
-    ablation = [line for line in lines if line["key"] not in BASELINES]
-    cases = {(line["concept"], line["seed"]) for line in ablation}
-    whole = [line for line in main if line["model"] == PLAIN and (line["concept"], line["seed"]) in cases]
+    ablation = beside_whole(lines, [key for key in MODELS if key not in (*BASELINES, *WEIGHTS, SEVERAL)])
+    weights, several = beside_whole(lines, WEIGHTS), beside_whole(lines, [SEVERAL])
     texts = {
         "echodistill_strict": strict_table(main),
         "echodistill_pairs": pairs_table(main),
         "echodistill_filter": filter_table(main),
         "echodistill": table(main),
-        "echodistill_ablation_strict": strict_table(whole + ablation) if ablation else "",
-        "echodistill_ablation": table(whole + ablation) if ablation else "",
+        "echodistill_ablation_strict": strict_table(ablation),
+        "echodistill_ablation": table(ablation),
+        "echodistill_weights_strict": strict_table(weights),
+        "echodistill_weights": table(weights),
+        "echodistill_calls_strict": strict_table(several),
+        "echodistill_calls": table(several),
     }
     return {name: text for name, text in texts.items() if text}
+
+
+def beside_whole(lines: Sequence[Line], keys: Collection[str]) -> list[Line]:
+    """The lines of these keys, after those of the whole method without the echo stage in the same cases."""
+    mine = [line for line in lines if line["key"] in keys]
+    cases = {(line["concept"], line["seed"]) for line in mine}
+    whole = [line for line in lines if line["model"] == PLAIN and (line["concept"], line["seed"]) in cases]
+    return whole + mine
 
 
 def mean_and_range(values: Sequence[float | None], form: str) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from flowdistill.config import load_config, save_config
 from flowdistill.data import shapes
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, held_out_prompts
 from flowdistill.features.shapes_networks import load_shapes_classifier
+from flowdistill.teachers import load_teacher
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.run import Run, check_folder
 from flowdistill.utils.errors import UserError
@@ -41,6 +43,21 @@ def test_every_case_is_a_valid_configuration(script, concept, monkeypatch):
     assert Path(method.instance_data_dir).is_dir()
     assert all(word in prompt for prompt in [*method.validation_prompts, *method.student_prompts])
     assert len(method.student_prompts) == 1 + len(shapes.BACKGROUNDS)
+
+
+def test_other_weights_are_those_of_the_configuration_with_changes(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = load_config(script.CONFIG).method
+    for key, (name, changes) in script.WEIGHTS.items():
+        changed = load_config(script.CONFIG, changes).method
+        factors = {field: getattr(changed, field) / getattr(known, field) for field in (
+            "latent_weight", "identity_weight", "texture_weight", "adversarial_weight")}
+        term = "adversarial" if key.startswith("adversarial") else key.split("_")[0]
+        moved = {"alignment": ("latent_weight", "identity_weight", "texture_weight")}.get(term, (f"{term}_weight",))
+        for field, factor in factors.items():
+            more = key.endswith("more")
+            assert factor == pytest.approx(1.0 if field not in moved else 3.0 if more else 0.3, rel=0.2)
+        assert name.endswith(f" {getattr(changed, moved[0]):g}")
 
 
 def test_the_figures_know_the_concept_its_place_and_old_prompts(script):
@@ -177,6 +194,11 @@ def test_the_tables_have_their_own_lines_the_strict_ones_first(script, tmp_path,
     beside = [row.split(" | ")[:2] for row in texts["echodistill_ablation"].splitlines()[2:]]
     assert beside == [[f"| {script.PLAIN}", "1"], ["| no prior", "1"]]  # the case of the ablation alone
     assert len(texts["echodistill_ablation_strict"].splitlines()) == 4
+    lines.append(line_of(script, script.WEIGHTS["texture_more"][0], "texture_more", seed=0))
+    texts = script.tables(lines)  # other weights have a table of their own
+    beside = [row.split(" | ")[:2] for row in texts["echodistill_weights"].splitlines()[2:]]
+    assert beside == [[f"| {script.PLAIN}", "1"], ["| texture 0.3", "1"]]
+    assert len(texts["echodistill_ablation"].splitlines()) == len(texts["echodistill_weights_strict"].splitlines()) == 4
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"model": "cut sho')
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in texts))
@@ -309,6 +331,31 @@ def test_a_run_that_a_signal_stopped_is_not_measured(script, tmp_path, monkeypat
     monkeypatch.setattr(script, "distill", lambda *_: Run(tmp_path, 5, completed=False, interrupted=15))
     with pytest.raises(UserError, match="was stopped at step 5; the same command goes on"):
         script.MODELS["no_echo"](script.Case("ring-circle", 0, tmp_path, []))
+
+
+def test_a_flow_map_of_the_personalised_teacher(script, tmp_path, monkeypatch):
+    """Its teacher has the LoRA in its weights and knows the word; the one student makes one call or four."""
+    monkeypatch.chdir(ROOT)
+    distill = script.distill
+    monkeypatch.setattr(script, "distill", lambda config, overrides: distill(
+        config, [*overrides, "train.steps=1", "train.batch_size=2"]))
+    case = script.Case("ring-circle", 0, tmp_path, [])
+    samplers = script.of_several_calls(case, "map")
+    folder = case.run_folder(script.PLAIN) / "teacher"
+    source = load_config(script.CONFIG).teacher.source
+    adapted = load_teacher(script.load_adapted_pipeline(source, folder))
+    fused = load_teacher(str(tmp_path / "ring-circle-0-map-of"))
+    noise, t = torch.randn(1, *fused.shape, generator=torch.Generator().manual_seed(0)), torch.full((1,), 0.7)
+    prompt = ["a <new1> circle on a cyan background"]
+    one, same = (teacher.velocity(noise, t, teacher.encode(prompts=prompt)) for teacher in (fused, adapted))
+    torch.testing.assert_close(one, same, atol=1e-5, rtol=1e-4)
+    before = load_file(ROOT / source / "unet/diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / "ring-circle-0-map-of/unet/diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(value, after[key]) for key, value in before.items())
+    images = {name: sample(prompt, 0) for name, sample in samplers.items()}
+    assert list(images) == ["map: one call", "map: four calls"]
+    assert not torch.equal(*images.values())
 
 
 def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
