@@ -8,11 +8,13 @@ is asked for, with one thread and an environment that knows of no launcher. ``la
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -185,9 +187,18 @@ def ranks(world: int, target: Target, *arguments: Any, env: Mapping[str, str] | 
             assert ready, f"{len(running)} of {world} processes still ran after {TIMEOUT:g} seconds"
             for child in [child for child in running if child.returncode is not None]:
                 running.remove(child)
-                assert child.returncode == 0, child.errors
+            # Of all, for those that wait for one that failed say only that it has gone.
+            assert all(child.returncode in (None, 0) for child in children), "; ".join(
+                f"process {rank} {_ending(child.returncode)}" for rank, child in enumerate(children)
+            ) + "".join(f"\nerrors of process {rank}:\n{child.errors}" for rank, child in enumerate(children))
         return ["".join(line for line in child.output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
                 for child in children]  # without what torch 2.8 writes there of its connections
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "still runs"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def launched(*command: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
@@ -208,6 +219,7 @@ def _begin(
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    faulthandler.enable()  # where a signal ends it
     gc.freeze()  # what the server has imported is shared: looking through it for garbage would copy it
     # As in a process of its own. tqdm's lock would else be a file, which a process that is killed does not remove.
     multiprocessing.set_start_method("fork", force=True)

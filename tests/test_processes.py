@@ -82,6 +82,12 @@ def wait_or_fail() -> None:
     time.sleep(600)
 
 
+def wait_or_crash() -> None:
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(600)
+
+
 def test_processes_are_ended():
     with Child(wait_or_fail) as child:
         assert child.line("he") == "here" and child.poll() is None
@@ -92,7 +98,11 @@ def test_processes_are_ended():
     assert child.returncode == -signal.SIGKILL  # by leaving
     with pytest.raises(AssertionError, match="still ran after 0.01 seconds"), Child(wait_or_fail) as child:
         child.wait(0.01)
-    with pytest.raises(AssertionError, match="rank 1 is no good"):
+    with pytest.raises(AssertionError, match="rank 1 is no good") as failed:
         ranks(2, wait_or_fail)
+    assert str(failed.value).startswith("process 0 still runs; process 1 ended with exit code 1\n")
+    with pytest.raises(AssertionError, match="in wait_or_crash") as failed:
+        ranks(2, wait_or_crash)
+    assert str(failed.value).startswith("process 0 still runs; process 1 was ended by SIGSEGV\n")
     with pytest.raises(AssertionError, match="no line begins with 'there'"), Child("platform") as child:
         child.line("there")
