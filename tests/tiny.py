@@ -60,9 +60,12 @@ def built_once(seed: int | None = None) -> Callable[[Callable[P, M]], Callable[P
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[None]:
-    """Other weights in a safetensors file, for a while."""
+    """Other weights in a safetensors file, or a line more in one of text, for a while."""
     kept = file.read_bytes()
-    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    if file.suffix == ".safetensors":
+        save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(kept + b"\nanother")
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from flowdistill.conditioning.prompts import BankSettings, PromptConditions
 from flowdistill.conditioning.text_encoders import INDEX, TextEncoders, is_text
 from flowdistill.config import TeacherConfig, check_texts
 from flowdistill.config.schema import QUANTIZED
-from flowdistill.data.captions import read_prompts_or_captions
+from flowdistill.data.captions import has_captions, read_prompts_or_captions
 from flowdistill.networks.attention import choose_attention
 from flowdistill.networks.backbones import Backbone, BackboneFamily, family_of
 from flowdistill.networks.lora import merged
@@ -180,8 +180,8 @@ def load_teacher(
 
 
 def teacher_files(config: TeacherConfig) -> NamedFiles:
-    """The files that :func:`load_teacher` reads for a ``teacher`` section, by the setting that names them; what is on
-    the hub only is fetched.
+    """The files that make the teacher of a ``teacher`` section, by the setting that names them; what is on the hub only
+    is fetched. Its prompts are not among them (:func:`prompt_files`).
 
     Raises:
         UserError: something is not there.
@@ -189,6 +189,15 @@ def teacher_files(config: TeacherConfig) -> NamedFiles:
     folder = pipeline_folder(config.source, config.variant)
     lora = None if config.lora is None else find_lora(config.lora)
     return _files(config, folder, lora, None if config.vae is None else find_autoencoder(config.vae, config.variant))
+
+
+def prompt_files(config: TeacherConfig) -> NamedFiles:
+    """The file of prompts that a ``teacher`` section names, where there is one; no pictures with captions, which may be
+    very many."""
+    if config.prompts is None or has_captions(config.prompts):
+        return {}
+    file = find_path(config.prompts)
+    return {"teacher.prompts": {file.name: file}} if file.is_file() else {}
 
 
 def _files(config: TeacherConfig, folder: Path, lora: Path | None, vae: Found | None) -> NamedFiles:

@@ -1,7 +1,8 @@
-"""The files of weights that a run's settings name: recorded by hash when it is trained, and compared later.
+"""The files that a run's settings name: recorded by hash when it is trained, and compared later.
 
-A path or a hub id in a configuration says where weights are and not which: a folder may hold others later. What a run
-was trained with stands in the run folder, setting by setting; runs of versions without it are taken as they are.
+A path or a hub id in a configuration says where weights are and not which: a folder may hold others later, and a file
+other prompts. What a run was trained with stands in the run folder, setting by setting; runs of versions without it are
+taken as they are.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ def check_weights(folder: Path, find: Callable[[], NamedFiles], remedy: str) -> 
     known, named = _read(record), find()
     here = hashes({setting: files for setting, files in named.items() if setting in known})
     for setting, files in here.items():
-        for name, digest in known[setting].items():
-            if files.get(name) != digest:
-                what = "is no longer there or read" if name not in files else "has changed since"
+        for name in {**known[setting], **files}:
+            if files.get(name) != known[setting].get(name):
+                what = ("is no longer there or read" if name not in files else
+                        "was not there or read then" if name not in known[setting] else "has changed since")
                 place = named[setting].get(name, name)
-                raise UserError(f"{record.parent} was trained with other weights than there are now: {place}, of "
+                raise UserError(f"{record.parent} was trained with other files than there are now: {place}, of "
                                 f"{setting}, {what}; put back what was there, {remedy}")
 
 

@@ -39,7 +39,7 @@ from flowdistill.export.pipelines import check_exportable
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.students import Student, describe, is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
-from flowdistill.teachers.loading import teacher_files
+from flowdistill.teachers.loading import prompt_files, teacher_files
 from flowdistill.teachers.weight_files import FILE as WEIGHTS
 from flowdistill.teachers.weight_files import NamedFiles, check_weights, record_weights
 from flowdistill.training.callbacks import METRICS, tracker_names
@@ -153,7 +153,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
         warnings.warn(problem, stacklevel=2)
 
     settings = config.teacher
-    check_begun_with(folder, partial(teacher_files, settings))
+    check_begun_with(folder, lambda: {**teacher_files(settings), **prompt_files(settings)})
     teacher = load_teacher(settings, device=accelerator.device, prepare=partial(prepare_prompts, accelerator))
     if teacher.prompts is not None and settings.prompts is None:
         raise UserError(f"the teacher {settings.source} takes prompts; set teacher.prompts to a file with one a line")
@@ -177,7 +177,7 @@ def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEv
     before = trainer.step
     # The first that is written. Nothing is refused any more: that the files can be written has been looked at.
     processes.on_main(lambda: write_config(folder, config))
-    keep_weights(folder, lambda: {**teacher.files(), **method.files()})
+    keep_weights(folder, lambda: {**teacher.files(), **prompt_files(settings), **method.files()})
     if not trainer.completed:
         processes.on_main(lambda: withdraw_results(folder))
         processes.on_main(lambda: record_start(folder, before))
@@ -414,14 +414,14 @@ def check_files(folder: Path, names: Iterable[str | Path] = FILES) -> None:
             with disk_errors(str(file)), open(file, "a+b"):
                 pass
 def check_begun_with(folder: Path, files: Callable[[], NamedFiles]) -> None:
-    """UserError where the run in a folder has begun with other weights than the settings name now; all processes call
+    """UserError where the run in a folder has begun with other files than the settings name now; all processes call
     this together."""
     remedy = "or choose another output_dir"
     Processes.current().on_main(lambda: check_weights(folder, files, remedy) if has_begun(folder) else None)
 
 
 def keep_weights(folder: Path, files: Callable[[], NamedFiles]) -> None:
-    """Record the weights that a run begins with, or, of one of an older version, goes on with; all processes call this
+    """Record the files that a run begins with, or, of one of an older version, goes on with; all processes call this
     together."""
     def record() -> None:
         if not (folder / WEIGHTS).is_file() or not has_begun(folder):

@@ -64,6 +64,7 @@ REPLACED = {
     "teacher.vae": f"new/{MODEL}",
     "teacher.lora": "lora/pytorch_lora_weights.safetensors",
     "teacher.start": "start/model.safetensors",
+    "teacher.prompts": "prompts.txt",
 }
 
 
@@ -82,13 +83,19 @@ def test_whatever_a_run_names_is_noticed_where_it_is_used_again(
     assert "text_encoder/model.safetensors" in record["teacher.source"]
     for setting, name in REPLACED.items():
         with replaced(Path(name)):
-            # What students start as says nothing about the teacher.
-            uses = [resumed(file), *([] if setting == "teacher.start" else map(evaluated, ("run", "run/student")))]
+            # What students start as says nothing about the teacher, and other prompts do not make another one.
+            uses = [resumed(file)]
+            if setting not in ("teacher.start", "teacher.prompts"):
+                uses += map(evaluated, ("run", "run/student"))
             for use in uses:
-                with pytest.raises(UserError, match=f"^run was trained with other weights than there are now: .*{name},"
+                with pytest.raises(UserError, match=f"^run was trained with other files than there are now: .*{name},"
                                                     f" of {setting}, has changed since; put back what was there, or"):
                     use()
             assert _open("run", CPU, with_teacher=False).student is not None  # which has all that it needs itself
+    Path("prompts.txt").rename("gone.txt")
+    with pytest.raises(UserError, match="the prompts file prompts.txt does not exist"):
+        resumed(file)()
+    Path("gone.txt").rename("prompts.txt")
     with replaced(Path(REPLACED["teacher.vae"])):
         Path("run/weights.json").unlink()  # as a run of an older version
         evaluated("run")()
@@ -105,7 +112,7 @@ def test_the_commands_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
             capsys.readouterr()
             assert main(command) == 2
             assert capsys.readouterr().err.startswith(
-                f"flowdistill: error: run was trained with other weights than there are now: base/unet/{MODEL}, of te")
+                f"flowdistill: error: run was trained with other files than there are now: base/unet/{MODEL}, of te")
         assert main(["sample", "run", "--out", "a.png"]) == 0
     assert main(["distill", "a.yaml", "train.steps=2"]) == 0
 
@@ -148,8 +155,9 @@ def test_what_is_gone_and_what_was_never_recorded(tmp_path: Path) -> None:
     check_weights(tmp_path, None, "or not")
     assert not (tmp_path / "weights.json").exists()
     record_weights(tmp_path, {"teacher.lora": {"a": file}})
-    more = {"teacher.lora": {"a": other, "b": file}, "method.new": {"c": file}}
-    check_weights(tmp_path / "student", lambda: more, "or not")
+    check_weights(tmp_path / "student", lambda: {"teacher.lora": {"a": other}, "method.new": {"c": file}}, "or not")
+    with pytest.raises(UserError, match=r"b\.safetensors, of teacher\.lora, was not there or read then; put back"):
+        check_weights(tmp_path, lambda: {"teacher.lora": {"a": file, "b": other}}, "or not")
     with pytest.raises(UserError, match=r": a, of teacher\.lora, is no longer there or read; put back"):
         check_weights(tmp_path, lambda: {"teacher.lora": {"b": file}}, "or not")
     (tmp_path / "weights.json").write_text('{"teacher.lora": 1}')

@@ -30,6 +30,13 @@ class ConceptImages(NamedTuple):
     captions: list[str]
 
 
+def concept_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Name -> file of what :func:`load_concept_images` and :func:`load_concept_masks` read of a folder."""
+    folder = local_path(folder)
+    found = {file.name: file for file in find_pictures(folder, recursive=False).pictures}
+    return found | ({CAPTIONS: folder / CAPTIONS} if (folder / CAPTIONS).is_file() else {})
+
+
 def load_concept_images(folder: str | os.PathLike[str], size: int | tuple[int, int], caption: str) -> ConceptImages:
     """All pictures of a folder in the order of their names: turned upright, in RGB, cut to ``size`` and shrunk.
 

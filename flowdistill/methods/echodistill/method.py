@@ -29,6 +29,7 @@ from flowdistill.methods.echodistill.adaptation import adapted
 from flowdistill.methods.echodistill.alignment import AlignmentTerms
 from flowdistill.methods.echodistill.compatibility import check_pair
 from flowdistill.methods.echodistill.concept import Concept, KeptPrompts
+from flowdistill.methods.echodistill.concept_images import concept_files
 from flowdistill.methods.echodistill.echo import EchoStage
 from flowdistill.methods.echodistill.judge import Judge
 from flowdistill.methods.echodistill.networks import ConceptTeacher, DiscriminatorHeads
@@ -284,6 +285,7 @@ class EchoDistill(Method):
             networks["method.echo.identity"] = [config.echo.identity]
         found = {setting: {f"{number} {file}": path for number, name in enumerate(names)
                            for file, path in vision_files(name).items()} for setting, names in networks.items()}
+        found["method.instance_data_dir"] = concept_files(config.instance_data_dir)
         return {"method.student": student} | {setting: files for setting, files in found.items() if files}
 
     def student(self, network: nn.Module | None = None) -> ConceptStudent:

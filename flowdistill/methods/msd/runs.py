@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from flowdistill.methods.msd.student import write_manifest
 from flowdistill.methods.teacher_score_matching import TeacherScoreMatching
 from flowdistill.students import is_student_folder, load_student
 from flowdistill.teachers import Teacher, load_teacher
-from flowdistill.teachers.loading import teacher_files
+from flowdistill.teachers.loading import prompt_files, teacher_files
 from flowdistill.teachers.weight_files import FILE as WEIGHTS
+from flowdistill.teachers.weight_files import NamedFiles
 from flowdistill.training.callbacks import save_samples
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.folder_lock import alone_in, in_turn, is_in_use
@@ -98,7 +98,10 @@ def _distill_in_turn(
     begun = processes.on_main(lambda: has_begun(folder) or any(map(is_in_use, [folder, *_folders_of_jobs(folder)])))
     same_evaluation = processes.on_main(lambda: check_folder(folder, config, begun))
     processes.on_main(lambda: check_files(folder, FILES))
-    files = partial(teacher_files, config.teacher)
+
+    def files() -> NamedFiles:
+        return {**teacher_files(config.teacher), **prompt_files(config.teacher)}
+
     check_begun_with(folder, files)
     partition = processes.on_main(lambda: _partition(config, folder, accelerator.device, begun))
     start, runs = score_matching_run(config), [student_runs(config, partition, k) for k in range(partition.count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,34 @@ def test_a_student_whose_base_has_other_weights_says_so(
 ) -> None:
     """It is changes to them, and its run is not resumed with them either."""
     monkeypatch.chdir(finished[0])
-    found = f"^run was trained with other weights than there are now: .*{name}/.*, of {setting}, has changed since; "
+    found = f"^run was trained with other files than there are now: .*{name}/.*, of {setting}, has changed since; "
     with replaced(Path(name) / "diffusion_pytorch_model.safetensors"):
         for use in (partial(load_student, "run"), partial(distill, "echo.yaml", ["train.steps=2"])):
             with pytest.raises(UserError, match=found):
                 use()
     assert load_student("run").kind == "generator"
+
+
+@pytest.mark.parametrize("change, what", [
+    (lambda folder: (folder / "0.png").rename(folder / "9.png"), "0.png, of .*, is no longer there or read"),
+    (lambda folder: shutil.copy(folder / "0.png", folder / "9.png"),
+     "pictures/9.png, of .*, was not there or read then"),
+    (lambda folder: shutil.copy(folder / "0.png", folder / "1.png"), "pictures/1.png, of .*, has changed since"),
+    (lambda folder: (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a <new1> cat"}'),
+     "pictures/metadata.jsonl, of .*, was not there or read then"),
+])
+def test_a_run_does_not_go_on_with_other_pictures(
+    finished: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], what: str
+) -> None:
+    monkeypatch.chdir(finished[0])
+    shutil.copytree("pictures", "kept")
+    try:
+        change(Path("pictures"))
+        with pytest.raises(UserError, match=f"^run was trained with other files .*: {what}; put back what was there, "):
+            distill("echo.yaml", ["train.steps=2"])
+    finally:
+        shutil.rmtree("pictures")
+        Path("kept").rename("pictures")
 
 
 def test_networks_that_look_at_pictures_are_among_the_weights(
@@ -134,6 +157,7 @@ def test_networks_that_look_at_pictures_are_among_the_weights(
         "method.student": {},
         "method.identity": {f"0 {name}": folder / name for name in ("config.json", "model.safetensors")},
         "method.discriminators": {"1 c.bin": Path("b/c.bin")},
+        "method.instance_data_dir": {file.name: file for file in sorted((tmp_path / "pictures").iterdir())},
     }
 
 

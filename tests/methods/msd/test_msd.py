@@ -165,7 +165,7 @@ def test_another_teacher_in_the_place_of_the_first_trains_no_further_student(sou
     """Though the run of that student has not begun, nor the one of the first to be gone on with."""
     distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2, student_index=0))
     with replaced(Path(source) / "unet" / "diffusion_pytorch_model.safetensors"):
-        with pytest.raises(UserError, match=r"r was trained with other weights than there are now: .*teacher\.source"):
+        with pytest.raises(UserError, match=r"r was trained with other files than there are now: .*teacher\.source"):
             distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2, student_index=1))
     assert distill(msd(source, tmp_path / "r", {"steps": 1}, num_students=2)).completed
 
