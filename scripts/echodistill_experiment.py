@@ -43,6 +43,7 @@ from flowdistill.methods.echodistill.student import load_adapted_pipeline
 from flowdistill.students import generated, load_student
 from flowdistill.teachers import Teacher, load_teacher
 from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.teachers.weight_files import check_weights, record_weights
 from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.optimizer import apply_update, backward, learning_rate, set_rate
 from flowdistill.training.optimizers import make_optimizer
@@ -361,7 +362,7 @@ def of_several_calls(case: Case, name: str) -> dict[str, Sampler]:
     Half of its prompts are the concept's, the others all captions; the one student is asked for one call and for four.
 
     Raises:
-        UserError: a signal stopped one of the two runs.
+        UserError: a signal stopped one of the two runs, or the first has left another teacher since the flow map began.
     """
     run = distill(CONFIG, [*case.overrides(PLAIN), NO_ECHO])
     if not run.completed:
@@ -369,7 +370,11 @@ def of_several_calls(case: Case, name: str) -> dict[str, Sampler]:
     config = load_config(CONFIG, case.overrides(PLAIN))
     folder = case.run_folder(name)
     source = folder.with_name(f"{folder.name}-of")
-    if not source.exists():
+    weights = (run.output_dir / "teacher").glob("*.safetensors")
+    made_of = {"the personalised teacher": {file.name: file for file in weights}}
+    if source.exists():
+        check_weights(source, lambda: made_of, f"or remove {source} and {folder}")
+    else:
         pipeline = load_adapted_pipeline(config.teacher.source, run.output_dir / "teacher", vae=config.teacher.vae)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
@@ -378,6 +383,7 @@ def of_several_calls(case: Case, name: str) -> dict[str, Sampler]:
             pipeline.save_pretrained(partial)
             lines = [*old, *(own[i % len(own)] for i in range(len(old)))]
             (partial / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            record_weights(partial, made_of)
     scale = config.method.teacher_guidance_scale
     run = distill(FLOW_MAP, [
         f"seed={case.seed}", f"output_dir={folder}", f"teacher.source={source}",

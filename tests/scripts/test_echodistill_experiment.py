@@ -19,6 +19,7 @@ from flowdistill.training.checkpoint import checkpoints
 from flowdistill.training.run import Run, check_folder
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.images import save_images
+from tests.tiny import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -356,6 +357,9 @@ def test_a_flow_map_of_the_personalised_teacher(script, tmp_path, monkeypatch):
     images = {name: sample(prompt, 0) for name, sample in samplers.items()}
     assert list(images) == ["map: one call", "map: four calls"]
     assert not torch.equal(*images.values())
+    with (replaced(folder / "pytorch_lora_weights.safetensors"),
+          pytest.raises(UserError, match=r"map-of was .*pytorch_lora_weights\.safetensors, of the personalised")):
+        script.of_several_calls(case, "map")
 
 
 def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
