@@ -248,7 +248,10 @@ class Evaluator:
         # Nothing is added where these are not asked for: the keys of rows that are shipped or kept stay.
         facts += [sorted((scorer.identity() for scorer in self.scorers), key=str)] if self.scorers else []
         facts += [self.paired.identity()] if self.paired is not None else []
-        facts += [] if condition is None else ["KID that allows for prompts in even numbers"]
+        if condition is not None:
+            facts.append("KID that allows for prompts in even numbers, and is left out where one is alone")
+        elif num_classes is not None and self.num_images < 2 * num_classes:
+            facts.append("KID that is left out where a class has a single image")
         return json_sha256(facts)
 
     @cached_property

@@ -207,8 +207,20 @@ def test_the_kernel_distance_of_equal_mixtures_is_0_however_the_classes_are_draw
 def test_evenness_that_is_none():
     features = mixture(torch.arange(300) % 10, torch.Generator().manual_seed(0))
     numbers = torch.arange(300)
-    for labels in (0 * numbers, numbers % 10 - 1, numbers, (numbers % 20).clamp(max=9)):
+    for labels in (0 * numbers, numbers % 10 - 1, (numbers % 20).clamp(max=9)):
         assert evenness_term(features, labels) == 0
+
+
+def test_even_classes_of_a_single_image_have_no_kernel_distance():
+    """Without the term it would be far below 0, as that of copies is."""
+    reference = mixture(torch.arange(300) % 10, torch.Generator().manual_seed(0))
+    for count in (20, 19, 10, 7):
+        labels = torch.arange(count) % 10
+        features = mixture(labels, torch.Generator().manual_seed(1))
+        term = evenness_term(features, labels)
+        assert (term is None) == (count < 20)
+        assert copies_distance(features, labels) is None if count < 20 else term > 0
+    assert kernel_distance(features, reference) < -1  # of 7
 
 
 def test_copies_have_a_distance_below_0_by_the_pairs_that_a_set_has_not():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowdistill.evaluation.confidence import mean_std
 from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
 from flowdistill.evaluation.reference import Reference
+from flowdistill.utils.errors import listed
 from flowdistill.utils.randomness import seed_torch
 from flowdistill.utils.text import JsonObject
 
@@ -33,7 +34,7 @@ class Kernel(Metric):
     """Squared maximum mean discrepancy with a cubic kernel; lower is better, and below 0 by chance or by copying."""
 
     name = "kernel"
-    figures = ("kid", "kid_std")
+    figures = ("kid", "kid_std", "kid_evenness")
     columns = (Column("kid", "KID x 1000", scale=1000.0, spread="kid_std"),)
     better = {"kid": "lower"}
     position = 20
@@ -58,8 +59,11 @@ class Kernel(Metric):
         own = 0.0 if classes is None else evenness_term(collected.features, classes, collected.indices)
         known = _even_by_design(reference)
         theirs = 0.0 if known is None else evenness_term(reference.features, known)
+        if own is None or theirs is None:
+            return {}
         std = _std(collected.features, reference.features, collected.moments.count, images.kept_classes)
-        return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std)}
+        return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std),
+                "kid_evenness": None if classes is None else own}
 
     def protocol(self, reference: Reference) -> JsonObject:
         copies = None
@@ -73,11 +77,21 @@ class Kernel(Metric):
 
     @classmethod
     def remarks(cls, rows: Sequence[Row], protocol: JsonObject) -> list[str]:
+        name = cls.shown(protocol)[0].title
+        said = []
+        if any(row.kid is None and row.fid is not None for row in rows):
+            said.append(f"no {name} where classes come in even numbers and one of them has a single image: measure "
+                        "more images")
+        # Pictures in a folder, beside rows for whose classes it was allowed. Rows of older versions do not say it.
+        unknown = [row.model for row in rows if row.kid is not None and row.kid_evenness is None and row.calls is None]
+        if unknown and any(row.kid_evenness for row in rows):
+            said.append(f"{name} of {listed(dict.fromkeys(unknown))}: what each image was asked to be is not known, so "
+                        "even numbers of classes are not allowed for; do not compare it with the other rows")
         copies = protocol.get("kid_of_copies")
-        if copies is None or not any(row.kid is not None and row.kid < 0 for row in rows):
-            return []
-        return [f"KID x 1000 of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
-                "below 0 are a sign of copying"]
+        if copies is not None and any(row.kid is not None and row.kid < 0 for row in rows):
+            said.append(f"{name} of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
+                        "below 0 are a sign of copying")
+        return said
 
 
 def _pairs(groups: Tensor | None) -> bool:
@@ -155,7 +169,7 @@ def _kernel(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours @ theirs.T / ours.shape[1] + 1).pow(3)
 
 
-def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) -> float:
+def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) -> float | None:
     """What an unbiased squared MMD lacks where a set of N images has its classes in even numbers by design.
 
     Of independent draws, two images are of the classes c and c' with probability p_c p_c'. Where p_c N images of each
@@ -168,14 +182,15 @@ def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) 
         labels: (N,) of the whole set.
 
     Returns:
-        The term; 0 for a single class, for labels below 0 (unknown), for numbers as uneven as independent draws have
-        (the chi-squared test of a uniform distribution), and where no class has two images.
+        The term; 0 for a single class, for labels below 0 (unknown), and for numbers as uneven as independent draws
+        have (the chi-squared test of a uniform distribution); None where the numbers are even and a class has a single
+        image, so that W is not known.
     """
     counts = labels.unique(return_counts=True)[1].double()
-    if labels.min() < 0 or len(counts) < 2 or counts.min() < 2 or not _even(counts):
+    if labels.min() < 0 or len(counts) < 2 or not _even(counts):
         return 0.0
-    within = _within(features, labels if rows is None else labels[rows])
-    return 0.0 if within is None else (within - _mean_kernel(features)) / len(labels)
+    within = None if counts.min() < 2 else _within(features, labels if rows is None else labels[rows])
+    return None if within is None else (within - _mean_kernel(features)) / len(labels)
 
 
 def copies_distance(features: Tensor, labels: Tensor | None = None) -> float | None:
@@ -187,12 +202,15 @@ def copies_distance(features: Tensor, labels: Tensor | None = None) -> float | N
 
     Args:
         features, labels: (M, D) and (M,) of the reference.
+
+    Returns:
+        The distance; None of fewer than two images, and where there is no evenness term.
     """
     if len(features) < 2:
         return None
     alone = (features.double().square().sum(1) / features.shape[1] + 1).pow(3).mean().item()
     term = 0.0 if labels is None else evenness_term(features, labels)
-    return term - (alone - _mean_kernel(features)) / len(features)
+    return None if term is None else term - (alone - _mean_kernel(features)) / len(features)
 
 
 def _even(counts: Tensor) -> bool:
