@@ -612,7 +612,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print what is there and make nothing")
     add, path = parser.add_argument, local_path
     add("--write-docs", type=path, metavar="PAGE", help="put the tables between their markers in PAGE")
-    add("--picture", type=path, metavar="PNG", help="the models' pictures for the first of --seeds")
+    add("--picture", type=path, metavar="PNG", help="the models' pictures for the first of --seeds; of --models, where "
+                                                    "they are given")
     args = parser.parse_args(arguments)
     try:
         for file in [*([] if args.table else [args.out / RESULTS]), *([args.picture] if args.picture else [])]:
@@ -620,11 +621,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(args)
         if args.picture:
             folders = {concept: args.out / "pictures" / f"{concept}-{args.seeds[0]}" for concept in args.concepts}
-            picture(folders, SHOWN, args.picture)
+            picture(folders, shown(args), args.picture)
     except UserError as error:
         print(f"echodistill_experiment: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def shown(args: argparse.Namespace) -> Sequence[str]:
+    """Which rows the picture has: ``SHOWN``, or what ``--models`` have been measured as."""
+    if args.models is MAIN:
+        return SHOWN
+    lines = read_measured(args.out / RESULTS)
+    return list(dict.fromkeys(line["model"] for key in args.models for line in lines if line["key"] == key))
 
 
 def read_measured(file: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The experiment that compares EchoDistill with simpler ways: its settings and its table."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -372,6 +373,14 @@ def test_a_row_of_pictures_shows_every_held_out_place(script, tmp_path):
     script.show(paint, "<new1> star", tmp_path / "row.png")
     assert asked[:2] == ["a <new1> star"] * 2 and asked[2:] == [text for text, _ in held_out_prompts("<new1> star")]
     assert (tmp_path / "row.png").is_file()
+
+
+def test_the_picture_has_the_rows_of_models_that_are_asked_for(script, tmp_path):
+    lines = [{"settings": [], "concept": "ring-circle", "seed": 0, "key": key, "model": model}
+             for key, model in (("b", "2"), ("a", "1"), ("b", "3"), ("c", "4"), ("b", "2"))]
+    (tmp_path / script.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert script.shown(argparse.Namespace(models=["a", "b"], out=tmp_path)) == ["1", "2", "3"]
+    assert script.shown(argparse.Namespace(models=script.MAIN, out=tmp_path)) == script.SHOWN
 
 
 def test_the_picture_has_the_references_and_a_named_row_a_model(script, tmp_path):
