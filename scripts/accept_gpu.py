@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What only a GPU proves, in parts of less than two minutes each, without a download; from a clone.
+"""What only a GPU proves, in parts of a few minutes at most, without a download; from a clone.
 
     python scripts/accept_gpu.py                                   all parts on the first CUDA device
     python scripts/accept_gpu.py --parts families-fp16,no-waits    these

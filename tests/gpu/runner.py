@@ -21,7 +21,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, disk_errors, local_path
 from tests.gpu.bench import Bench, NotHere, Part, machine
 
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds that a part may take on a GPU, where it runs in a process of its own."""
 STATE, REPORT = "accept_gpu.json", "accept_gpu.md"
 
