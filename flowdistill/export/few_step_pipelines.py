@@ -168,7 +168,7 @@ def _card(written: Written, how: str, more: str = "") -> str:
         f"# A generator of {count} steps\n\n{origin(student)} {count} network calls an image; guidance scale "
         f"{written.guidance_scale} is part of the weights.{more}\n\n{how}\n"
         f"It is made for exactly these {count} steps: leave {kept} and the scheduler as they are. With other ones it "
-        "makes other images, without a word.\n\n"
+        "makes other images without a word, or ends in an error.\n\n"
         f"The scheduler is a `{found.kind.__name__}`.\n\n| step | t | timestep |\n|---|---|---|\n{rows}\n"
         f"The first state is {steps.start_scale:.6f} times unit noise on x_t = (1 - t) x_0 + t n. "
         f"{_between(found, steps)}\n{_about_fold(written)}"
