@@ -54,7 +54,7 @@ from flowdistill.training.optimizers import check_package, optimizers_by_key
 from flowdistill.training.precision import resolve_precision
 from flowdistill.training.stopping import KEY, Stopping
 from flowdistill.utils.devices import usable_device
-from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.errors import UserError, listed, shown
 from flowdistill.utils.files import check_writable, disk_errors, local_path
 from flowdistill.utils.logging import log_once, say
 from flowdistill.utils.processes import Processes
@@ -147,6 +147,7 @@ def distill_one(config: RunConfig, opened: OpenedEvaluation | None = None, enter
 def _distill_alone(config: RunConfig, accelerator: Accelerator, opened: OpenedEvaluation | None) -> Run:
     processes, folder = Processes.current(), local_path(config.output_dir)
     same_evaluation = processes.on_main(lambda: check_folder(folder, config))
+    processes.on_main(lambda: check_goes_on(folder))
     processes.on_main(lambda: check_files(folder))
     problem = method_class(config.method.name).check_length(config.method, config.train.steps)
     if problem is not None and accelerator.is_main_process:
@@ -399,6 +400,25 @@ def check_folder(folder: Path, config: RunConfig, begun: bool = False) -> bool:
     return same
 
 
+def check_goes_on(folder: Path) -> None:
+    """Refuse a run folder with what an earlier training came to and no checkpoint: it would be trained from the start,
+    and replaced.
+
+    A training that has not come so far as its first checkpoint has left none of these files.
+
+    Raises:
+        UserError: so.
+    """
+    if checkpoints(folder / "checkpoints"):
+        return
+    student = folder / "student"
+    found = ["student/"] if student.is_dir() and any(student.iterdir()) else []
+    found += [str(name) for name in (FINAL, REPORT) if (folder / name).is_file()]
+    if found:
+        raise UserError(f"{folder} has {listed(found)} of an earlier training and no checkpoint to go on from, and a "
+                        "training from the start would replace them; choose another output_dir, or remove the folder")
+
+
 def check_files(folder: Path, names: Iterable[str | Path] = FILES) -> None:
     """Refuse a folder in which a run could not write these files, before it writes any of them.
 
@@ -413,6 +433,8 @@ def check_files(folder: Path, names: Iterable[str | Path] = FILES) -> None:
         if file.name in ADDED_TO and file.exists():
             with disk_errors(str(file)), open(file, "a+b"):
                 pass
+
+
 def check_begun_with(folder: Path, files: Callable[[], NamedFiles]) -> None:
     """UserError where the run in a folder has begun with other files than the settings name now; all processes call
     this together."""

@@ -107,9 +107,33 @@ def test_a_run_folder_says_what_it_was_trained_with(tmp_path, measured, monkeypa
     assert line["step"] == 4 and datetime.fromisoformat(line["time"]).tzinfo is not None
     with open(tmp_path / "environment.jsonl", "a") as file:
         file.write('{"step": 9, "envi')  # cut short by a crash
-    for step in checkpoints(tmp_path / "checkpoints"):
-        shutil.rmtree(step[1])
+    for name in ("checkpoints", "student", "samples"):
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "report.json").unlink()
     assert trained("3.0", steps=2) == [(0, {"torch": "3.0"})]  # which is made anew
+
+
+def test_what_a_run_without_checkpoints_came_to_is_not_trained_over(tmp_path, measured, monkeypatch):
+    """They may be deleted when it is done; one that was killed before its first begins anew."""
+    folder = tmp_path / "run"
+    distill(make_config(folder))
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for settings in ({}, {"steps": 10}):
+        with pytest.raises(UserError, match=r"run has student/, samples/final.png, report.json of an earlier training "
+                                            r"and no checkpoint to go on from.*choose another output_dir, or remove"):
+            distill(make_config(folder, **settings))
+    (folder / "config.yaml").rename(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="has student/"):
+        distill(make_config(folder))
+    (tmp_path / "config.yaml").rename(folder / "config.yaml")
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("flowdistill.training.loop.write_checkpoint", lambda *given: 1 / 0)
+        distill(make_config(tmp_path / "killed"))
+    assert (tmp_path / "killed" / "metrics.jsonl").stat().st_size
+    assert distill(make_config(tmp_path / "killed")).completed
 
 
 def test_collecting_what_a_run_is_trained_with_takes_no_time():

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from flowdistill.training.run import (
     check_begun_with,
     check_files,
     check_folder,
+    check_goes_on,
     distill_one,
     has_begun,
     has_ended,
@@ -117,6 +119,13 @@ def _distill_in_turn(
     if start is not None and only is not None and only >= 0 and not complete(start):
         raise UserError(f"{start.output_dir}, the students' shared start, is not complete; train it first, with "
                         "method.student_index=-1")
+    # -1: the start only.
+    chosen = range(partition.count) if only is None else [] if only < 0 else [only]
+    plan = [] if start is None else [("the students' shared start", start)]
+    plan += [(f"student {k} of {partition.count}", run) for k in chosen for run in runs[k]]
+    for _, run in plan:
+        if not complete(run):
+            processes.on_main(partial(check_goes_on, local_path(run.output_dir)))
     opened = None
     measured = same_evaluation and processes.on_main((folder / REPORT).is_file)
     if not measured or not all([complete(run) for mine in runs for run in mine]):
@@ -124,10 +133,6 @@ def _distill_in_turn(
     processes.on_main(lambda: _write(config, folder, partition))
     keep_weights(folder, files)
     beginning.close()
-    # -1: the start only.
-    chosen = range(partition.count) if only is None else [] if only < 0 else [only]
-    plan = [] if start is None else [("the students' shared start", start)]
-    plan += [(f"student {k} of {partition.count}", run) for k in chosen for run in runs[k]]
     steps, trained = 0, False
     for name, run in plan:
         if complete(run):

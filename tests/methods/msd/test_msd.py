@@ -189,6 +189,18 @@ def test_it_goes_on_at_the_student_and_step_where_it_stopped(source, tmp_path, r
         assert same(weights(run / f"student-{part}"), weights(tmp_path / "r" / f"student-{part}"))
 
 
+def test_a_student_without_checkpoints_is_not_trained_again(source, run, tmp_path, monkeypatch):
+    """Nor are the others, and nothing is written."""
+    shutil.copytree(run, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "student-1" / "checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    monkeypatch.setattr(runs, "distill_one", lambda *given: pytest.fail("something was trained"))
+    for steps, index in ((3, None), (3, 1), (4, None)):
+        with pytest.raises(UserError, match="student-1 has student/, samples/final.png of an earlier training and no "):
+            distill(msd(source, tmp_path / "r", {"steps": steps}, num_students=3, student_index=index))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+
+
 def test_students_that_stop_early_are_complete(source, tmp_path, monkeypatch):
     """Each is measured and stopped by itself, and none is trained again by the next call; the shared start never is."""
     measured = []
