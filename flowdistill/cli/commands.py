@@ -333,14 +333,15 @@ def _export(args: argparse.Namespace) -> int:
     occupied = target.is_dir() and any(target.iterdir()) or target.exists() and not target.is_dir()
     if occupied and not args.overwrite:
         raise UserError(f"{target} exists and is not empty; choose a new folder or add --overwrite")
-    if occupied and not any((target / name).is_file() for name in ("model_index.json", "manifest.json")):
-        raise UserError(f"{target} is no pipeline folder (it has no model_index.json), so --overwrite leaves it alone")
     from flowdistill.export import export
     from flowdistill.export.card_data import add_export
+    from flowdistill.export.overwriting import check_overwritable
     from flowdistill.students import load_student
     from flowdistill.utils.files import check_writable
     from flowdistill.utils.text import read_json_object
 
+    if occupied:
+        check_overwritable(target, args.run_folder)
     check_writable(target / "model_index.json")
     student = load_student(args.run_folder)
     # Beside the target, so that an older pipeline stays until the new one is complete.
@@ -603,7 +604,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to fix (default: the student's own)")
     export.add_argument("--steps", metavar="N", type=at_least(1),
                         help="calls of the pipeline, of a flow map between any times (default: all that it has)")
-    export.add_argument("--overwrite", action="store_true", help="replace a pipeline that is already there")
+    export.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
 
     push = command(
         "push", _push, lambda args: args.folder, "upload an exported pipeline or a student to the Hugging Face hub",

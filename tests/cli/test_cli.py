@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import json
 import re
 import shlex
 import shutil
@@ -505,11 +506,43 @@ def test_export_refuses_and_overwrites(cli, run: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipeline"]
 
 
-def test_export_never_overwrites_what_is_no_pipeline(cli, run: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").touch()
+@pytest.mark.parametrize("kind", ["other", "pipeline", "several"])
+def test_export_never_overwrites_what_flowdistill_has_not_exported(cli, run: Path, tmp_path: Path, kind: str) -> None:
+    files = {"other": {"thesis.txt": ""},
+             "pipeline": {"model_index.json": "{}", "flowdistill.json": '{"num_classes": 10}'},  # as a teacher's
+             "several": {"manifest.json": '{"pipelines": [{"folder": "a"}]}', "a/model_index.json": "{}"}}[kind]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     result = cli("export", run, tmp_path, "--overwrite")
-    assert result.code == 2 and "no pipeline folder" in result.err
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"{tmp_path} is no pipeline that flowdistill has exported, so --overwrite leaves it alone" in result.err
+    for name, text in files.items():
+        assert (tmp_path / name).read_text() == text
+
+
+def test_export_never_overwrites_what_the_run_needs(cli, run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Neither what its settings name, though that may be an export as well, nor a folder with such or in such."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"started_in": str(tmp_path), "teacher": {"source": "made/teacher", "vae": str(tmp_path / "vae")},
+                "method": {"name": "bare", "student": "turbo", "deep": {"list": ["nets/one"]}}}
+    shutil.copytree(run, "mine/run")
+    Path("mine/run/config.yaml").write_text(json.dumps(settings))
+    Path("mine/run/weights.json").write_text('{"method.student": {}}')
+    needed = {"mine": "has in it the run folder", "mine/run/below": "lies in the run folder",
+              "made": "has in it the run's teacher.source", "made/teacher": "is the run's teacher.source",
+              "made/teacher/below": "lies in the run's teacher.source", "vae": "is the run's teacher.vae",
+              "turbo": "is the run's method.student", "nets/one": "is the run's method.deep.list"}
+    for name in (*needed, "bare"):
+        Path(name).mkdir(parents=True, exist_ok=True)
+        Path(name, "model_index.json").write_text("{}")
+        Path(name, "flowdistill.json").write_text('{"call": {}}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, words in needed.items():
+        result = cli("export", "mine/run", name, "--overwrite")
+        assert result.code == 2 and f"{name} {words}, " in result.err and result.err.count("\n") == 1, result
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli("export", "mine/run", "bare", "--overwrite").code == 0  # the name of a method is no folder's
 
 
 def test_a_failed_export_keeps_the_old_pipeline(cli, run: Path, tmp_path: Path) -> None:
