@@ -48,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from flowdistill.utils.errors import UserError
-    from flowdistill.utils.files import check_writable
+    from flowdistill.utils.text import check_json_place
 
     if options.json is not None:
         try:
-            check_writable(options.json)
+            check_json_place(options.json, ("options", "seconds", "table"), "a file of this benchmark")
         except UserError as error:
             parser.error(str(error))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -32,7 +32,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import check_writable, local_path
+from flowdistill.utils.files import local_path
+from flowdistill.utils.text import check_json_place
 
 STEP_TARGET, SAMPLING_TARGET = 1.10, 1.05
 SAMPLING_BATCH, SAMPLING_BATCHES = 64, 8
@@ -442,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rounds < 1:
             raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
         if options.json:
-            check_writable(options.json)
+            check_json_place(options.json, ("passes", "step_ratio", "rounds"), "a file of this benchmark")
         result = benchmark(load_config(options.config, options.overrides), options.rounds,
                            processor=options.processor_time)
     except UserError as error:

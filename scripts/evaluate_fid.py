@@ -89,8 +89,10 @@ def run(options: argparse.Namespace) -> Report | None:
     import torch
 
     from flowdistill.evaluation import Evaluator
+    from flowdistill.evaluation.reference import check_reference_place
+    from flowdistill.evaluation.report import check_report_place
     from flowdistill.utils.errors import UserError
-    from flowdistill.utils.files import check_writable, local_path
+    from flowdistill.utils.files import local_path
     from flowdistill.utils.processes import Processes
 
     num_images = 10_000 if options.num_images is None else options.num_images
@@ -100,8 +102,10 @@ def run(options: argparse.Namespace) -> Report | None:
         raise UserError("--features is not given: digits or shapes for images like the shipped sets, inception for "
             "natural images, or a TorchScript file")
     processes = Processes.start()
-    for target in filter(None, (options.json, options.save_reference)):
-        processes.on_main(lambda target=target: check_writable(target))
+    if options.json:
+        processes.on_main(lambda: check_report_place(options.json))
+    if options.save_reference:
+        processes.on_main(lambda: check_reference_place(options.save_reference))
     if options.device is None:
         # With several processes, "cuda" is the one that Processes.start has given to this process.
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -33,8 +33,8 @@ TOLERANCE = {"fid": 0.002, "kid": 0.001, "precision": 0.005, "recall": 0.005, "a
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; returns the exit code: 0, or 2 for input that cannot be used."""
     from flowdistill.utils.errors import UserError
-    from flowdistill.utils.files import atomic_write, check_writable
-    from flowdistill.utils.text import read_json_object
+    from flowdistill.utils.files import atomic_write
+    from flowdistill.utils.text import check_json_place, read_json_object
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=10_000, metavar="N", help="of each row (default: 10000)")
     options = parser.parse_args(arguments)
     try:
-        check_writable(options.out)
+        check_json_place(options.out, ("made_by", "rows"), "a file of this script")
         rows = [] if options.only is None else read_json_object(options.out)["rows"]
         for name in TEACHERS if options.only is None else [options.only]:
             rows = [row for row in rows if row["teacher"] != name] + measured(name, options.num_images)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, check_writable, local_path
+from flowdistill.utils.text import check_json_place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.closest < 1:
             raise UserError(f"--closest is {options.closest}; it must be at least 1")
-        for file in (options.picture, options.json):
-            if file is not None:
-                check_writable(file)
+        if options.picture is not None:
+            if options.picture.suffix.lower() != ".png":
+                raise UserError(f"--picture {options.picture} must be a .png file")
+            check_writable(options.picture)
+        if options.json is not None:
+            check_json_place(options.json, ("nearer", "very_near"), "a file of this script")
         look(options)
     except UserError as error:
         print(f"nearest_neighbours: error: {error}", file=sys.stderr)

@@ -225,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         check_writable(args.out)
+        if args.out.suffix.lower() != ".png":
+            raise UserError(f"--out {args.out} must be a .png file")
         if args.run:
             write_made(args.run)
         images, names, asked = pictures()

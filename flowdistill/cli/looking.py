@@ -40,11 +40,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def write_page(args: argparse.Namespace) -> int:
     """Write the page of the runs."""
-    from flowdistill.utils.files import check_writable, local_path
+    from flowdistill.utils.files import local_path
+    from flowdistill.utils.html import check_page_place
 
     if local_path(args.out).suffix.lower() not in (".html", ".htm"):  # a run's own file, for one, is not overwritten
         raise UserError(f"--out {args.out} must be a .html file")
-    check_writable(args.out)
+    check_page_place(args.out)
     from flowdistill.training.run_page import write_report
 
     write_report(args.run_folder, args.out)

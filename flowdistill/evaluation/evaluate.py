@@ -28,7 +28,7 @@ from flowdistill.evaluation.metrics.prompt_scores import PromptScores
 from flowdistill.evaluation.pictures import Strip, drawn_strip
 from flowdistill.evaluation.protocols import claim, followed
 from flowdistill.evaluation.reference import Reference
-from flowdistill.evaluation.report import Report, lines_of
+from flowdistill.evaluation.report import Report, check_report_place, lines_of
 from flowdistill.evaluation.teacher_reference import STEPS, TEACHER, teacher_reference
 from flowdistill.features.extractor import FeatureExtractor, load_features
 from flowdistill.features.scorers import Scorer, load_scorers, scorer_found_again
@@ -39,7 +39,8 @@ from flowdistill.teachers.pipeline_call import describe_call
 from flowdistill.teachers.solvers import network_calls
 from flowdistill.teachers.weight_files import check_weights
 from flowdistill.utils.errors import UserError, shown
-from flowdistill.utils.files import check_writable, local_path
+from flowdistill.utils.files import local_path
+from flowdistill.utils.html import check_page_place
 from flowdistill.utils.logging import say
 from flowdistill.utils.processes import Processes
 from flowdistill.utils.randomness import indexed_noise
@@ -135,7 +136,8 @@ def evaluate(
 
     Raises:
         UserError: num_images or a step count below 1, nothing to evaluate at the path, nothing to measure, or ``json``
-            or ``html`` cannot be written (said before anything is measured); what is not as the protocol says.
+            or ``html`` cannot be written or is there and is something else (said before anything is measured); what is
+            not as the protocol says.
     """
     check_seed(seed)
     given = {
@@ -156,9 +158,10 @@ def evaluate(
         if isinstance(value, str) and not value:
             raise UserError(f"{key} is an empty text; give one, or leave it out")
     processes = Processes.start()
-    for file in (json, html):
-        if file is not None:
-            processes.on_main(partial(check_writable, file))
+    if json is not None:
+        processes.on_main(lambda: check_report_place(json))
+    if html is not None:
+        processes.on_main(lambda: check_page_place(html))
     strips: list[Strip] | None = None if html is None else []
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = {key: value for key, value in given.items() if value is not None}

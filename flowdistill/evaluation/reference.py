@@ -26,7 +26,7 @@ from flowdistill.evaluation.collect import collect, stored_batches
 from flowdistill.evaluation.moments import frechet_distance, moments_of
 from flowdistill.features.extractor import LEGACY, FeatureExtractor
 from flowdistill.utils.errors import WORD, UserError, listed, shown
-from flowdistill.utils.files import atomic_write, cache_folder, in_cache, local_path
+from flowdistill.utils.files import atomic_write, cache_folder, check_replaceable, in_cache, local_path
 from flowdistill.utils.hashing import json_sha256
 from flowdistill.utils.processes import Processes
 
@@ -140,6 +140,23 @@ class Reference:
             arrays |= {"spatial_mean": self.spatial_mean.numpy(), "spatial_covariance": self.spatial_covariance.numpy()}
         with atomic_write(path) as file:
             np.savez(file, **arrays)
+
+
+def check_reference_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a file to save a reference to that could not be written, or that is there and was not saved by
+    :meth:`Reference.save`.
+
+    Raises:
+        UserError: so.
+    """
+    def is_own(file: Path) -> bool:
+        try:
+            with zipfile.ZipFile(file) as content:
+                return {"mean.npy", "covariance.npy", "feature_hash.npy"} <= set(content.namelist())
+        except (OSError, zipfile.BadZipFile):
+            return False
+
+    check_replaceable(path, is_own, "a reference that flowdistill has saved")
 
 
 def mean_floor(floors: list[float] | None) -> float | None:

@@ -15,7 +15,7 @@ from flowdistill.config.checks import shown
 from flowdistill.evaluation.metrics import ARROWS, Column, all_metrics
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_write, local_path
-from flowdistill.utils.text import JsonObject, read_json_object
+from flowdistill.utils.text import JsonObject, check_json_place, read_json_object
 
 DIRECTIONS = f"{ARROWS['lower'].strip()} lower is better, {ARROWS['higher'].strip()} higher is better"
 ABOUT_FLOOR = ("That is what perfect images come to with half as many on either side; with more the figure falls, so "
@@ -69,6 +69,17 @@ class Row:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "figures"}
         known = [name for metric in all_metrics() for name in metric.figures]
         return values | {name: self.figures.get(name) for name in [*known, *self.figures]}
+
+
+def check_report_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a file to write a report to that could not be written, or that is there and is no report, of this or
+    another version.
+
+    Raises:
+        UserError: so.
+    """
+    keys = ("rows", "num_images", "features", "reference", "seed")
+    check_json_place(path, keys, "the report of an evaluation")
 
 
 @dataclass

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,6 +97,23 @@ def check_writable(path: str | os.PathLike) -> None:
             file.write(bytes(PROBE))
     except OSError as error:
         raise UserError(f"{path} cannot be written; {folder}: {error.strerror}") from error
+
+
+def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[Path], bool], what: str) -> None:
+    """Refuse what :func:`check_writable` refuses, and a file that is there and is not what is to be written anew.
+
+    Args:
+        is_own: whether the file is such a one.
+        what: words for it.
+
+    Raises:
+        UserError: so. An empty file may be replaced.
+    """
+    check_writable(path)
+    path = local_path(path)
+    if path.is_file() and path.stat().st_size and not is_own(path):
+        raise UserError(f"{path} is there already and is not {what}, so it is left as it is; choose another name, or "
+                        "remove it")
 
 
 def check_new(path: str | os.PathLike[str], name: str = "the file") -> Path:

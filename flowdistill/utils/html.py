@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
+
+from flowdistill.utils.files import check_replaceable
 
 SERIES = 7
 """Colours ``--c0`` to ``--c6`` of lines in a figure."""
@@ -46,17 +49,33 @@ dt { overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); } dd { margin: 0 0 .4rem 1rem; } }
 """
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>'
+ICON = '<link rel="icon" href="data:,">'
 WIDEST = 1600
 """Pixels of a picture's width in a page; wider ones are reduced."""
 HEAVIEST = 600_000
 """Bytes of a picture in a page; heavier ones become JPEG."""
 
 
+def check_page_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a file to write a page to that could not be written, or that is there and is no such page.
+
+    Raises:
+        UserError: so.
+    """
+    def is_own(file: Path) -> bool:
+        with open(file, "rb") as content:
+            start = content.read(2**16)
+        return start.startswith(BEGINNING.encode()) and ICON.encode() in start
+
+    check_replaceable(path, is_own, "a page that flowdistill has written")
+
+
 def document(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole page. ``title`` is text; the others are as they stand in it."""
     code = f"<script>{script}</script>" if script else ""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+    return (f'{BEGINNING}{escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">{ICON}'
             f"<style>{STYLE}{style}</style></head><body>{body}{code}</body></html>\n")
 
 

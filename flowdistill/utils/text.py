@@ -15,12 +15,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flowdistill.utils.errors import UserError, shown
-from flowdistill.utils.files import local_path
+from flowdistill.utils.files import check_replaceable, local_path
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
@@ -110,6 +110,27 @@ def read_json_object(path: str | os.PathLike[str], name: str | None = None) -> J
     if not isinstance(value, dict):
         raise UserError(f"{name or local_path(path)} must hold a JSON object, not {shown(value)}")
     return value
+
+
+def check_json_place(path: str | os.PathLike[str], keys: Collection[str], what: str) -> None:
+    """Refuse a file to write JSON to that could not be written, or that is there and is no object with these keys.
+
+    Args:
+        what: words for such a file.
+
+    Raises:
+        UserError: so.
+    """
+    def is_own(file: Path) -> bool:
+        with open(file, "rb") as content:  # others may be very large
+            if content.read(1) != b"{":
+                return False
+        try:
+            return set(keys) <= read_json_object(file).keys()
+        except UserError:
+            return False
+
+    check_replaceable(path, is_own, what)
 
 
 def read_json_lines(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import importlib
 import json
 import re
 import shlex
@@ -25,7 +26,7 @@ import flowdistill
 from flowdistill import UserError, load_teacher
 from flowdistill.cli.commands import make_parser
 from flowdistill.data.assets import asset_path
-from flowdistill.evaluation import comparison
+from flowdistill.evaluation import Report, comparison
 from flowdistill.students import FlowMap, StudentInfo
 from tests.families import FAMILIES
 from tests.processes import Child
@@ -443,6 +444,29 @@ def test_a_link_that_leads_nowhere_is_no_place_for_a_result(
             assert f" cannot be written: {wrong} is {why}" in result.err
     assert cli("report", run, "--out", page).code == 2
     assert {entry.name for entry in tmp_path.iterdir()} == {"prompts.txt", "file", "link", "page.html"}
+
+
+def test_only_a_report_or_a_page_gives_way_to_another(cli, run: Path, tmp_path: Path, monkeypatch) -> None:
+    module = importlib.import_module("flowdistill.evaluation.evaluate")  # the function has its name
+    monkeypatch.setattr(module, "_evaluate_one", lambda *given: Report([], 1, None, None, 0))
+    for command, kind, own in (
+        (("evaluate", run, "--json"), "the report of an evaluation", ".json"),
+        (("evaluate", run, "--html"), "a page that flowdistill has written", ".html"),
+        (("report", run, "--out"), "a page that flowdistill has written", ".html"),
+    ):
+        for name, text in (("config.yaml", "train: {}"), ("README.md", "# Mine"), ("other.json", '{"rows": []}'),
+                           ("index.html", '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>')):
+            (tmp_path / name).write_text(text)
+            result = cli(*command, tmp_path / name)
+            assert result.code == 2 and result.err.count("\n") == 1 and (tmp_path / name).read_text() == text
+            if command[0] == "evaluate" or name == "index.html":
+                assert f"{tmp_path / name} is there already and is not {kind}, so it is left as it is" in result.err
+        if command[0] == "evaluate":
+            (tmp_path / f"own{own}").touch()  # an empty one is no loss
+            for _ in range(2):
+                assert cli(*command, tmp_path / f"own{own}").code == 0
+            assert (tmp_path / f"own{own}").stat().st_size
+            (tmp_path / f"own{own}").unlink()
 
 
 def test_an_export_goes_where_a_link_leads(cli, run: Path, tmp_path: Path) -> None:

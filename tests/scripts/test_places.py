@@ -28,6 +28,34 @@ COMMANDS = {
     "benchmark_step": ["configs/digits/freeflow.yaml"],
     "benchmark_folder_fid": [],
 }
+FILES = {
+    "benchmark_step": "--json",
+    "benchmark_folder_fid": "--json",
+    "evaluate_fid": "--json",
+    "nearest_neighbours": "--json",
+    "measure_shipped_teachers": "--out",
+    "shapes_judge_sheet": "--out",
+}
+GIVEN = {
+    "evaluate_fid": ["model", "--reference", "digits", "--features", "digits"],
+    "nearest_neighbours": ["images", "--training", "a", "--held-out", "b", "--features", "digits"],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_script_leaves_a_file_that_is_not_its_own(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    main = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"]
+    for file, text in (("config.yaml", "train: {}"), ("other.json", '{"rows": 1}')):
+        (tmp_path / file).write_text(text)
+        try:
+            code = main([*GIVEN.get(name, []), FILES[name], str(tmp_path / file)])
+        except SystemExit as stop:  # argparse's own
+            code = stop.code
+        assert code == 2 and (tmp_path / file).read_text() == text
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{tmp_path / file} is there already and is not " in said or "must be a .png file" in said
 
 
 @pytest.mark.parametrize("name", COMMANDS)
