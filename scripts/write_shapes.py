@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowdistill.data.pictures import check_without_pictures
 from flowdistill.data.shapes import CAPTIONS, NUM_CLASSES, REFERENCE, caption, load_shapes, make_shapes, prompt_list
 from flowdistill.data.shapes_concepts import CONCEPTS, draw_concept, references, write_concepts
 from flowdistill.utils.errors import UserError
@@ -44,6 +45,8 @@ def main() -> None:
     try:
         for file in [args.out / "prompts.txt", args.picture] if args.images is None else [args.images / "0.png"]:
             check_writable(file)
+        if args.images is not None:
+            check_without_pictures(args.images, "--images")
     except UserError as error:
         parser.error(str(error))
     if args.images is not None:

@@ -163,6 +163,10 @@ def _sample(args: argparse.Namespace) -> int:
     if is_grid and not processes.is_main:
         return 0  # one file needs one process; a folder's files are shared among all
     check_writable(out if is_grid else out / "000000.png")
+    if not is_grid:
+        from flowdistill.data.pictures import check_without_pictures
+
+        processes.on_main(lambda: check_without_pictures(out, "--out"))
     model, sampler = _model_and_sampler(args)
     labels, prompts = args.labels, args.prompt
     if args.prompts is not None:
@@ -527,7 +531,8 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run, student folder or pipeline (folder, hub id)")
     sample.add_argument("--num-images", metavar="N", type=at_least(1),
                         help="images to make (default: one for each label or prompt)")
-    sample.add_argument("--out", metavar="PATH", required=True, help="a .png file for one grid, or a folder")
+    sample.add_argument("--out", metavar="PATH", required=True,
+                        help="a .png file for one grid, or a folder without pictures")
     what = sample.add_mutually_exclusive_group()
     what.add_argument("--labels", metavar="0,1,2", type=integers(0), help="labels to cycle through (default: all)")
     what.add_argument("--prompt", metavar="TEXT", type=str, action="append",

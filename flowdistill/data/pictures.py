@@ -126,6 +126,25 @@ def find_pictures(folder: str | os.PathLike[str], recursive: bool = True) -> Fou
     return FoundPictures(found[True], found[False], left_out)
 
 
+def check_without_pictures(folder: str | os.PathLike[str], name: str) -> None:
+    """Refuse a folder to write pictures to that has some already, in it or below: whoever reads it would take all for
+    one set.
+
+    Args:
+        name: words for it, such as the option that names it.
+
+    Raises:
+        UserError: so.
+    """
+    root = local_path(folder)
+    for place, below, files in os.walk(root):
+        below[:] = [each for each in below if not is_clutter(each)]
+        for file in files:
+            if Path(file).suffix.lower() in ENDINGS and not is_clutter(file):
+                raise UserError(f"{name} {root} has pictures already, such as {Path(place, file).relative_to(root)}, "
+                                "and new ones would be mixed with them; choose another folder, or remove it")
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture: by its ending where that is one of a common format, else by its first bytes."""
     owner = _format_named(path)

@@ -589,6 +589,23 @@ def test_sample_into_a_folder_with_a_dot_in_its_name(cli, run: Path, tmp_path: P
     assert [file.name for file in (tmp_path / "old.jpg").iterdir()] == ["000000.png"]
 
 
+def test_sample_does_not_mix_its_images_with_others(cli, run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / ".cache").mkdir(parents=True)
+    for name in ("notes.txt", ".cache/hidden.png"):  # no pictures of a set
+        (tmp_path / "images" / name).touch()
+    assert cli("sample", run, "--num-images", 2, "--out", "images").code == 0
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.JPG").touch()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("flowdistill.students.load_student", lambda *given, **named: pytest.fail("it was loaded"))
+    for folder, first in (("images", r"00000\d.png"), ("photos", "cat/1.JPG")):
+        result = cli("sample", run, "--num-images", 1, "--seed", 1, "--out", folder)
+        assert result.code == 2 and result.err.count("\n") == 1
+        assert re.search(f"--out {folder} has pictures already, such as {first}, and new ones would be", result.err)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -5.0])
 def test_python_refuses_a_guidance_scale_that_is_none(scale: float) -> None:
     from flowdistill import evaluate

@@ -75,3 +75,13 @@ def test_a_script_refuses_a_link_that_leads_nowhere(name, tmp_path, monkeypatch,
     assert code == 2 and list(tmp_path.iterdir()) == [link]
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"cannot be written: {link} is a symbolic link that leads nowhere, to {tmp_path / 'disk'}; make" in said
+
+
+def test_shapes_are_not_written_among_other_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    (tmp_path / "000000.png").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["write_shapes", "--images", str(tmp_path), "--count", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / "write_shapes.py"))["main"]()
+    assert f"--images {tmp_path} has pictures already, such as 000000.png" in capsys.readouterr().err
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
