@@ -95,6 +95,7 @@ class Evaluator:
         self.own, self.owner, self.progress = own, owner, progress
         self.fresh, self._cache_dir = fresh, cache_dir
         self._read: list[tuple[Row, str]] = []
+        self._broken: list[tuple[Row, str]] = []
         self._warm: set[str] = set()  # names of models whose speed was measured
         self.extractor = self.reference = None
         self.missing = what_is_missing(features is None, reference is None, bool(scorers))
@@ -197,11 +198,14 @@ class Evaluator:
         speed, num_broken = _speed(timed, processes), int(processes.sum(broken))
         if num_broken:
             warnings.warn(
-                f"{num_broken} of {total} images of {name!r} are not finite, so nothing is measured on them",
+                f"{num_broken} of {total} images of the {name}{at} are not finite, so nothing is measured on them",
                 stacklevel=2,
             )
         if collected is None or num_broken:
-            return Row(name, calls, images_per_second=speed)
+            row = Row(name, calls, images_per_second=speed)
+            if num_broken:
+                self._broken.append((row, f"{name}{at}: {num_broken} of {total} images"))
+            return row
         found = collected
         labels = balanced_labels(range(total), num_classes, self.own)
         classes = labels if wanted is None else wanted[torch.arange(total) % len(wanted)]
@@ -355,6 +359,9 @@ class Evaluator:
         read = [how for row, how in self._read if any(row is one for one in rows)]
         if read:
             protocol["rows_not_measured_here"] = read
+        broken = [how for row, how in self._broken if any(row is one for one in rows)]
+        if broken:
+            protocol["rows_not_finite"] = broken
         return Report(
             rows=rows,
             num_images=total,

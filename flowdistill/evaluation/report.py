@@ -185,6 +185,10 @@ class Report:
             text.append(self.protocol["note"])
         if self.protocol.get("rows_not_measured_here"):
             text += ["not measured here:", *(f"  {row}" for row in _by_origin(self.protocol["rows_not_measured_here"]))]
+        if self.protocol.get("rows_not_finite"):
+            rows = "; ".join(_by_origin(self.protocol["rows_not_finite"]))
+            text.append("not measured, for the images are not finite (the model diverged, or overflows in its "
+                        f"precision): {rows}")
         if self.protocol.get("not_measured"):
             text.append(self.protocol["not_measured"])
         for metric in all_metrics():

@@ -18,11 +18,13 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 
 from flowdistill.conditioning.pipeline_lora import FILE
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.export.card_data import CARD, GRID, HERE
 from flowdistill.export.comfyui import COMFYUI_FILE
+from flowdistill.export.finite import not_finite
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.networks.storage import SIDECAR, find_stored
 from flowdistill.students.loading import load_student
@@ -279,14 +281,16 @@ def _check_weights(part: Path) -> None:
 
 
 def _check_file(file: Upload) -> None:
-    """Refuse weights that end too early, cards and configurations without a word, and texts with something secret in
-    them.
+    """Refuse weights that end too early or are not finite, cards and configurations without a word, and texts with
+    something secret in them.
 
     Raises:
         UserError: so.
     """
     if file.path.suffix == WEIGHTS:
         check_weight_file(file.path)
+        if not Path(file.name).parent.name.startswith("text"):  # an encoder may well have a mask of -inf
+            _check_finite(file.path)
     elif file.path.suffix.lower() not in PICTURES and file.size < MOST_TEXT and file.path.suffix != ".model":
         text = file.path.read_bytes().decode(errors="replace")
         if (file.path.name == CARD or file.path.suffix == ".json") and not text.strip():
@@ -296,6 +300,14 @@ def _check_file(file: Upload) -> None:
         for what, pattern in SECRETS.items():
             if re.search(pattern, text):
                 raise UserError(f"{file.path} holds what looks like {what}; take it out before anybody reads it there")
+
+
+def _check_finite(file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        broken = not_finite((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+    if broken is not None:
+        raise UserError(f"{file} has weights that are not finite ({broken}), so nothing is uploaded: the training "
+                        "diverged; train again with a lower learning rate, in another output_dir")
 
 
 # --- the card, as it is on the hub

@@ -43,6 +43,7 @@ from flowdistill.export.cards import (
 )
 from flowdistill.export.few_step import few_step_problem, native_times
 from flowdistill.export.few_step_pipelines import export_steps
+from flowdistill.export.finite import not_finite
 from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
@@ -88,8 +89,8 @@ def export(
         steps: calls of the pipeline; None for all of the student's.
 
     Raises:
-        UserError: the folder is not empty or cannot be made, or no stock pipeline makes this student's images (the
-            message says why).
+        UserError: the folder is not empty or cannot be made, weights that are not finite, or no stock pipeline makes
+            this student's images (the message says why).
     """
     target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -97,6 +98,9 @@ def export(
     check_place(target)
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
+    if (broken := not_finite(student.network.named_parameters())) is not None:
+        raise UserError(f"the student's weights are not finite ({broken}), so it makes no images and is not exported: "
+                        "its training diverged; train it again with a lower learning rate, in another output_dir")
     chain = _chain(student, steps)
     if (problem := export_problem(student, student.network.velocity, chain)) is not None:
         raise UserError(problem)

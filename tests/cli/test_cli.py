@@ -7,6 +7,7 @@ import ast
 import errno
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 import flowdistill
@@ -567,6 +569,18 @@ def test_export_never_overwrites_what_the_run_needs(cli, run: Path, tmp_path: Pa
         assert result.code == 2 and f"{name} {words}, " in result.err and result.err.count("\n") == 1, result
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert cli("export", "mine/run", "bare", "--overwrite").code == 0  # the name of a method is no folder's
+
+
+def test_a_student_that_diverged_is_not_exported(cli, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "student" / "model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name].view(-1)[-1] = math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    result = cli("export", tmp_path / "run", tmp_path / "pipeline")
+    assert result.code == 2 and "the student's weights are not finite (" in result.err and result.err.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_failed_export_keeps_the_old_pipeline(cli, run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -216,7 +217,10 @@ def test_images_that_are_not_finite_are_not_measured(tmp_path):
 
     evaluator = Evaluator("digits", "digits", 50, cache_dir=tmp_path, progress=False)
     with pytest.warns(UserWarning, match="not finite"):
-        report = evaluate_models([("student", 1, broken)], (1, 8, 8), None, evaluator)
+        report = evaluate_models([("student", 1, broken), ("student", 2, broken)], (1, 8, 8), None, evaluator)
+    said = str(report)
+    assert "not measured, for the images are not finite (the model diverged, or overflows in its precision): " in said
+    assert re.search(r": student at 1 call, student at 2 calls: \d+ of 50 images\n", said)
     assert report.rows[0].fid is None and report.rows[0].accuracy is None
     report.write_json(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["fid"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
 
 from flowdistill.export import export
 from flowdistill.export.hub import collect, in_units, on_hub
@@ -223,6 +225,12 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:500])
 
 
+def diverged(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["conv_in.weight"].view(-1)[-1] = math.inf
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def linked(folder: Path) -> None:
     (folder / "unet/more.json").symlink_to("/etc/hostname")
 
@@ -242,6 +250,7 @@ REFUSED = {
     "a blank card": (added("README.md", " \n\n"), "README.md is empty"),
     "an empty configuration": (added("unet/config.json", ""), "config.json is empty; remove it and export again"),
     "truncated": (cut, "damaged or truncated"),
+    "diverged": (diverged, "safetensors has weights that are not finite (conv_in.weight), so nothing is uploaded"),
     "a shard": (added("unet/diffusion_pytorch_model.safetensors.index.json",
                       json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}})), "it has no model-2-of-2"),
     "a pointer": (added(WEIGHTS, POINTER), "git-lfs pointer"),
