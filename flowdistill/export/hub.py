@@ -24,7 +24,7 @@ from flowdistill.conditioning.pipeline_lora import FILE
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.export.card_data import CARD, GRID, HERE
 from flowdistill.export.comfyui import COMFYUI_FILE
-from flowdistill.export.finite import not_finite
+from flowdistill.export.finite import overflowing
 from flowdistill.export.student_cards import write_student_card
 from flowdistill.networks.storage import SIDECAR, find_stored
 from flowdistill.students.loading import load_student
@@ -304,10 +304,10 @@ def _check_file(file: Upload) -> None:
 
 def _check_finite(file: Path) -> None:
     with safe_open(file, framework="pt") as tensors:
-        broken = not_finite((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+        broken = overflowing((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
     if broken is not None:
-        raise UserError(f"{file} has weights that are not finite ({broken}), so nothing is uploaded: the training "
-                        "diverged; train again with a lower learning rate, in another output_dir")
+        raise UserError(f"{file} has weights that are not finite, or too large ({broken}), so nothing is uploaded: the "
+                        "training diverged; train again with a lower learning rate, in another output_dir")
 
 
 # --- the card, as it is on the hub

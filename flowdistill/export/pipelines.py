@@ -43,7 +43,7 @@ from flowdistill.export.cards import (
 )
 from flowdistill.export.few_step import few_step_problem, native_times
 from flowdistill.export.few_step_pipelines import export_steps
-from flowdistill.export.finite import not_finite
+from flowdistill.export.finite import overflowing
 from flowdistill.export.folding import fold_scales, folding_problem
 from flowdistill.export.lora import save_lora
 from flowdistill.export.prompt_pipelines import prompt_pipeline
@@ -61,9 +61,13 @@ from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import check_place, local_path
 from flowdistill.utils.logging import log_once
+from flowdistill.utils.randomness import indexed_noise
 
 SMALLEST_ALPHA = 3e-3
 """Of one timestep of an exported DDIM schedule: float32 has 1 - alpha to a relative 2e-5."""
+
+AGAIN = ("so it is not exported: its training diverged, or it overflows in its precision; train it again, with a lower "
+         "learning rate, in another output_dir")
 
 
 @functools.singledispatch
@@ -89,8 +93,8 @@ def export(
         steps: calls of the pipeline; None for all of the student's.
 
     Raises:
-        UserError: the folder is not empty or cannot be made, weights that are not finite, or no stock pipeline makes
-            this student's images (the message says why).
+        UserError: the folder is not empty or cannot be made, weights or images that are not finite, or no stock
+            pipeline makes this student's images (the message says why).
     """
     target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -98,12 +102,13 @@ def export(
     check_place(target)
     if not isinstance(student.network, ExtendedVelocity):
         raise UserError("only students on a diffusers backbone can be exported")
-    if (broken := not_finite(student.network.named_parameters())) is not None:
-        raise UserError(f"the student's weights are not finite ({broken}), so it makes no images and is not exported: "
-                        "its training diverged; train it again with a lower learning rate, in another output_dir")
+    if (broken := overflowing(student.network.named_parameters())) is not None:
+        raise UserError(f"the student's weights are not finite, or too large ({broken}), {AGAIN}")
     chain = _chain(student, steps)
     if (problem := export_problem(student, student.network.velocity, chain)) is not None:
         raise UserError(problem)
+    if not _first_latents(student, guidance_scale).isfinite().all():
+        raise UserError(f"what the student makes is not finite, {AGAIN}")
     if chain is not None:
         export_steps(student, chain, target, guidance_scale)
         return target
@@ -127,6 +132,13 @@ def export(
     text = _card(student, call, guidance_scale, k_noise, type(pipeline.scheduler).__name__)
     write_card(target, text + (save_lora(student, target, folds) or ""), student, 1)
     return target
+
+
+@torch.no_grad()
+def _first_latents(student: Student, guidance_scale: float | None) -> torch.Tensor:
+    """What the student makes of one noise in one call."""
+    noise = indexed_noise(student.shape, 0, [0]).to(student.device)
+    return student.sampler(guidance_scale, 1)(noise, student.examples([0]))
 
 
 def _chain(student: Student, steps: int | None) -> Steps | None:

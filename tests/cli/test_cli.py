@@ -571,15 +571,18 @@ def test_export_never_overwrites_what_the_run_needs(cli, run: Path, tmp_path: Pa
     assert cli("export", "mine/run", "bare", "--overwrite").code == 0  # the name of a method is no folder's
 
 
-def test_a_student_that_diverged_is_not_exported(cli, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, 1e30, 1e18])
+def test_a_student_that_diverged_is_not_exported(cli, run: Path, tmp_path: Path, value: float) -> None:
+    """Nor one whose weights are finite and its images are not."""
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "run" / "student" / "model.safetensors"
     weights = load_file(file)
-    name = next(iter(weights))
-    weights[name].view(-1)[-1] = math.nan
+    for weight in weights.values() if value == 1e18 else [next(iter(weights.values()))]:
+        weight.view(-1)[-1:] = value
     save_file(weights, file, metadata={"format": "pt"})
     result = cli("export", tmp_path / "run", tmp_path / "pipeline")
-    assert result.code == 2 and "the student's weights are not finite (" in result.err and result.err.count("\n") == 1
+    what = "what the student makes is not finite" if value == 1e18 else "the student's weights are not finite, or too"
+    assert result.code == 2 and what in result.err and result.err.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 

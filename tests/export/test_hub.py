@@ -250,7 +250,7 @@ REFUSED = {
     "a blank card": (added("README.md", " \n\n"), "README.md is empty"),
     "an empty configuration": (added("unet/config.json", ""), "config.json is empty; remove it and export again"),
     "truncated": (cut, "damaged or truncated"),
-    "diverged": (diverged, "safetensors has weights that are not finite (conv_in.weight), so nothing is uploaded"),
+    "diverged": (diverged, "safetensors has weights that are not finite, or too large (conv_in.weight), so nothing"),
     "a shard": (added("unet/diffusion_pytorch_model.safetensors.index.json",
                       json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}})), "it has no model-2-of-2"),
     "a pointer": (added(WEIGHTS, POINTER), "git-lfs pointer"),
