@@ -52,9 +52,10 @@ from flowdistill.data.emoji import FULL_SIZE, SIZE, load_emoji
 from flowdistill.data.named_sets import load_captions
 from flowdistill.utils.devices import sent, usable_device
 from flowdistill.utils.errors import UserError
-from flowdistill.utils.files import atomic_folder, check_writable, local_path
+from flowdistill.utils.files import atomic_folder, local_path
 from flowdistill.utils.images import save_grid
 from flowdistill.utils.logging import say
+from flowdistill.utils.text import check_made_place
 
 Passes = TypeVar("Passes", bound=Callable)
 MAX_TOKENS = 24
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.within > 0:
             raise UserError(f"--within is {args.within}; it must be above 0 minutes")
         torch.set_num_threads(args.threads)
-        check_writable(args.out / "model_index.json")
+        check_made_place(args.out / "flowdistill.json", Path(__file__).name)
         captions = load_captions("emoji") or []
         tokenizer = build_tokenizer(captions)
         vae = train_autoencoder(args, deadline)

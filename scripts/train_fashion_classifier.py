@@ -23,6 +23,7 @@ from flowdistill.features.digits_classifier import ClassifierTraining, classifie
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, atomic_write, check_writable, local_path
 from flowdistill.utils.logging import say
+from flowdistill.utils.text import check_made_place
 
 STRENGTH = 0.3  # of the augmentation: up to a pixel of 28, 3 degrees and 3 %
 WIDTH = 16
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("steps", "batch_size", "threads", "save_every"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        for file in (args.state, args.out / "config.json"):
-            check_writable(file)
+        check_writable(args.state)
+        check_made_place(args.out / "config.json", Path(__file__).name)
         train(args)
     except UserError as error:
         print(f"train_fashion_classifier: error: {error}", file=sys.stderr)

@@ -48,6 +48,7 @@ from flowdistill.utils.errors import UserError
 from flowdistill.utils.files import atomic_folder, atomic_write, check_writable, local_path
 from flowdistill.utils.logging import say
 from flowdistill.utils.randomness import generator_of
+from flowdistill.utils.text import check_made_place
 
 CHANNELS = (32, 64, 64)  # at 28, 14 and 7 pixels
 UNLIMITED = 10**9  # steps of a training that time ends
@@ -224,8 +225,8 @@ class Training:
 
 def train(args: argparse.Namespace) -> int:
     """Train to the end or to a signal; the exit code."""
-    for file in (args.state, args.out / "flowdistill.json"):
-        check_writable(file)
+    check_writable(args.state)
+    check_made_place(args.out / "flowdistill.json", Path(__file__).name)
     training = Training(args)
     training.resume()
     (data, labels), (held_out, held_out_labels) = load_images("fashion"), load_images("fashion-test")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flowdistill.utils.errors import UserError, shown
-from flowdistill.utils.files import check_replaceable, local_path
+from flowdistill.utils.files import check_replaceable, check_writable, local_path
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
@@ -131,6 +131,29 @@ def check_json_place(path: str | os.PathLike[str], keys: Collection[str], what: 
             return False
 
     check_replaceable(path, is_own, what)
+
+
+def check_made_place(file: str | os.PathLike[str], script: str) -> None:
+    """Refuse a folder to make anew that could not be written, or that holds something else than ``script`` has made.
+
+    Args:
+        file: of the folder, with the ``command`` that has made it.
+        script: the name of its file.
+
+    Raises:
+        UserError: so.
+    """
+    check_writable(file)
+    record = local_path(file)
+    if not record.parent.is_dir() or not any(record.parent.iterdir()):
+        return
+    try:
+        own = record.is_file() and script in str(read_json_object(record).get("command"))
+    except UserError:
+        own = False
+    if not own:
+        raise UserError(f"{record.parent} is not empty and was not made by {script} ({record.name} there does not say "
+                        "so), so it is left as it is; choose another folder, or remove it")
 
 
 def read_json_lines(

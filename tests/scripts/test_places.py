@@ -77,6 +77,31 @@ def test_a_script_refuses_a_link_that_leads_nowhere(name, tmp_path, monkeypatch,
     assert f"cannot be written: {link} is a symbolic link that leads nowhere, to {tmp_path / 'disk'}; make" in said
 
 
+TRAINED = {
+    "train_emoji_teacher": ("flowdistill.json", []),
+    "train_fashion_teacher": ("flowdistill.json", ["--path", "flow"]),
+    "train_fashion_classifier": ("config.json", []),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_folder_that_a_script_has_not_made_is_not_replaced(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    file, given = TRAINED[name]
+    where = ["--work" if "emoji" in name else "--state", str(tmp_path / "state")]
+    main, threads = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"], torch.get_num_threads()
+    (tmp_path / "out").mkdir()
+    for record, text in (("thesis.txt", "mine"), (file, '{"command": "python scripts/another.py"}')):
+        (tmp_path / "out" / record).write_text(text)
+        try:
+            assert main([*given, *where, "--out", str(tmp_path / "out")]) == 2
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'out'} is not empty and was not made by {name}.py ({file} there" in said, said
+        assert (tmp_path / "out" / record).read_text() == text
+
+
 def test_shapes_are_not_written_among_other_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     (tmp_path / "000000.png").write_text("mine")
