@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=40, metavar="N", help="default: 40")
     parser.add_argument("--processor-time", action="store_true", help="of this process on the CPU, not of the clock")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     from flowdistill.config import load_config
 
     try:

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 from flowdistill.utils.errors import sentence_of, shown
 from flowdistill.utils.seeds import SEEDS
 
+SETTING = "key=value"
+"""How an argument is shown that takes settings."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with this command's own form of an error, without the usage text before it, and without abbreviations:
@@ -18,6 +21,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
         self.register("type", None, given)  # of every argument without a type of its own
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, which takes the arguments without a name of one place only: where the last of them may be
+        many, those behind an option belong to it too. ``key=value`` settings are known by their form."""
+        known, rest = super().parse_known_args(args, namespace)
+        nameless = self._positionals._group_actions
+        many = next((action for action in nameless if action.nargs in ("*", "+")), None)
+        if many is None or any(text.startswith("-") or many.metavar == SETTING and "=" not in text for text in rest):
+            return known, rest
+        try:
+            setattr(known, many.dest, [*getattr(known, many.dest), *map(given, rest)])
+        except argparse.ArgumentTypeError as error:
+            self.error(f"argument {many.metavar}: {error}")
+        return known, []
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"flowdistill: error: {sentence_of(message)} (see '{self.prog} --help')\n")

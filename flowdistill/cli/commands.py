@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flowdistill import __version__
 from flowdistill.cli import completion, environment, looking, settings, starting, tables
 from flowdistill.cli.arguments import (
+    SETTING,
     Parser,
     at_least,
     guidance,
@@ -492,7 +493,7 @@ def make_parser() -> argparse.ArgumentParser:
         ["configs/digits/freeflow.yaml", "configs/digits/freeflow.yaml train.steps=500 output_dir=runs/short"],
     )
     distill.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
-    distill.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    distill.add_argument("overrides", metavar=SETTING, nargs="*", help="settings that replace the file's")
 
     plan = command(
         "plan", _plan, lambda args: args.config, "say how much memory a run takes",
@@ -502,7 +503,7 @@ def make_parser() -> argparse.ArgumentParser:
          "configs/digits/freeflow.yaml train.batch_size=256"],
     )
     plan.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
-    plan.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    plan.add_argument("overrides", metavar=SETTING, nargs="*", help="settings that replace the file's")
     plan.add_argument("--gpu-memory", metavar="GIB", type=positive, help="memory of the GPU in GiB")
     plan.add_argument("--cards", metavar="GIB,GIB,...", type=positives,
                       help="memory of GPUs of several sizes, such as 12,16,24,48,80: for each what makes the run fit "
@@ -517,7 +518,7 @@ def make_parser() -> argparse.ArgumentParser:
         ["configs/sdxl/dmd2_4step.yaml teacher.prompt_cache=disk"],
     )
     cache.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
-    cache.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    cache.add_argument("overrides", metavar=SETTING, nargs="*", help="settings that replace the file's")
 
     sample = command(
         "sample", _sample, lambda args: args.out, "generate images",

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Callable
 
-from flowdistill.cli.arguments import positive
+from flowdistill.cli.arguments import SETTING, positive
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -20,7 +20,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
          "path/to/pipeline --method freeflow teacher.null_label=10"],
     )
     init.add_argument("teacher", metavar="TEACHER", help="pipeline (folder or hub id)")
-    init.add_argument("overrides", metavar="key=value", nargs="*", help="settings that the file is to have")
+    init.add_argument("overrides", metavar=SETTING, nargs="*", help="settings that the file is to have")
     init.add_argument("--method", metavar="METHOD", help="default: the usual one; the file says why")
     init.add_argument("--gpu-memory", metavar="GIB", type=positive,
                       help="memory of the GPU in GiB (default: that of the first GPU here)")

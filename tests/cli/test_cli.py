@@ -102,6 +102,27 @@ def test_names_between_commas_are_texts(given: str, capsys: pytest.CaptureFixtur
     assert make_parser().parse_args(["evaluate", "x", "--more-metrics", "a,b"]).more_metrics == ["a", "b"]
 
 
+@pytest.mark.parametrize(("words", "name", "value"), [
+    ("distill a.yaml b=1 c=-2", "overrides", ["b=1", "c=-2"]),
+    ("plan a.yaml --gpu-memory 24 b=1", "overrides", ["b=1"]),
+    ("plan a.yaml b=1 --gpu-memory 24 c=2 --cards 8,16 d=", "overrides", ["b=1", "c=2", "d="]),
+    ("plan --gpu-memory 24 a.yaml b=1", "overrides", ["b=1"]),
+    ("init x --method freeflow b=1 --out y.yaml c=2", "overrides", ["b=1", "c=2"]),
+    ("evaluate x --json y z", "model", ["x", "z"]),
+    ("report x --out y.html z w", "run_folder", ["x", "z", "w"]),
+])
+def test_arguments_without_a_name_may_stand_behind_an_option(words: str, name: str, value: list[str]) -> None:
+    assert getattr(make_parser().parse_args(words.split()), name) == value
+
+
+def test_every_example_of_the_help_is_understood() -> None:
+    for name, parser in commands().items():
+        for line in parser.epilog.splitlines()[1:]:
+            program, *words = shlex.split(line.split(" > ")[0])
+            assert program == "flowdistill" and words[0] == name
+            assert make_parser().parse_args(words).run
+
+
 # --- cheap to import
 
 
@@ -199,6 +220,10 @@ def test_python_dash_m_is_the_same_command() -> None:
         (["evaluate", "x", "--js", "y"], "unrecognized arguments: --js y"),
         (["export", "x", "y", "--over"], "unrecognized arguments: --over"),
         (["--vers"], "COMMAND"),
+        (["plan", "x", "--gpu-memory", "24", "steps"], "unrecognized arguments: steps"),
+        (["plan", "x", "--gpu-mem=24"], "unrecognized arguments: --gpu-mem=24"),
+        (["plan", "x", "--gpu-memory", "24", "--cards=8", "a=1", "-b=2"], "unrecognized arguments: a=1 -b=2"),
+        (["report", "x", "--out", "y.html", ""], "argument RUN: must not be an empty text"),
         (["evaluate", "x", "--teacher-steps", "0,1"], "must be integers of at least 1"),
         (["evaluate", "x", "--num-images", "1"], "--num-images: must be at least 2, not 1"),
     ],
