@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from flowdistill.utils.errors import sentence_of, shown
+from flowdistill.utils.numbers import LARGEST, LARGEST_INTEGER
 from flowdistill.utils.seeds import SEEDS
 
 SETTING = "key=value"
@@ -55,8 +56,8 @@ def texts(text: str) -> list[str]:
     return parts
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """A converter of texts to integers of ``low`` or more."""
+def at_least(low: int, most: int = LARGEST_INTEGER) -> Callable[[str], int]:
+    """A converter of texts to integers from ``low`` to ``most``."""
 
     def convert(text: str) -> int:
         try:
@@ -64,7 +65,9 @@ def at_least(low: int) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be an integer, not {shown(text)}") from None
         if number < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {number}")
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {shown(number)}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, not {shown(number)}")
         return number
 
     return convert
@@ -105,7 +108,8 @@ def positives(text: str) -> list[float]:
 def image_size(text: str) -> int | list[int]:
     """The side of a square in pixels (1024), or height and width (832x1216)."""
     sides = text.lower().split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+    if not 1 <= len(sides) <= 2 or not all(
+            side.strip().isdecimal() and len(side) < 10 and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"must be the side of a square in pixels, such as 1024, or height x width, "
                                          f"such as 832x1216, not {shown(text)}")
     return int(sides[0]) if len(sides) == 1 else [int(side) for side in sides]
@@ -119,15 +123,20 @@ def guidance(text: str) -> float:
         number = -1.0
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {shown(text)}")
+    if number > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST:.1e}, not {shown(text)}")
     return number
 
 
-def integers(low: int) -> Callable[[str], list[int]]:
-    """A converter of texts to lists of integers of ``low`` or more, separated by commas."""
+def integers(low: int, most: int = LARGEST_INTEGER) -> Callable[[str], list[int]]:
+    """A converter of texts to lists of integers from ``low`` to ``most``, separated by commas."""
 
     def convert(text: str) -> list[int]:
         parts = text.split(",")
-        if not all(part.strip().isdecimal() and int(part) >= low for part in parts):
+        digits = all(part.strip().isdecimal() for part in parts)
+        if digits and any(len(part.strip().lstrip("0")) > len(str(most)) or int(part) > most for part in parts):
+            raise argparse.ArgumentTypeError(f"must be integers of at most {most:,}, not {shown(text)}")
+        if not digits or any(int(part) < low for part in parts):
             raise argparse.ArgumentTypeError(f"must be integers of at least {low} such as 1,2,4, not {shown(text)}")
         return [int(part) for part in parts]
 

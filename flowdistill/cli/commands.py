@@ -32,6 +32,7 @@ from flowdistill.cli.arguments import (
 from flowdistill.config import FEATURES, SCORERS
 from flowdistill.utils.errors import UserError, one_line, sentence_of
 from flowdistill.utils.exit import exit_process
+from flowdistill.utils.numbers import MOST_CALLS
 
 if TYPE_CHECKING:
     import torch
@@ -543,7 +544,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="the images of a benchmark, as its program reads them in the folder --out; --prompts is "
                              "the benchmark's own file or folder. The same command goes on where it was stopped")
     sample.add_argument("--seed", type=seed_number(), default=0, help="seed of the noise (default: 0)")
-    sample.add_argument("--steps", metavar="N", type=at_least(1),
+    sample.add_argument("--steps", metavar="N", type=at_least(1, MOST_CALLS),
                         help="steps of a pipeline (default: 50), or calls of a student (default: all it has)")
     sample.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the student's own, or 1")
     sample.add_argument("--batch-size", metavar="N", type=at_least(1), default=64, help="images a call (default: 64)")
@@ -575,12 +576,13 @@ def make_parser() -> argparse.ArgumentParser:
                                "folder or hub id behind a colon (default: the run's)")
     evaluate.add_argument("--weights", metavar="FILE",
                           help="local weights of the feature extractors 'inception' and 'inception-legacy'")
-    evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1), help="default: 1,2,4,10,50")
+    evaluate.add_argument("--teacher-steps", metavar="1,2,4", type=integers(1, MOST_CALLS),
+                          help="default: 1,2,4,10,50")
     evaluate.add_argument("--no-teacher", action="store_true", help="measure the student only")
     evaluate.add_argument("--solver", choices=("euler", "heun", "edm_heun"),
                           help="the teacher's ODE solver; heun averages velocities in t, edm_heun in sigma, as EDM's "
                                "own (default: euler)")
-    evaluate.add_argument("--pipeline-steps", metavar="50,1000", type=integers(1),
+    evaluate.add_argument("--pipeline-steps", metavar="50,1000", type=integers(1, MOST_CALLS),
                           help="also measure the pipeline's own scheduler, with the noise that it adds (default: none)")
     evaluate.add_argument("--prompts", metavar="FILE", help="text to image: prompts to go through (default: the run's)")
     evaluate.add_argument("--guidance-scale", metavar="G", type=guidance, help="default: the run's or student's own")
@@ -608,7 +610,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", metavar="RUN", help="run folder or student folder")
     export.add_argument("out_dir", metavar="OUT_DIR", help="new folder")
     export.add_argument("--guidance-scale", metavar="G", type=guidance, help="to fix (default: the student's own)")
-    export.add_argument("--steps", metavar="N", type=at_least(1),
+    export.add_argument("--steps", metavar="N", type=at_least(1, MOST_CALLS),
                         help="calls of the pipeline, of a flow map between any times (default: all that it has)")
     export.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
 

@@ -31,7 +31,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         ["runs/digits-freeflow", "runs/my-run --no-teacher --port 8000"],
     )
     demo.add_argument("run_folder", metavar="RUN", help="run or student folder")
-    demo.add_argument("--port", metavar="N", type=at_least(1), help="default: the first free one from 7860 on")
+    demo.add_argument("--port", metavar="N", type=at_least(1, 65535), help="default: the first free one from 7860 on")
     demo.add_argument("--host", metavar="ADDRESS", default="127.0.0.1",
                       help="where it listens; 0.0.0.0 lets in whoever reaches this machine (default: 127.0.0.1)")
     demo.add_argument("--no-teacher", action="store_true", help="show the student only")

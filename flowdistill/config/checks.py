@@ -18,6 +18,7 @@ from flowdistill.config.registry import METHODS, usable_methods
 from flowdistill.config.schema import MISSING, RunConfig
 from flowdistill.utils import errors
 from flowdistill.utils.errors import NAMES, UserError, listed, shortened
+from flowdistill.utils.numbers import LARGEST, LARGEST_INTEGER
 from flowdistill.utils.text import JsonObject
 
 if TYPE_CHECKING:
@@ -329,6 +330,11 @@ def _violation(value: Any, limits: Limits) -> str:
         return str(limits["help"])
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
+    if limits.keys().isdisjoint(("at_most", "below")):  # these say more
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            return "an integer from -2**63 + 1 to 2**63 - 1"
+        if isinstance(value, float) and abs(value) > LARGEST:
+            return f"a number of at most {LARGEST:.1e} or at least {-LARGEST:.1e}, as float32 has them"
     tests = {
         "at_least": ("at least", lambda limit: value >= limit),
         "above": ("greater than", lambda limit: value > limit),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple
 
 from flowdistill.utils.errors import UserError, shown
+from flowdistill.utils.numbers import MOST_CALLS
 from flowdistill.utils.seeds import SEEDS
 
 MISSING: Any = "???"  # OmegaConf's mark for "mandatory, no default"
@@ -34,7 +35,8 @@ def option(
 
     ``default`` may be a list, a dict or a dataclass instance or type: every configuration gets its own copy. Bounds,
     ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
-    None; ``length`` fixes the number of elements. Floats must be finite whether or not a bound is given. ``was`` is the
+    None; ``length`` fixes the number of elements. Floats must be finite numbers of
+    float32, and integers those of 64 bits, whether or not a bound is given. ``was`` is the
     name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
     type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
     have an effect with another only, see :func:`needs`: a warning says so where somebody has set one to another value
@@ -97,7 +99,7 @@ class HostingConfig(ABC):
 def size_rule(value: Any) -> str:
     """What a size in pixels may be, in words; empty for the side of a square and for [height, width]."""
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+    if all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**31 for side in sides):
         return ""
     return "the side of a square in pixels, such as 1024, or [height, width], such as [832, 1216]"
 
@@ -363,12 +365,13 @@ class EvaluationConfig:
                                          "teacher: its own samples; null: those of a teacher that takes prompts, else "
                                          "what needs none is measured")
     prompts: str | None = option(None, "text to image: file of prompts to measure with; null: those of the training")
-    teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1)
+    teacher_steps: list[int] = option([1, 2, 4, 10, 50], "step counts of the teacher's rows; []: none", at_least=1,
+                                      at_most=MOST_CALLS)
     solver: str = option("euler", "the teacher's ODE solver: euler; heun, which averages velocities in t; or "
                                   "edm_heun, which averages in sigma, as EDM's own",
                          choices=("euler", "heun", "edm_heun"))
     pipeline_steps: list[int] = option([], "step counts of rows by the pipeline's own scheduler, with the noise that "
-                                           "it adds; []: none", at_least=1)
+                                           "it adds; []: none", at_least=1, at_most=MOST_CALLS)
     batch_size: int = option(250, "images of one forward pass", at_least=1)
     guidance_scale: float | None = option(None, "classifier-free guidance; null: the student's own", at_least=0)
     more_metrics: list[str] = option([], "metrics that are measured only when they are asked for: "

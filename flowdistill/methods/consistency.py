@@ -56,6 +56,7 @@ from flowdistill.training.method import (
     start_before_noise,
 )
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.numbers import MOST_CALLS
 from flowdistill.utils.randomness import Draw
 
 SAME_TIME = 1e-6
@@ -85,7 +86,7 @@ class ConsistencyConfig(NoisedSamples, Correction):
     )
     points: int = option(
         50, "discrete: steps of the teacher's own sampler whose times are the grid, with those of the calls besides "
-        "(authors of LCM: 50)", at_least=1, only=needs("derivative", "discrete"))
+        "(authors of LCM: 50)", at_least=1, at_most=MOST_CALLS, only=needs("derivative", "discrete"))
     solver: str = option("euler", "discrete: the teacher's step (authors of LCM: euler, which is DDIM; of CD: heun)",
                          choices=("euler", "heun"), only=needs("derivative", "discrete"))
     loss: str = option("huber", "discrete: l2, or the pseudo-Huber loss of each element (authors of LCM: either)",

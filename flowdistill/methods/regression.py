@@ -14,6 +14,7 @@ from flowdistill.data.captions import read_prompts_or_captions
 from flowdistill.teachers import Teacher
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.numbers import MOST_CALLS
 from flowdistill.utils.randomness import Draw
 
 
@@ -25,7 +26,8 @@ class Regression:
         0.0, "weight of the squared error to teacher samples from the same noise", at_least=0,
     )
     regression_pairs: int = option(1000, "pairs made once", at_least=1, only=needs("regression_weight"))
-    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1, only=needs("regression_weight"))
+    regression_steps: int = option(50, "the teacher's steps to make them", at_least=1, at_most=MOST_CALLS,
+                                  only=needs("regression_weight"))
     regression_own: bool = option(False, "whether only pairs of teacher.labels are used; false: of all classes",
                                   only=needs("regression_weight"))
     regression_prompts: str | None = option(None, "text to image: file of the prompts that pairs are made for, as "

@@ -15,6 +15,7 @@ from flowdistill.teachers import Teacher
 from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.teachers.real_data import RealData
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.numbers import MOST_CALLS
 from flowdistill.utils.randomness import Draw
 
 
@@ -23,7 +24,7 @@ class NoisedSamples:
     """Settings of the samples; methods' settings inherit them and have a setting ``states`` beside."""
 
     pairs: int = option(4096, "states=pairs: samples of the teacher", at_least=1, only=needs("states", "pairs"))
-    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1,
+    pairs_steps: int = option(50, "states=pairs: the teacher's steps to make them", at_least=1, at_most=MOST_CALLS,
                               only=needs("states", "pairs"))
     data: str | None = option(None, "states=data: images: a named set, a folder, tars, a table or a hub id")
     data_options: DataOptions = option(DataOptions, "how they are read", only=needs("data"))

@@ -29,6 +29,7 @@ from flowdistill.teachers.pairs import Pairs, teacher_pairs
 from flowdistill.teachers.real_data import RealData
 from flowdistill.training.method import About, SingleStudentMethod, Suggestion, register_method
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.numbers import MOST_CALLS
 from flowdistill.utils.randomness import Draw
 
 
@@ -43,7 +44,7 @@ class ScoreMatchingConfig:
                                     "samples")
     data_options: DataOptions = option(DataOptions, "how they are read")
     samples: int = option(2000, "samples of the teacher, made once", at_least=1)
-    sample_steps: int = option(20, "the teacher's steps to make them", at_least=1)
+    sample_steps: int = option(20, "the teacher's steps to make them", at_least=1, at_most=MOST_CALLS)
     time: NoiseLevels = option(NoiseLevels, "noise levels of the loss")
     optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the student")
 

@@ -26,6 +26,7 @@ from flowdistill.teachers.solvers import integrate
 from flowdistill.teachers.weight_files import NamedFiles
 from flowdistill.utils.devices import as_tensor
 from flowdistill.utils.errors import UserError
+from flowdistill.utils.numbers import LARGEST
 from flowdistill.utils.quantized import parameter_count, quantized_layers
 from flowdistill.utils.randomness import Draw, generator_of
 
@@ -347,6 +348,8 @@ class Teacher:
         """
         if not 0 <= guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {guidance_scale}; it must be a number of at least 0")
+        if guidance_scale > LARGEST:
+            raise UserError(f"guidance_scale is {guidance_scale}; float32 has numbers up to {LARGEST:.1e}")
         grid = self.path.time_grid(steps).tolist() if times is None else list(times)
         clipping = self.path.clipping
         if solver == "euler" and clipping is not None and clipping.keeps_noise:

@@ -9,6 +9,7 @@ from flowdistill.config.schema import MISSING
 from flowdistill.methods.echodistill.adaptation import TARGETS
 from flowdistill.methods.echodistill.echo import EchoConfig
 from flowdistill.teachers.noise_levels import NoiseLevels
+from flowdistill.utils.numbers import MOST_CALLS
 
 
 @dataclass
@@ -56,5 +57,5 @@ class EchoDistillConfig:
     discriminator_optimizer: OptimizerConfig = option(
         OptimizerConfig(lr=1e-4), "optimiser of the heads (authors: lr 1e-4)",
     )
-    teacher_steps: int = option(25, "steps of the teacher's own pictures (authors: 25)", at_least=1)
+    teacher_steps: int = option(25, "steps of the teacher's own pictures (authors: 25)", at_least=1, at_most=MOST_CALLS)
     echo: EchoConfig = option(EchoConfig, "the echo stage")
