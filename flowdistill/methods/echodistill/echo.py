@@ -68,6 +68,19 @@ class EchoConfig:
                                            only=needs("start"))
     num_validation: int = option(32, "pictures of each model that make its score", at_least=2, only=needs("start"))
 
+    def check_steps(self, steps: int) -> str | None:
+        """A sentence about a run of ``steps`` that ends before the stage does; None for a longer one, and without a
+        stage."""
+        if self.start is None or steps >= (end := self.start + self.rounds * self.steps):
+            return None
+        ends = f"train.steps is {steps}, which ends "
+        if steps <= self.start:
+            return (f"{ends}before the echo stage begins (method.echo.start is {self.start}), so it is left out; raise "
+                    f"train.steps to {end}, lower method.echo.start, or set it to null")
+        return (f"{ends}in round {-(-(steps - self.start) // self.steps)} of the echo stage, whose end is step {end} "
+                f"(method.echo: start {self.start}, rounds {self.rounds} of steps {self.steps}); raise train.steps to "
+                "that, or lower one of these")
+
 
 class Pool(NamedTuple):
     """Kept pictures (N, 3, H, W) in [0, 1] and the numbers (N,) of their prompts."""

@@ -134,6 +134,10 @@ class EchoDistill(Method):
     def schedule(self, step: int) -> tuple[str, ...]:
         return tuple(self._roles)
 
+    @classmethod
+    def check_length(cls, config: EchoDistillConfig, steps: int) -> str | None:
+        return config.echo.check_steps(steps)
+
     # --- the losses
 
     def loss(self, role: str, networks: Networks, draw: Draw) -> tuple[Tensor, Figures]:
@@ -273,7 +277,7 @@ class EchoDistill(Method):
         return (folder / "student" / "README.md").is_file()  # the last file that is written
 
     def contents(self) -> str:
-        stage = "" if self.config.echo.start is None else "echo/, "
+        stage = "echo/, " if self.echo.history else ""
         return f"student/ and teacher/ with their cards, {stage}samples/, metrics.jsonl, config.yaml"
 
     def files(self) -> NamedFiles:

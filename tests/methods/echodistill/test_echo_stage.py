@@ -15,6 +15,8 @@ from flowdistill.data.pictures import read_picture
 from flowdistill.features.vision import load_vision
 from flowdistill.methods.echodistill.echo import EchoConfig, EchoStage, Pool, Scores
 from flowdistill.methods.echodistill.judge import PLAIN, Judge, Separation
+from flowdistill.methods.echodistill.method import EchoDistill
+from flowdistill.methods.echodistill.settings import EchoDistillConfig
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
@@ -105,6 +107,28 @@ def test_a_stage_that_never_starts_does_nothing(tmp_path):
     assert not any(made.begin(step, tmp_path) for step in range(5)) and not calls and made.rate(4) == 1.0
     made.conclude(5, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("steps", "echo", "words"), [
+    (10, {"start": 300}, "train.steps is 10, which ends before the echo stage begins (method.echo.start is 300)"),
+    (400, {"start": 400}, "ends before the echo stage begins (method.echo.start is 400), so it is left out; raise "
+                          "train.steps to 700"),
+    (310, {"start": 300, "steps": 5, "rounds": 5}, "ends in round 2 of the echo stage, whose end is step 325"),
+    (311, {"start": 300, "steps": 5, "rounds": 5}, "ends in round 3 of the echo stage"),
+    (599, {"start": 300}, "ends in round 1 of the echo stage, whose end is step 600"),
+    (600, {"start": 300}, None),
+    (1, {}, None),
+])
+def test_a_run_that_ends_before_the_stage_does_is_said(steps, echo, words):
+    said = EchoDistill.check_length(EchoDistillConfig(echo=EchoConfig(**echo)), steps)
+    assert said is None if words is None else words in said
+
+
+def test_a_stage_that_has_not_begun_leaves_nothing_to_name(tmp_path):
+    method = make_method(tmp_path, echo={"start": 5})
+    assert "echo/" not in method.contents()
+    method.load_state_dict({"echo": [{"round": 1}]})
+    assert "student/ and teacher/ with their cards, echo/, " in method.contents()
 
 
 def test_a_rounds_pictures_are_left_with_their_scores(tmp_path):
