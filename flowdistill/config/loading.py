@@ -147,7 +147,8 @@ def accept_former_names(values: JsonObject, method: type) -> None:
 
 def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """The file's values behind those of the files it builds on."""
-    if path.resolve() in above:
+    own_place = Path(os.path.realpath(path))  # of a loop of links too, where Path.resolve fails
+    if own_place in above:
         circle = " -> ".join(entry.name for entry in (*above, path))
         raise UserError(f"'defaults_from' goes round in a circle: {circle}")
     values, texts = _read(path, f"the configuration file {path}" if not above else f"{path} ('defaults_from')")
@@ -158,11 +159,13 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
         return [own]
     if not isinstance(base, str):
         raise UserError(f"'defaults_from' must be the path of one YAML file, not {shown(base)} (in {path})")
-    return [*_file_layers(path.parent / local_path(base), (*above, path.resolve())), own]
+    return [*_file_layers(path.parent / local_path(base), (*above, own_place)), own]
 
 
 def _read(path: Path, name: str) -> tuple[JsonObject, JsonObject]:
     """The values and the texts of a file; see :class:`Layer`."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{name} is a symbolic link that leads nowhere, to {os.readlink(path)}")
     if path.parent.is_dir() and not path.exists():
         siblings = [entry.name for entry in path.parent.glob("*.y*ml")]
         raise UserError(f"{name} does not exist{closest(path.name, siblings)}")

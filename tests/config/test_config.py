@@ -253,7 +253,8 @@ BAD_VALUES = [
     ("method.optimizer.betas.0=0.9", "'method.optimizer.betas' must be a list of numbers or null, not keys below it"),
     ("method.optimizer.schedule=cosin", "did you mean 'cosine'?"),
     ("method.interval=[0,1,2]", "'method.interval' must be a list of 2 numbers, not [0, 1, 2]"),
-    ("evaluation.teacher_steps=[1,0]", "every value of 'evaluation.teacher_steps' must be at least 1 and at most 1000000, not 0"),
+    ("evaluation.teacher_steps=[1,0]",
+     "every value of 'evaluation.teacher_steps' must be at least 1 and at most 1000000, not 0"),
     ("evaluation.num_images=1", "'evaluation.num_images' must be at least 2, not 1"),
     ("evaluation.solver=huen", "must be one of euler, heun, edm_heun, not 'huen'; did you mean 'heun'?"),
     ("train.batch_size=99999999999999999999",
@@ -356,6 +357,18 @@ def test_a_missing_file_names_its_neighbour(good: Path) -> None:
     message = sentence(good.with_name("rum.yaml"))
     assert "rum.yaml does not exist; did you mean 'run.yaml'?" in message
     assert "does not exist" in sentence(good.parent / "no" / "run.yaml")
+
+
+def test_a_link_that_leads_nowhere_is_no_configuration(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.yaml"
+    for target in ("loop.yaml", "none.yaml"):
+        loop.unlink(missing_ok=True)
+        loop.symlink_to(target)
+        assert f"{loop} is a symbolic link that leads nowhere, to {target}" in sentence(loop)
+        assert f"{loop / 'run.yaml'} " in sentence(loop / "run.yaml")
+        above = tmp_path / "above.yaml"
+        above.write_text("defaults_from: loop.yaml\n")
+        assert "loop.yaml ('defaults_from') is a symbolic link that leads nowhere" in sentence(above)
 
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
