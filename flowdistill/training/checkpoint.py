@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,11 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowdistill.utils.errors import UserError
+from flowdistill.utils.errors import UserError, shown
 from flowdistill.utils.files import atomic_write, disk_errors
 from flowdistill.utils.text import JsonObject, read_json_object
 
 STATE = "state.json"
+NEEDED = ("seconds", "roles", "meters", "lap", "method")
+COUNTS = ("average_count", "skipped", "consecutive")
+"""Of every role."""
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\.(partial|old)")
 
@@ -86,10 +90,33 @@ def rewrite_state(folder: Path, step: int, state: JsonObject) -> None:
         output.write(_json(state).encode())
 
 
-def read_state(checkpoint: Path) -> JsonObject:
-    """The JSON values of a checkpoint."""
+def read_state(checkpoint: Path, step: int | None = None) -> JsonObject:
+    """The JSON values of a checkpoint; ``step``: of a run that is to go on from there, which looks at what they are."""
     with _damage(checkpoint / STATE):
-        return read_json_object(checkpoint / STATE)
+        state = read_json_object(checkpoint / STATE)
+        if step is not None:
+            _check_state(state, step)
+        return state
+
+
+def _check_state(state: JsonObject, step: int) -> None:
+    """ValueError where these are not the values of a run at ``step``."""
+    if missing := [key for key in NEEDED if key not in state]:
+        raise ValueError(f"it has no {missing[0]}")
+    if state.get("step", step) != step:
+        raise ValueError(f"its step is {shown(state['step'])}, not {step}")
+    roles, lap = state["roles"], state["lap"]
+    if not isinstance(roles, dict) or not all(isinstance(role, dict) for role in roles.values()):
+        raise ValueError("its roles are no objects")
+    if not isinstance(lap, list) or len(lap) != 2:
+        raise ValueError(f"its lap is {shown(lap)}")
+    numbers = {"seconds": state["seconds"], "lap": lap[0], "lap's seconds": lap[1]}
+    counts = {"lap": lap[0]} | {f"{key} of the role '{name}'": role.get(key)
+                                for name, role in roles.items() for key in COUNTS}
+    for name, value in (numbers | counts).items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or isinstance(value, float) and name not in counts) or not 0 <= value < math.inf:
+            raise ValueError(f"its {name} is {shown(value)}")
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -114,9 +141,13 @@ def _damage(file: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file} is missing or damaged ({reason}); delete {file.parent} to resume from the checkpoint before it"
-        ) from error
+        folder = file.parent
+        if folder in [path for _, path in checkpoints(folder.parent)][1:]:
+            way_out = f"delete {folder} to resume from the checkpoint before it"
+        else:
+            way_out = (f"there is no checkpoint before it: put it back, choose another output_dir, or delete {folder}, "
+                       "and the run begins anew and replaces the student that it may have made")
+        raise UserError(f"{file} is missing or damaged ({reason}); {way_out}") from error
 
 
 def _sync(path: Path) -> None:

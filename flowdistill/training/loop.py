@@ -315,7 +315,7 @@ class Trainer:
                 f"{self.folder} is at step {step} already, beyond train.steps={self.settings.steps}; raise "
                 "train.steps or choose another output_dir"
             )
-        state = read_state(path)
+        state = read_state(path, step)
         if state["roles"].keys() != self.roles.keys():
             raise UserError(
                 f"{path} does not fit: it holds the roles {', '.join(state['roles'])}, and the method has "

@@ -257,6 +257,39 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
         make_trainer(tmp_path)
 
 
+def test_a_checkpoint_says_what_a_run_can_go_on_from(tmp_path):
+    make_trainer(tmp_path).train()
+    folder = tmp_path / "checkpoints" / "step-000008"
+    good = checkpoint.read_state(folder, 8)
+    role = good["roles"]["student"]
+    for change, words in (
+        ({"step": 4}, "its step is 4, not 8"), ({"step": -8}, "its step is -8, not 8"),
+        ({"lap": [-1, 0.0]}, "its lap is -1"),
+        ({"seconds": -1.0}, "its seconds is -1.0"), ({"seconds": "1"}, "its seconds is '1'"),
+        ({"roles": good["roles"] | {"student": role | {"average_count": -8}}},
+         "its average_count of the role 'student' is -8"),
+        ({"roles": good["roles"] | {"student": role | {"skipped": 0.5}}}, "its skipped of the role 'student' is 0.5"),
+        ({"roles": []}, "its roles are no objects"), ({"meters": ...}, "it has no meters"),
+    ):
+        state = {key: value for key, value in (good | change).items() if value is not ...}
+        (folder / "state.json").write_text(json.dumps(state))
+        said = re.escape(f"state.json is missing or damaged ({words}); delete {folder} to")
+        with pytest.raises(UserError, match=said):
+            make_trainer(tmp_path)
+
+
+def test_the_only_checkpoint_is_not_followed_by_one_before_it(tmp_path):
+    make_trainer(tmp_path).train()
+    for step, words in ((8, "to resume from the checkpoint before it"), (4, "and the run begins anew and replaces")):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        (folder / "state.json").write_text("{")
+        with pytest.raises(UserError, match=f"delete {folder},? {words}") as said:
+            make_trainer(tmp_path)
+        assert ("there is no checkpoint before it" in str(said.value)) == (step == 4)
+        shutil.rmtree(folder)
+    assert make_trainer(tmp_path).step == 0
+
+
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path, monkeypatch):
     make_trainer(tmp_path).train()
     with pytest.raises(UserError, match="student.safetensors does not fit: 0.weight has the shape .16, 2. there"):
