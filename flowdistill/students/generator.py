@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from flowdistill.teachers.teacher import Teacher
 from flowdistill.utils.errors import UserError
 
 START_UNITS = ("linear", "timestep", "sigma")
+UNITS_IN_WORDS = {"timestep": "a timestep of the network", "sigma": "a noise level (sigma)"}
+APART = 1e-6
+"""The least between the times of two calls, and between the last one's and 0: a thousandth of a timestep."""
 
 
 def start_time(teacher: Teacher, start: float | None, unit: str = "linear", name: str = "method.start") -> float:
@@ -45,8 +49,11 @@ def start_time(teacher: Teacher, start: float | None, unit: str = "linear", name
         t = start if unit == "linear" else teacher.path.native_to_linear(torch.tensor(start)).item()
     if not (t > 0 and teacher.t_min <= t <= teacher.t_max):
         above = "" if teacher.t_min > 0 else ", and above 0"
+        hint, other = "", "timestep" if teacher.path.kind in ("flow", "vp") else "sigma"
+        if unit == "linear" and start > 1:  # a number as the teacher's own schedule has it
+            hint = f"; if {start:g} is {UNITS_IN_WORDS[other]}, set method.start_unit to {other}"
         raise UserError(f"{name} is {start} ({unit}), which is t = {t:.6g}; this teacher allows "
-                        f"{teacher.t_min:.6g} to {teacher.t_max:.6g}{above}")
+                        f"{teacher.t_min:.6g} to {teacher.t_max:.6g}{above}{hint}")
     return t
 
 
@@ -82,6 +89,9 @@ def given_times(
                         "step")
     if any(a <= b for a, b in zip(linear, linear[1:], strict=False)):
         raise UserError(f"method.step_times is {list(times)}; it must fall, from noise towards the image")
+    if len(linear) > 1 and any(a - b < APART for a, b in itertools.pairwise((*linear, 0.0))):
+        raise UserError(f"method.step_times is {list(times)}; schedulers cannot tell times apart that are closer than "
+                        f"{APART:g} (in t, where 0 is the image)")
     if start is not None and linear[0] != first:
         raise UserError(f"method.step_times begins at {times[0]} and method.start is {start}; leave start out, or make "
                         "them equal")

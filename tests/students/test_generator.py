@@ -1,10 +1,12 @@
 """Generators: initialisation, start times, disk, and export to stock diffusers."""
 
+import re
+
 import pytest
 import torch
 
 from flowdistill.export import export
-from flowdistill.students import Generator, StudentInfo, load_student, start_time
+from flowdistill.students import Generator, StudentInfo, given_times, load_student, start_time
 from flowdistill.teachers import load_teacher
 from flowdistill.utils.errors import UserError
 from tests.students.test_student import FAMILIES, SCHEDULERS, noise
@@ -48,6 +50,16 @@ def test_start_times():
     for start, unit in ((1000.0, "linear"), (0.0, "linear"), (1200.0, "timestep"), (1e6, "sigma")):
         with pytest.raises(UserError, match=r"method.start is .* this teacher allows"):
             start_time(ddpm, start, unit)
+    for teacher, start, hint in ((ddpm, 399, "if 399 is a timestep of the network, set method.start_unit to timestep"),
+                                 (edm, 80.0, "if 80 is a noise level (sigma), set method.start_unit to sigma")):
+        with pytest.raises(UserError, match=re.escape(f"; {hint}")):
+            start_time(teacher, start)
+
+
+@pytest.mark.parametrize("times", [[1, 1e-9, 1e-10, 1e-11], [1, 0.5, 0.4999999, 0.1], [1, 1e-8]])
+def test_times_that_schedulers_cannot_tell_apart(times):
+    with pytest.raises(UserError, match="method.step_times is .*; schedulers cannot tell times apart that are closer"):
+        given_times(teacher_of(scheduler="flow"), len(times), None, "linear", times)
 
 
 @pytest.mark.parametrize("scheduler", ["flow", "epsilon", "edm"])
