@@ -142,7 +142,6 @@ class ConsistencyConfig(NoisedSamples, Correction):
             raise UserError(f"method.target_decay is {self.target_decay}, but method.target is {self.target}, which "
                             "has no average; set target to ema too")
         self.check_states(self.states)
-        self.check_correction()
 
 
 Networks = Mapping[str, Callable[..., Tensor]]

@@ -51,19 +51,19 @@ class Correction(CriticKind):
     critic_fraction: float = option(1.0, "rows of a critic step, as a share of the batch", above=0, at_most=1)
     critic_optimizer: OptimizerConfig = option(OptimizerConfig, "optimiser of the critic")
 
-    def check_correction(self) -> None:
-        """UserError for an empty interval, or a setting of a correction that there is not."""
+    def validate_at(self, prefix: str, given: Mapping[str, str]) -> None:
+        """UserError for an empty interval, or a setting of a correction that there is not, with its place."""
         low, high = self.correction_guidance_interval
         if low >= high:
-            raise UserError(f"method.correction_guidance_interval is [{low}, {high}]; the first must be below the "
+            raise UserError(f"{prefix}correction_guidance_interval is [{low}, {high}]; the first must be below the "
                             "second")
         if self.correction_strength:
             return
         plain, shared = Correction(), {item.name for item in fields(StudentKind)}
         for key in (item.name for item in fields(Correction) if item.name not in shared):
             if getattr(self, key) != getattr(plain, key):
-                raise UserError(f"method.{key} is set, but method.correction_strength is 0, so that there is no "
-                                "correction; raise that, or leave this out")
+                raise UserError(f"{prefix}{key} is set{given.get(key, '')}, but {prefix}correction_strength is 0, so "
+                                "that there is no correction; raise that, or leave this out")
 
     def corrected_rows(self, draw: Draw) -> int:
         """How many of this process's rows are for the correction."""

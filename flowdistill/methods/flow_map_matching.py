@@ -113,7 +113,6 @@ class FlowMapMatchingConfig(NoisedSamples, Correction):
     def validate(self) -> None:
         """UserError for values that make no sense together."""
         self.check_states(self.states)
-        self.check_correction()
         if self.guidance_min > self.guidance_max:
             raise UserError(f"method.guidance_min is {self.guidance_min}, above method.guidance_max "
                             f"{self.guidance_max}")

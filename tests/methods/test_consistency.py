@@ -1,13 +1,14 @@
 """Consistency distillation against exact maps in float64, and every setting on real backbones."""
 
 import copy
+import re
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig
+from flowdistill.config import OptimizerConfig, RunConfig, TeacherConfig, TrainConfig, load_config
 from flowdistill.methods.consistency import Consistency, ConsistencyConfig, aims_of, grid_of, steps_of
 from flowdistill.networks.lora import LoraSettings
 from flowdistill.objectives import distribution_matching as dm
@@ -19,6 +20,7 @@ from flowdistill.training.loop import Trainer
 from flowdistill.training.run import make_accelerator
 from flowdistill.utils.errors import UserError
 from flowdistill.utils.randomness import Draw
+from flowdistill.utils.shipped import find_config
 from tests.export.test_few_step_pipelines import own_latents, stock_images, with_lora
 from tests.families import FAMILIES, PROMPTS
 from tests.methods.test_score_distillation import DoubleDraw
@@ -536,7 +538,7 @@ def test_bad_settings():
         (teacher, {"steps": 2, "step_times": [0.9, 0.5]}, "begins at t = 0.9, .* begin at its t_max, 1"),
         (teacher, {"target": "ema", "target_decay": 1.0}, "'method.target_decay' must be"),
         (teacher, {"target_decay": 0.5}, "method.target_decay is 0.5, but method.target is online"),
-        (teacher, {"critic_updates": 2}, "method.critic_updates is set, but method.correction_strength is 0"),
+        (teacher, {"critic_updates": 2}, "method.critic_updates is set, but method.correction_strength is 0, so"),
         (teacher, {"correction_strength": 1.0, "correction_guidance_interval": [0.7, 0.7]}, "below the second"),
         (teacher, {"steps": 1, "points": 1}, "no time between those of the calls.*there is nothing to learn"),
         (teacher, {"steps": 4, "phases": 4, "points": 4}, "there is nothing to learn"),
@@ -567,3 +569,11 @@ def test_a_student_of_phases_has_an_image_after_all_of_its_calls_only(tmp_path, 
     else:
         with pytest.raises(UserError, match="steps is 3; this student has an image only after all of its 4 calls"):
             again.generate(num_images=2, steps=3)
+
+
+def test_a_setting_of_the_correction_is_named_with_its_place():
+    file = find_config("digits/freeflow")
+    with pytest.raises(UserError, match=re.escape(f"method.critic_optimizer is set (in {file}), but")):
+        load_config(file, ["method.name=consistency"])
+    with pytest.raises(UserError, match=re.escape("is set (in the override 'method.critic_updates=2'), but")):
+        load_config(find_config("digits/consistency"), ["method.critic_updates=2"])
