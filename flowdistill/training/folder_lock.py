@@ -110,6 +110,8 @@ def _entered(folder: Path, name: str = LOCK, wait: bool = False) -> Callable[[],
             if lock is not None:
                 break
         else:
+            if not folder.is_dir():  # /proc and the like, which say so of what cannot be made
+                raise UserError(f"output_dir {folder} cannot be made where it is; choose another one")
             raise UserError(f"{folder / name} is removed again and again, so it cannot be locked; see who else writes "
                             "to the folder, or choose another output_dir")
 

@@ -6,6 +6,7 @@ import fcntl
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -64,6 +65,16 @@ def test_a_lock_whose_file_has_been_removed_is_none(tmp_path, monkeypatch, name)
     with alone_in(folder):
         assert refused(folder)
     assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_no_lock_that_goes(tmp_path, monkeypatch):
+    def mkdir(self, *given, **named):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))  # as /proc has it
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    said = "output_dir .*new cannot be made where it is; choose"
+    with pytest.raises(UserError, match=said), alone_in(tmp_path / "new"):
+        pass
 
 
 def test_a_file_that_is_removed_each_time_is_no_lock(tmp_path, monkeypatch):
