@@ -140,7 +140,7 @@ def read_run(folder: str | os.PathLike[str], name: str) -> RunRecord:
     path = local_path(folder)
     if not (path / CONFIG).is_file():
         raise UserError(f"{folder} is no run folder: it has no {CONFIG}" if path.is_dir() else
-                        f"{folder} does not exist; give the folder of a run")
+                        f"{folder} {'is a file' if path.exists() else 'does not exist'}; give the folder of a run")
     values, problems = run_settings(path), list[str]()
     parts = [read_part(each, "" if each == path else each.name) for each in _part_folders(path)]
     for part in parts:

@@ -360,6 +360,7 @@ def test_the_command_and_what_it_refuses(tmp_path, cli, monkeypatch):
     os.mkfifo(tmp_path / "pipe.html")
     for arguments, sentence in ((["nothing"], "nothing is no run folder: it has no config.yaml"),
                                 (["nowhere"], "nowhere does not exist"), (["run", "run"], "given twice"),
+                                (["report.html"], "report.html is a file; give the folder of a run"),
                                 (["run", "--out", "nothing"], "must be a .html file"),
                                 (["run", "--out", "folder.html"], "is a folder"),
                                 (["run", "--out", "pipe.html"], "is a device or a pipe"),
