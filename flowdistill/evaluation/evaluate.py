@@ -18,6 +18,7 @@ from flowdistill.conditioning.prompts import PromptConditions, PromptList, read_
 from flowdistill.config import FEATURES, TeacherConfig, found_again, run_settings, teacher_found_again
 from flowdistill.config.run_folder import CONFIG
 from flowdistill.data import IMAGE_SETS
+from flowdistill.data.pictures import is_picture
 from flowdistill.evaluation.evaluator import Evaluator, asked_of, evaluate_models, without_teacher
 from flowdistill.evaluation.generation import Sampler, balanced_labels, check_num_images, generators_of
 from flowdistill.evaluation.html import write_html
@@ -570,6 +571,10 @@ def _open(source: Any, device: torch.device, with_teacher: bool) -> _Subject:
         return _Subject(name, _teacher_of(folder, section, device) if found else None, student)
     if (student := exported_student(folder, device)) is not None:
         return _Subject(name, student=student)
+    files = [] if (folder / "model_index.json").is_file() or not folder.is_dir() else folder.iterdir()
+    if any(is_picture(file) for file in files if file.is_file()):
+        raise UserError(f"{name} is a folder of images, of which one alone is no comparison; give a run, a student, a "
+                        "pipeline or a second folder of images beside it, or measure it with scripts/evaluate_fid.py")
     return _Subject(name, _load_teacher({"source": name}, device))
 
 

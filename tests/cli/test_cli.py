@@ -513,6 +513,13 @@ def test_an_export_goes_where_a_link_leads(cli, run: Path, tmp_path: Path) -> No
     assert {entry.name for entry in tmp_path.iterdir()} == {"disk", "link"}
 
 
+def test_evaluate_says_what_one_folder_of_images_needs(cli, tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    result = cli("evaluate", tmp_path, "--features", "digits", "--reference", "digits")
+    assert result.code == 2 and f"{tmp_path} is a folder of images, of which one alone is no comparison" in result.err
+    assert "a second folder of images beside it, or measure it with scripts/evaluate_fid.py" in result.err
+
+
 def test_evaluate_refuses_a_folder_as_its_report(cli, run: Path, tmp_path: Path) -> None:
     result = cli("evaluate", run, "--num-images", 20, "--json", tmp_path)
     assert result.code == 2 and f"{tmp_path} is a folder; give the name of a file" in result.err
