@@ -267,6 +267,8 @@ def _given_name(files: Sequence[Layer], overrides: Sequence[str], section: str) 
         if not isinstance(values, Mapping):
             where = f"'{section}' must be a section with a 'name'"
             raise UserError(f"{where}, not {shown(raw_value(layer.values, section))} ({layer.origin})")
+        if values.get("name", MISSING) is None:
+            raise UserError(f"'{key}' is missing, for it is null; set it to one of {listed(METHODS)} ({layer.origin})")
         if values.get("name", MISSING) != MISSING:
             return METHODS.current_name(str(values["name"]))
     return None

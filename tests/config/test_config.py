@@ -271,6 +271,8 @@ BAD_VALUES = [
     ("output_dir=${output_dir}", "'output_dir': Recursive interpolation"),
     ("seed=${output_dir}", "'seed' must be an integer, not '${output_dir}'"),
     ("method.name=toi", "'method.name' must be one of other, toy, not 'toi'; did you mean 'toy'?"),
+    ("method.name=", "'method.name' is missing, for it is null; set it to one of other, toy"),
+    ("method={name: null}", "'method.name' is missing, for it is null; set it to one of other, toy"),
     ("method=3", "'method' must be a section with a 'name', not 3"),
 ]
 
