@@ -33,8 +33,8 @@ def check_overwritable(target: Path, source: str | os.PathLike[str]) -> None:
     here = target.resolve()
     for what, path in _needed(local_path(source)):
         there = path.resolve()
-        if here == there or here in there.parents or there in here.parents:
-            how = "is" if here == there else "has in it" if here in there.parents else "lies in"
+        if here == there or here in there.parents:  # an export may well lie in its run's folder
+            how = "is" if here == there else "has in it"
             raise UserError(f"{target} {how} {what}, {path}, so --overwrite leaves it alone; choose another folder")
 
 

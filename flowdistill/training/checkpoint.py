@@ -145,8 +145,8 @@ def _damage(file: Path) -> Iterator[None]:
         if folder in [path for _, path in checkpoints(folder.parent)][1:]:
             way_out = f"delete {folder} to resume from the checkpoint before it"
         else:
-            way_out = (f"there is no checkpoint before it: put it back, choose another output_dir, or delete {folder}, "
-                       "and the run begins anew and replaces the student that it may have made")
+            way_out = ("there is no checkpoint before it: put it back, choose another output_dir, or remove the run "
+                       "folder to begin anew")
         raise UserError(f"{file} is missing or damaged ({reason}); {way_out}") from error
 
 

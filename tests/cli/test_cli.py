@@ -588,18 +588,18 @@ def test_export_never_overwrites_what_flowdistill_has_not_exported(cli, run: Pat
 
 
 def test_export_never_overwrites_what_the_run_needs(cli, run: Path, tmp_path: Path, monkeypatch) -> None:
-    """Neither what its settings name, though that may be an export as well, nor a folder with such or in such."""
+    """Neither what its settings name, though that may be an export as well, nor a folder with such."""
     monkeypatch.chdir(tmp_path)
     settings = {"started_in": str(tmp_path), "teacher": {"source": "made/teacher", "vae": str(tmp_path / "vae")},
                 "method": {"name": "bare", "student": "turbo", "deep": {"list": ["nets/one"]}}}
     shutil.copytree(run, "mine/run")
     Path("mine/run/config.yaml").write_text(json.dumps(settings))
     Path("mine/run/weights.json").write_text('{"method.student": {}}')
-    needed = {"mine": "has in it the run folder", "mine/run/below": "lies in the run folder",
-              "made": "has in it the run's teacher.source", "made/teacher": "is the run's teacher.source",
-              "made/teacher/below": "lies in the run's teacher.source", "vae": "is the run's teacher.vae",
+    needed = {"mine": "has in it the run folder", "made": "has in it the run's teacher.source",
+              "made/teacher": "is the run's teacher.source", "vae": "is the run's teacher.vae",
               "turbo": "is the run's method.student", "nets/one": "is the run's method.deep.list"}
-    for name in (*needed, "bare"):
+    free = ("bare", "mine/run/pipeline")  # the name of a method is no folder's
+    for name in (*needed, *free):
         Path(name).mkdir(parents=True, exist_ok=True)
         Path(name, "model_index.json").write_text("{}")
         Path(name, "flowdistill.json").write_text('{"call": {}}')
@@ -608,7 +608,8 @@ def test_export_never_overwrites_what_the_run_needs(cli, run: Path, tmp_path: Pa
         result = cli("export", "mine/run", name, "--overwrite")
         assert result.code == 2 and f"{name} {words}, " in result.err and result.err.count("\n") == 1, result
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert cli("export", "mine/run", "bare", "--overwrite").code == 0  # the name of a method is no folder's
+    for name in free:
+        assert cli("export", "mine/run", name, "--overwrite").code == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e30, 1e18])
