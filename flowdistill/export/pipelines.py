@@ -136,9 +136,9 @@ def export(
 
 @torch.no_grad()
 def _first_latents(student: Student, guidance_scale: float | None) -> torch.Tensor:
-    """What the student makes of one noise in one call."""
+    """What the student makes of one noise."""
     noise = indexed_noise(student.shape, 0, [0]).to(student.device)
-    return student.sampler(guidance_scale, 1)(noise, student.examples([0]))
+    return student.sampler(guidance_scale, student.checked_steps(None))(noise, student.examples([0]))
 
 
 def _chain(student: Student, steps: int | None) -> Steps | None:
