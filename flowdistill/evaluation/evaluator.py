@@ -324,7 +324,11 @@ class Evaluator:
         read = self._prompt_labels(prompts) if prompts else None
         labelled = bool((read >= 0).any()) if read is not None else num_classes is not None and not prompts
         size = 0 if self.extractor is None else self.extractor(to_uint8(image.nan_to_num())).shape[1]
-        return list(metric.given(Expected(self.drawn, self.extractor, labelled, size, self.reference)))
+        classes = balanced_labels(range(self.drawn), num_classes, self.own)
+        if read is not None:
+            classes = read[torch.arange(self.drawn) % len(read)]
+        groups = asked_of(self.drawn, num_classes, self.own, prompts or ()).groups
+        return list(metric.given(Expected(self.drawn, self.extractor, labelled, size, self.reference, classes, groups)))
 
     def _announce(self, what: str, count: int) -> None:
         """A line before a measurement, where no bar shows that it goes on."""

@@ -117,7 +117,7 @@ def test_evaluate_gives_the_rows_and_writes_them(tmp_path):
     assert set(written) == {"rows", "num_images", "features", "reference", "seed", "fid_floor", "protocol"}
     columns = {"model", "calls", "fid", "kid", "accuracy", "images_per_second", "per_class_fid"} | {
         "precision", "recall", "per_part_fid", "stored_parameters", "active_parameters", "fid_std", "kid_std",
-        "kid_evenness", "precision_std", "recall_std", "accuracy_std", "fid_infinity", "fid_infinity_std",
+        "precision_std", "recall_std", "accuracy_std", "fid_infinity", "fid_infinity_std",
     }
     # Of other features, or when asked for.
     others = {
@@ -349,9 +349,9 @@ def test_rows_that_were_kept_have_a_line_for_each_origin():
 
 
 def test_kid_that_is_left_out_and_kid_that_is_not_like_the_others():
-    rows = [Row("a", 1, fid=1.0, kid=0.1, kid_evenness=0.2), Row("b", None, fid=1.0, kid=-0.1),
-            Row("c", 4, fid=1.0, kid=0.1), Row("d", 1, fid=1.0)]
-    alone, unknown, copies = Kernel.remarks(rows, {"kid_of_copies": -0.5})
+    rows = [Row("a", 1, fid=1.0, kid=0.1), Row("b", None, fid=1.0, kid=-0.1), Row("c", 1, fid=1.0)]
+    alone, unknown, copies = Kernel.remarks(rows, {"kid_of_copies": -0.5, "labels": "index modulo 10"})
     assert alone.startswith("no KID x 1000 where classes come in even numbers and one of them has a single image")
     assert unknown.startswith("KID x 1000 of b: what each image was asked to be is not known") and "-500.000" in copies
-    assert Kernel.remarks(rows[1:3], {}) == Kernel.remarks(rows[:1], {"kid_of_copies": -0.5}) == []
+    assert Kernel.remarks(rows[:2], {}) == Kernel.remarks(rows[:1], {"kid_of_copies": -0.5}) == []
+    assert Kernel.remarks(rows[1:2], {"labels": "index modulo 10"}) == []

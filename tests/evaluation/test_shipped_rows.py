@@ -85,7 +85,8 @@ def test_the_cheapest_row_comes_out_again(evaluator):
 def test_the_script_measures_one_teacher_and_keeps_the_others(tmp_path, capsys):
     module = script()
     module.STEPS = [1]
-    (tmp_path / "rows.json").write_text(json.dumps({"rows": [{"teacher": "another", "row": {"calls": 1}}]}))
+    rows = [{"teacher": "another", "row": {"calls": 1}}]
+    (tmp_path / "rows.json").write_text(json.dumps({"made_by": "", "rows": rows}))
     command = ["--out", str(tmp_path / "rows.json"), "--only", "digits-flow", "--num-images", "20"]
     assert module.main(command) == module.main(command) == 0
     another, row = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -122,8 +122,8 @@ def test_a_start_that_has_saved_nothing_holds_nobody(tmp_path: Path, monkeypatch
     file = in_folder(tmp_path, monkeypatch, teacher={"source": "base"})
     distill(file)
     record = Path("run/weights.json").read_text()
-    shutil.rmtree("run/checkpoints")
-    shutil.rmtree("run/student")
+    for name in ("checkpoints", "student", "samples"):
+        shutil.rmtree(f"run/{name}")
     tiny_unet(block_out_channels=(16, 16)).save_pretrained("base/unet")
     distill(file)
     assert Path("run/weights.json").read_text() != record

@@ -111,6 +111,7 @@ class Expected:
         labelled: whether the images are of labels, or of prompts whose class the features know.
         size: features of an image.
         reference: None where it is not known yet.
+        classes, groups: see :class:`MeasuredImages`.
     """
 
     count: int
@@ -118,6 +119,8 @@ class Expected:
     labelled: bool = False
     size: int = 0
     reference: Reference | None = None
+    classes: Tensor | None = None
+    groups: Tensor | None = None
 
 
 class Metric(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.evaluation.confidence import mean_std
-from flowdistill.evaluation.metrics.base import Column, Figures, MeasuredImages, Metric, register_metric
+from flowdistill.evaluation.metrics.base import (
+    Column,
+    Expected,
+    Figures,
+    MeasuredImages,
+    Metric,
+    register_metric,
+)
 from flowdistill.evaluation.reference import Reference
 from flowdistill.utils.errors import listed
 from flowdistill.utils.randomness import seed_torch
@@ -34,7 +41,7 @@ class Kernel(Metric):
     """Squared maximum mean discrepancy with a cubic kernel; lower is better, and below 0 by chance or by copying."""
 
     name = "kernel"
-    figures = ("kid", "kid_std", "kid_evenness")
+    figures = ("kid", "kid_std")
     columns = (Column("kid", "KID x 1000", scale=1000.0, spread="kid_std"),)
     better = {"kid": "lower"}
     position = 20
@@ -55,15 +62,19 @@ class Kernel(Metric):
         if found is None:
             return {}
         distance, subsets_std = found
-        classes = images.groups if _pairs(images.groups) else images.classes
+        classes = _of_one_kind(images)
         own = 0.0 if classes is None else evenness_term(collected.features, classes, collected.indices)
         known = _even_by_design(reference)
         theirs = 0.0 if known is None else evenness_term(reference.features, known)
         if own is None or theirs is None:
             return {}
         std = _std(collected.features, reference.features, collected.moments.count, images.kept_classes)
-        return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std),
-                "kid_evenness": None if classes is None else own}
+        return {"kid": distance + own + theirs, "kid_std": math.hypot(std, subsets_std)}
+
+    def given(self, expected: Expected) -> Collection[str]:
+        known = expected.reference
+        sides = [_of_one_kind(expected), None if known is None else _even_by_design(known)]
+        return [] if any(labels is not None and _has_single(labels) for labels in sides) else super().given(expected)
 
     def protocol(self, reference: Reference) -> JsonObject:
         copies = None
@@ -82,9 +93,9 @@ class Kernel(Metric):
         if any(row.kid is None and row.fid is not None for row in rows):
             said.append(f"no {name} where classes come in even numbers and one of them has a single image: measure "
                         "more images")
-        # Pictures in a folder, beside rows for whose classes it was allowed. Rows of older versions do not say it.
-        unknown = [row.model for row in rows if row.kid is not None and row.kid_evenness is None and row.calls is None]
-        if unknown and any(row.kid_evenness for row in rows):
+        # Pictures in a folder, beside rows of labels in turn.
+        unknown = [row.model for row in rows if row.kid is not None and row.calls is None]
+        if unknown and protocol.get("labels") and any(row.kid is not None and row.calls is not None for row in rows):
             said.append(f"{name} of {listed(dict.fromkeys(unknown))}: what each image was asked to be is not known, so "
                         "even numbers of classes are not allowed for; do not compare it with the other rows")
         copies = protocol.get("kid_of_copies")
@@ -92,6 +103,12 @@ class Kernel(Metric):
             said.append(f"{name} of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
                         "below 0 are a sign of copying")
         return said
+
+
+def _of_one_kind(images: MeasuredImages | Expected) -> Tensor | None:
+    """What tells images apart that are of one distribution, (N,): their prompts or labels where there are two of each,
+    else their classes."""
+    return images.groups if _pairs(images.groups) else images.classes
 
 
 def _pairs(groups: Tensor | None) -> bool:
@@ -186,11 +203,21 @@ def evenness_term(features: Tensor, labels: Tensor, rows: Tensor | None = None) 
         have (the chi-squared test of a uniform distribution); None where the numbers are even and a class has a single
         image, so that W is not known.
     """
-    counts = labels.unique(return_counts=True)[1].double()
-    if labels.min() < 0 or len(counts) < 2 or not _even(counts):
+    if not _are_even(labels):
         return 0.0
-    within = None if counts.min() < 2 else _within(features, labels if rows is None else labels[rows])
+    within = None if _has_single(labels) else _within(features, labels if rows is None else labels[rows])
     return None if within is None else (within - _mean_kernel(features)) / len(labels)
+
+
+def _are_even(labels: Tensor) -> bool:
+    """Whether these are several known labels in even numbers."""
+    counts = labels.unique(return_counts=True)[1].double()
+    return bool(labels.min() >= 0) and len(counts) > 1 and _even(counts)
+
+
+def _has_single(labels: Tensor) -> bool:
+    """Whether labels come in even numbers, and one of them once."""
+    return _are_even(labels) and int(labels.unique(return_counts=True)[1].min()) < 2
 
 
 def copies_distance(features: Tensor, labels: Tensor | None = None) -> float | None:
