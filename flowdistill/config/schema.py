@@ -35,13 +35,13 @@ def option(
 
     ``default`` may be a list, a dict or a dataclass instance or type: every configuration gets its own copy. Bounds,
     ``choices`` and ``pattern`` (a regular expression for the whole text) hold for each element of a list and never for
-    None; ``length`` fixes the number of elements. Floats must be finite numbers of
-    float32, and integers those of 64 bits, whether or not a bound is given. ``was`` is the
-    name the setting had in an older version, which is still read, with a warning. ``rule`` is for settings of no simple
-    type: value -> what is allowed, in words, where the value is not; it never sees None. ``only`` is for settings that
-    have an effect with another only, see :func:`needs`: a warning says so where somebody has set one to another value
-    than its default and has not changed the other setting over that. ``blank``: an empty text means something of its
-    own; elsewhere it is refused, for an empty path is the working folder, and so is one in a list.
+    None; ``length`` fixes the number of elements. Floats must be finite numbers of float32, and integers those of 64
+    bits, whether or not a bound is given. ``was`` is the name the setting had in an older version, which is still read,
+    with a warning. ``rule`` is for settings of no simple type: value -> what is allowed, in words, where the value is
+    not; it never sees None. ``only`` is for settings that have an effect with another only, see :func:`needs`: a
+    warning says so where somebody has set one to another value than its default and has not changed the other setting
+    over that. ``blank``: an empty text means something of its own; elsewhere it is refused, for an empty path is the
+    working folder, and so is one in a list.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     words = {"help": help, "choices": choices, "length": length, "pattern": pattern, "was": was, "rule": rule,

@@ -354,4 +354,5 @@ def test_kid_that_is_left_out_and_kid_that_is_not_like_the_others():
     assert alone.startswith("no KID x 1000 where classes come in even numbers and one of them has a single image")
     assert unknown.startswith("KID x 1000 of b: what each image was asked to be is not known") and "-500.000" in copies
     assert Kernel.remarks(rows[:2], {}) == Kernel.remarks(rows[:1], {"kid_of_copies": -0.5}) == []
+    assert Kernel.remarks(rows[2:], {}) == []  # against moments, of which there is no KID of anything
     assert Kernel.remarks(rows[1:2], {"labels": "index modulo 10"}) == []

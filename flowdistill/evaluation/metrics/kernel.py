@@ -90,7 +90,9 @@ class Kernel(Metric):
     def remarks(cls, rows: Sequence[Row], protocol: JsonObject) -> list[str]:
         name = cls.shown(protocol)[0].title
         said = []
-        if any(row.kid is None and row.fid is not None for row in rows):
+        copies = protocol.get("kid_of_copies")
+        # Against moments alone there is none for another reason, and no distance of copies either.
+        if copies is not None and any(row.kid is None and row.fid is not None for row in rows):
             said.append(f"no {name} where classes come in even numbers and one of them has a single image: measure "
                         "more images")
         # Pictures in a folder, beside rows of labels in turn.
@@ -98,7 +100,6 @@ class Kernel(Metric):
         if unknown and protocol.get("labels") and any(row.kid is not None and row.calls is not None for row in rows):
             said.append(f"{name} of {listed(dict.fromkeys(unknown))}: what each image was asked to be is not known, so "
                         "even numbers of classes are not allowed for; do not compare it with the other rows")
-        copies = protocol.get("kid_of_copies")
         if copies is not None and any(row.kid is not None and row.kid < 0 for row in rows):
             said.append(f"{name} of a model that only copies the reference's images: {1000 * copies:.3f}; figures well "
                         "below 0 are a sign of copying")
